@@ -1,0 +1,1 @@
+"""GDMAM for JAX: train on a prediction loss and an alignment loss that may conflict."""
