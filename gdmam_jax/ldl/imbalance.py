@@ -1,0 +1,199 @@
+"""Making training sets imbalanced, and saying how imbalanced they are. NumPy only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Indices = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The imbalanced label distribution papers' rule for which training rows to keep.
+
+    With c labels, a row stays if its label `scarce` is below `scarce_limit / c` and its label
+    `plenty` is above `plenty_limit / c`; for every label the one row in which it is largest
+    stays too.
+
+    Attributes:
+        scarce_limit: a of the papers' (a, b, A, B).
+        plenty_limit: b.
+        scarce: A, a label's column.
+        plenty: B, a label's column.
+    """
+
+    scarce_limit: float
+    plenty_limit: float
+    scarce: int
+    plenty: int
+
+    def __call__(self, labels: ArrayLike, seed: int = 0) -> Indices:
+        """Rows to keep, ascending.
+
+        Args:
+            labels: shape (samples, labels), rows sum to 1.
+            seed: not used, the rule draws nothing; samplers share this signature.
+
+        Returns:
+            Row numbers, each once.
+
+        >>> Thresholds(1, 2, scarce=1, plenty=0)([[0.9, 0.1], [1.0, 0.0], [0.2, 0.8]]).tolist()
+        [1, 2]
+        """
+        labels = np.asarray(labels)
+        count = labels.shape[1]
+        keep = (labels[:, self.scarce] < self.scarce_limit / count) & (
+            labels[:, self.plenty] > self.plenty_limit / count
+        )
+        return np.union1d(np.flatnonzero(keep), labels.argmax(0))
+
+
+RELEASED_THRESHOLDS = {
+    "Movie": Thresholds(1, 2, 2, 0),
+    "SCUT_FBP": Thresholds(2, 0.1, 2, 4),
+    "emotion6": Thresholds(0.8, 1, 3, 0),
+    "Flickr": Thresholds(0.8, 1, 2, 4),
+    "RAF_ML": Thresholds(5, 3.5, 2, 1),
+    "Natural_Scene": Thresholds(5, 2, 0, 4),
+}
+"""The released code's thresholds by data set."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    r"""A continuous sampler: ask for an imbalance factor, and a subset that has it is drawn.
+
+    With the labels ordered by their mass in the whole set, a row's score is
+    $s_i = \sum_j y_{ij} t_j$, t falling evenly from 1 (the most frequent label) to -1. The `size`
+    rows largest in $\theta s_i + G_i$ stay, $G_i$ Gumbel noise: a draw without replacement with
+    odds $e^{\theta s_i}$, uniform at $\theta = 0$. $\theta$ is found by bisection such that the
+    subset's imbalance factor, largest label mass over smallest, is the one asked for.
+
+    Attributes:
+        factor: the imbalance factor, at least 1.
+        size: rows to keep.
+        tolerance: how far off the factor may be, relatively.
+    """
+
+    factor: float
+    size: int
+    tolerance: float = 0.05
+
+    def __call__(self, labels: ArrayLike, seed: int = 0) -> Indices:
+        """Rows to keep, ascending.
+
+        Args:
+            labels: shape (samples, labels), rows sum to 1.
+            seed: of the Gumbel noise.
+
+        Returns:
+            `size` row numbers, each once.
+
+        Raises:
+            ValueError: if there are fewer rows than `size`, or the factor cannot be met; the
+                message says which factors can.
+
+        >>> import numpy as np
+        >>> labels = np.random.default_rng(0).dirichlet([1, 2, 3], 2000)
+        >>> kept = Factor(10.0, 200)(labels)
+        >>> abs(imbalance_statistics(labels[kept]).factor / 10 - 1) < 0.05
+        True
+        """
+        labels = np.asarray(labels, np.float64)
+        if len(labels) < self.size:
+            raise ValueError(f"cannot keep {self.size} of {len(labels)} rows")
+        order = np.argsort(-labels.sum(0), kind="stable")
+        profile = np.empty(labels.shape[1])
+        profile[order] = np.linspace(1, -1, labels.shape[1])
+        score = labels @ profile
+        score = (score - score.mean()) / max(float(score.std()), 1e-12)
+        gumbel = np.random.default_rng(seed).gumbel(size=len(labels))
+
+        def draw(strength: float) -> Indices:
+            return np.sort(np.argsort(-(strength * score + gumbel), kind="stable")[: self.size])
+
+        def factor(strength: float) -> float:
+            return imbalance_statistics(labels[draw(strength)]).factor
+
+        tried = np.linspace(-8, 64, 145)
+        factors = np.array([factor(strength) for strength in tried])
+        # The factor is 1 at least where two labels trade places, and rises from there.
+        lowest = int(factors.argmin())
+        above = np.flatnonzero(factors[lowest:] >= self.factor)
+        if factors[lowest] <= self.factor and len(above):
+            high = tried[lowest + above[0]]
+            low = tried[max(lowest + above[0] - 1, lowest)]
+            for _ in range(40):
+                middle = (low + high) / 2
+                low, high = (middle, high) if factor(middle) < self.factor else (low, middle)
+            strength = min((low, high), key=lambda value: abs(factor(value) / self.factor - 1))
+        else:
+            strength = tried[np.abs(factors / self.factor - 1).argmin()]
+        if abs(factor(strength) / self.factor - 1) > self.tolerance:
+            raise ValueError(
+                f"no {self.size} rows with an imbalance factor of {self.factor:g} were found: "
+                f"they range from {factors.min():.3g} to {factors.max():.3g}; ask for one between, "
+                "fewer rows or a larger tolerance"
+            )
+        return draw(strength)
+
+
+@dataclass(frozen=True)
+class ImbalanceStatistics:
+    """How a set of label distributions spreads over its labels.
+
+    Attributes:
+        frequency: sum of each label over the rows, shape (labels,).
+        factor: largest frequency over smallest; infinite if a label never occurs.
+        entropy: of the normalised frequencies, over its maximum log(labels): 1 is balanced.
+        gini: Gini coefficient of the frequencies, 0 is balanced.
+    """
+
+    frequency: NDArray[np.float64]
+    factor: float
+    entropy: float
+    gini: float
+
+
+def imbalance_statistics(labels: ArrayLike) -> ImbalanceStatistics:
+    """Imbalance statistics of label distributions.
+
+    Args:
+        labels: shape (samples, labels), rows sum to 1.
+
+    Returns:
+        An `ImbalanceStatistics`.
+
+    >>> imbalance_statistics([[0.75, 0.25], [0.75, 0.25]]).factor
+    3.0
+    """
+    frequency = np.asarray(labels, np.float64).sum(0)
+    share = frequency / frequency.sum()
+    count = len(share)
+    smallest = float(frequency.min())
+    positive = share[share > 0]
+    return ImbalanceStatistics(
+        frequency=frequency,
+        factor=float(frequency.max()) / smallest if smallest > 0 else float("inf"),
+        entropy=float(-(positive * np.log(positive)).sum() / np.log(count)),
+        gini=float(np.abs(share[:, None] - share[None, :]).sum() / (2 * count)),
+    )
+
+
+def head_labels(frequency: ArrayLike) -> NDArray[np.bool_]:
+    """Which labels are head: the more frequent half in training, the smaller half if odd.
+
+    Args:
+        frequency: shape (labels,), see `losses.class_frequency`.
+
+    Returns:
+        Shape (labels,), True for the `labels // 2` most frequent ones; the rest is the tail.
+
+    >>> head_labels([5.0, 1.0, 3.0, 2.0, 4.0]).tolist()
+    [True, False, False, False, True]
+    """
+    frequency = np.asarray(frequency)
+    head = np.zeros(len(frequency), bool)
+    head[np.argsort(-frequency, kind="stable")[: len(frequency) // 2]] = True
+    return head
