@@ -1,0 +1,327 @@
+"""The geometry of two gradients: norms, angle, and the split of one along and across the other."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gdmam_jax._dataclass import pytree_dataclass
+from gdmam_jax.pairs import GradientPair, check_pairs, is_pair, path_string
+
+EPS = 1e-12
+"""Added to every norm, so that nothing divides by zero."""
+
+# Below this squared sine, |g_a|^2 - <g_a, g_p>^2 / |g_p|^2 loses more than two digits.
+_NEARLY_PARALLEL = 0.01
+
+Scope = Callable[[str], Hashable]
+
+
+def leaf_scope(path: str) -> str:
+    """The scope that gives each leaf a geometry of its own.
+
+    Args:
+      path: the leaf's path, such as ``"encoder/kernel"``.
+
+    Returns:
+      The path itself, as the leaf's label.
+
+    Example:
+      >>> leaf_scope("encoder/kernel")
+      'encoder/kernel'
+    """
+    return path
+
+
+@jax.tree_util.register_static
+class Scopes:
+    """Which leaf belongs to which scope: static data in an optimizer state.
+
+    Attributes:
+      labels: the scopes' names, in order of first appearance; empty for one scope over all leaves.
+      index: for each leaf, the position of its label; empty for one scope over all leaves.
+    """
+
+    def __init__(self, tree: Any, scope: Scope | None, is_leaf: Any = None):
+        """Labels the leaves of ``tree`` by ``scope`` of their paths."""
+        self.labels: tuple[str, ...] = ()
+        self.index: tuple[int, ...] = ()
+        if scope is not None:
+            paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+            names = [str(scope(path_string(path))) for path, _ in paths]
+            numbers: dict[str, int] = {}
+            self.index = tuple(numbers.setdefault(name, len(numbers)) for name in names)
+            self.labels = tuple(numbers)
+
+    # optax.tree.map_params initialises a state without parameters and matches it with a real one:
+    # scopes without leaves equal any others.
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Scopes):
+            return NotImplemented
+        same = self.labels == other.labels and self.index == other.index
+        return same or not self.index or not other.index
+
+    def __hash__(self) -> int:
+        return hash(Scopes)
+
+    def __repr__(self) -> str:
+        return f"Scopes({', '.join(self.labels)})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a scalar of every scope: ``()`` for one scope, else ``(scopes,)``."""
+        return (len(self.labels),) if self.labels else ()
+
+    def reduce(self, terms: Sequence[Any], combine: Callable[[Any, Any], Any]) -> jax.Array:
+        """Combines one scalar per leaf to one scalar per scope."""
+        groups: list[list[Any]] = [[] for _ in range(max(1, len(self.labels)))]
+        for position, term in enumerate(terms):
+            groups[self.index[position] if self.index else 0].append(term)
+        totals = [_tree_combine(group, combine) for group in groups]
+        return jnp.stack(totals) if self.labels else totals[0]
+
+    def at(self, scalars: jax.Array, leaf: int) -> jax.Array:
+        """The entry of ``scalars``, one per scope, that leaf number ``leaf`` goes by."""
+        return scalars[self.index[leaf]] if self.index else scalars
+
+
+def _tree_combine(terms: Sequence[Any], combine: Callable[[Any, Any], Any]) -> Any:
+    """Combines in pairs: rounding and the depth of the program grow with the logarithm."""
+    terms = list(terms) or [jnp.float32(0)]
+    while len(terms) > 1:
+        paired = [combine(*terms[i : i + 2]) for i in range(0, len(terms) - 1, 2)]
+        terms = paired + terms[len(terms) - len(terms) % 2 :]
+    return terms[0]
+
+
+@pytree_dataclass
+class Geometry:
+    r"""The scalars of a pair of gradients, one of each per scope.
+
+    With :math:`\epsilon = 10^{-12}`, all float32, or float64 where a gradient is, shape ``()`` or
+    ``(scopes,)``:
+
+    Attributes:
+      prediction_norm: :math:`n_p = |g_p| + \epsilon`.
+      alignment_norm: :math:`n_a = |g_a| + \epsilon`.
+      parallel_norm: :math:`n_\parallel = |c| |g_p| + \epsilon`.
+      orthogonal_norm: :math:`n_\perp = |g_a - c g_p| + \epsilon`.
+      projection: :math:`c = \langle g_a, g_p\rangle / n_p^2`, 0 where :math:`g_p = 0`.
+      cosine: :math:`\langle g_a, g_p\rangle / (n_a n_p)`, between -1 and 1.
+    """
+
+    prediction_norm: jax.Array
+    alignment_norm: jax.Array
+    parallel_norm: jax.Array
+    orthogonal_norm: jax.Array
+    projection: jax.Array
+    cosine: jax.Array
+
+    @property
+    def gate(self) -> jax.Array:
+        """The released gate: the cosine, clipped to [0, 1]."""
+        return jnp.clip(self.cosine, 0, 1)
+
+    @property
+    def prediction_weight(self) -> jax.Array:
+        """The released weight of the prediction task: ``n_p / (n_p + n_a)``."""
+        return self.prediction_norm / (self.prediction_norm + self.alignment_norm)
+
+    @property
+    def alignment_weight(self) -> jax.Array:
+        """The released weight of the alignment task: ``n_a / (n_p + n_a)``."""
+        return self.alignment_norm / (self.prediction_norm + self.alignment_norm)
+
+
+@pytree_dataclass
+class Decomposition:
+    """What `decompose` returns.
+
+    Attributes:
+      parallel: the alignment gradient's part along the prediction gradient; a tree like the
+        parameters, each leaf with its gradient's dtype.
+      orthogonal: its part across the prediction gradient; likewise.
+      geometry: the scalars, see `Geometry`.
+    """
+
+    parallel: Any
+    orthogonal: Any
+    geometry: Geometry
+
+
+def widen(x: Any) -> jax.Array:
+    """``x`` in float32 or better, the precision in which inner products and updates are taken."""
+    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def measure(
+    leaves: Sequence[GradientPair], scopes: Scopes, axis_name: str | Sequence[str] | None = None
+) -> Geometry:
+    """The geometry of a list of pairs, in one pass over memory where that is accurate.
+
+    Three sums of products over both gradients give everything, unless some scope's gradients are
+    parallel to within six degrees, where the orthogonal norm would come from a difference of
+    nearly equal numbers, or a sum overflows. Only then a second branch runs: it divides the
+    gradients by their largest element and takes the orthogonal norm from the residual itself.
+
+    Args:
+      leaves: the pairs, in the order of ``scopes``.
+      scopes: which leaf belongs to which scope.
+      axis_name: inside `jax.shard_map`, the mesh axes over which the gradients are sharded.
+
+    Returns:
+      The scalars, one per scope.
+    """
+    predictions = [pair.prediction for pair in leaves]
+    alignments = [pair.alignment for pair in leaves]
+
+    def inner(xs: Sequence[Any], ys: Sequence[Any]) -> jax.Array:
+        return scopes.reduce(
+            [jnp.sum(widen(x) * widen(y)) for x, y in zip(xs, ys, strict=True)], jnp.add
+        )
+
+    def all_sum(*totals: jax.Array) -> jax.Array:
+        stacked = jnp.stack(totals)
+        return stacked if axis_name is None else jax.lax.psum(stacked, axis_name)
+
+    squared_p, squared_a, product = all_sum(
+        inner(predictions, predictions),
+        inner(alignments, alignments),
+        inner(alignments, predictions),
+    )
+    norm_p, norm_a = safe_sqrt(squared_p), safe_sqrt(squared_a)
+    along = _divide(product, norm_p)
+    squared_orthogonal = squared_a - along**2
+    accurate = (squared_p == 0) | (squared_orthogonal > _NEARLY_PARALLEL * squared_a)
+    accurate |= squared_a == 0
+    accurate &= jnp.isfinite(squared_p + squared_a)
+
+    def directly() -> tuple[jax.Array, ...]:
+        return norm_p, norm_a, _divide(along, norm_a), safe_sqrt(squared_orthogonal)
+
+    def carefully() -> tuple[jax.Array, ...]:
+        def scaled(xs: Sequence[Any]) -> tuple[jax.Array, list[jax.Array]]:
+            largest = scopes.reduce(
+                [jnp.max(jnp.abs(widen(x)), initial=0) for x in xs], jnp.maximum
+            )
+            if axis_name is not None:
+                largest = jax.lax.pmax(largest, axis_name)
+            largest = jnp.maximum(largest, jnp.finfo(largest.dtype).tiny)
+            return largest, [widen(x) / scopes.at(largest, i) for i, x in enumerate(xs)]
+
+        largest_p, ps = scaled(predictions)
+        largest_a, ys = scaled(alignments)
+        squared_p, squared_a, product = all_sum(inner(ps, ps), inner(ys, ys), inner(ys, ps))
+        ratio = _divide(product, squared_p)
+        residuals = [
+            y - scopes.at(ratio, i) * p for i, (y, p) in enumerate(zip(ys, ps, strict=True))
+        ]
+        (squared_residual,) = all_sum(inner(residuals, residuals))
+        norm_p, norm_a = safe_sqrt(squared_p), safe_sqrt(squared_a)
+        limit = jnp.finfo(norm_p.dtype).max / 8
+        return (
+            jnp.minimum(largest_p * norm_p, limit),
+            jnp.minimum(largest_a * norm_a, limit),
+            _divide(product, norm_p * norm_a),
+            jnp.minimum(largest_a * safe_sqrt(squared_residual), limit),
+        )
+
+    norm_p, norm_a, cosine, norm_orthogonal = jax.lax.cond(jnp.all(accurate), directly, carefully)
+    n_p, n_a = norm_p + EPS, norm_a + EPS
+    projection = cosine * (norm_a / n_p) * (norm_p / n_p)
+    return Geometry(
+        prediction_norm=n_p,
+        alignment_norm=n_a,
+        parallel_norm=jnp.abs(projection) * norm_p + EPS,
+        orthogonal_norm=norm_orthogonal + EPS,
+        projection=projection,
+        cosine=jnp.clip(cosine * (norm_a / n_a) * (norm_p / n_p), -1, 1),
+    )
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Square root of ``max(x, 0)`` whose derivative at 0 is 0."""
+    positive = x > 0
+    root = jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+    return jnp.where(jnp.isnan(x), x, root)
+
+
+def _divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x / y``, 0 where ``y`` is 0."""
+    zero = y == 0
+    return jnp.where(zero, 0, x / jnp.where(zero, 1, y))
+
+
+def split(pair: GradientPair, projection: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The parallel and the orthogonal part of one pair's alignment gradient, widened."""
+    parallel = projection * widen(pair.prediction)
+    return parallel, widen(pair.alignment) - parallel
+
+
+def decompose(
+    pairs: optax.Updates,
+    *,
+    scope: Scope | None = None,
+    axis_name: str | Sequence[str] | None = None,
+) -> Decomposition:
+    r"""Splits the alignment gradient along and across the prediction gradient.
+
+    .. math::
+      g_\parallel = \frac{\langle g_a, g_p\rangle}{n_p^2} g_p, \qquad
+      g_\perp = g_a - g_\parallel, \qquad n_p = |g_p| + 10^{-12},
+
+    where the inner product runs over all leaves of a scope together. Jit-compiled.
+
+    Args:
+      pairs: a tree of `GradientPair`, floating-point.
+      scope: a function of a leaf's path, such as ``"encoder/kernel"``, to the label of the scope
+        it is decomposed in, for example `leaf_scope`; None takes all leaves together.
+      axis_name: inside `jax.shard_map`, the mesh axes over which the gradients are sharded.
+
+    Returns:
+      A `Decomposition`. Its parts add up to the alignment gradient to rounding, and the
+      orthogonal part's inner product with the prediction gradient is 0 to rounding of
+      :math:`|g_a| |g_p|`. Inner products accumulate in float32 or better. Elements below about
+      1e-19 (in float32) do not count in a norm; norms beyond a quarter of the dtype's largest
+      number are cut there.
+
+    Raises:
+      TypeError: a leaf is not a pair of floating-point arrays.
+      ValueError: the two halves of a pair differ in shape or dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pairs = {"w": GradientPair(jnp.array([2.0, 0.0]), jnp.array([-1.0, 3.0]))}
+      >>> parts = decompose(pairs)
+      >>> parts.parallel["w"].tolist(), parts.orthogonal["w"].tolist()
+      ([-1.0, -0.0], [0.0, 3.0])
+      >>> round(float(parts.geometry.cosine), 4)
+      -0.3162
+    """
+    check_pairs(pairs)
+    return _decompose(pairs, scope, axis_name)
+
+
+@jax.jit(static_argnames=("scope", "axis_name"))
+def _decompose(
+    pairs: optax.Updates, scope: Scope | None, axis_name: str | Sequence[str] | None
+) -> Decomposition:
+    leaves: list[GradientPair]
+    structure: Any
+    leaves, structure = jax.tree.flatten(pairs, is_leaf=is_pair)
+    scopes = Scopes(pairs, scope, is_leaf=is_pair)
+    geometry = measure(leaves, scopes, axis_name)
+    parts = [
+        [
+            part.astype(pair.alignment.dtype)
+            for part in split(pair, scopes.at(geometry.projection, i))
+        ]
+        for i, pair in enumerate(leaves)
+    ]
+    return Decomposition(
+        parallel=structure.unflatten([parallel for parallel, _ in parts]),
+        orthogonal=structure.unflatten([orthogonal for _, orthogonal in parts]),
+        geometry=geometry,
+    )

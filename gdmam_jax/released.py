@@ -1,0 +1,317 @@
+"""The released form: one AdamW with AMSGrad whose first decay is steered, and its clipping."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gdmam_jax._checks import check_range
+from gdmam_jax._dataclass import pytree_dataclass
+from gdmam_jax.allocation import (
+    Allocation,
+    allocate,
+    cosine_gate,
+    init_allocation,
+    norm_weighting,
+    ratcheted_momentum,
+)
+from gdmam_jax.geometry import Scopes, widen
+from gdmam_jax.pairs import KeyPath, as_pairs, check_floating, check_pairs, is_pair
+from gdmam_jax.transform import check_momentum_hyperparameters
+
+
+@pytree_dataclass
+class RecentNormState:
+    """State of `clip_by_recent_norm`.
+
+    Attributes:
+      norms: the last accepted norms, oldest first; float32 or better, shape ``(window,)``; at
+        first 0 but for an infinite last one, so that the first update passes unclipped.
+    """
+
+    norms: jax.Array
+
+
+@pytree_dataclass
+class ReleasedState:
+    """State of the released form.
+
+    Attributes:
+      count: steps taken; int32, shape ``()``.
+      allocation: the norms' statistics and what the last step decided; see `Allocation`.
+      decay: the first moment's decay at the last step, ``b1``; float32 or better, shape ``()``.
+      first_moment: a tree like the parameters, of their dtypes.
+      second_moment: a tree like the parameters, float32 or better.
+      second_moment_maximum: its largest value so far; likewise.
+      clipping: see `RecentNormState`.
+    """
+
+    count: jax.Array
+    allocation: Allocation
+    decay: jax.Array
+    first_moment: Any
+    second_moment: Any
+    second_moment_maximum: Any
+    clipping: RecentNormState
+
+
+def clip_by_recent_norm(
+    factor: Any = 5.0, window: int = 5
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips the norm of an update at a multiple of the largest of the last accepted ones.
+
+    With :math:`M` the largest norm in the queue and :math:`n` the update's norm, the update is
+    scaled by :math:`\min(1, factor \cdot M / (n + 10^{-6}))`, and :math:`\min(n, 2 M, 1)` joins the
+    queue. The queue starts with an infinite norm, so nothing is clipped until ``window`` updates
+    have passed.
+
+    Args:
+      factor: how many times the largest recent norm an update may have, above 0.
+      window: how many norms the queue holds, at least 1.
+
+    Returns:
+      A transformation of ordinary updates; put it behind the link that takes pairs.
+
+    Raises:
+      ValueError: ``factor`` or ``window`` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> clip = clip_by_recent_norm(factor=2.0, window=1)
+      >>> state = clip.init(jnp.zeros(1))
+      >>> update, state = clip.update(jnp.array([0.5]), state)
+      >>> update, state = clip.update(jnp.array([4.0]), state)
+      >>> round(float(update[0]), 4)
+      1.0
+
+    References:
+      The clipping of the released GDMAM and RDA code.
+    """
+    check_range("factor", factor, above_minimum=True)
+    check_range("window", window, 1)
+
+    def init(params: optax.Params) -> RecentNormState:
+        dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
+        return RecentNormState(norms=jnp.zeros(window, dtype).at[-1].set(jnp.inf))
+
+    def update(
+        updates: optax.Updates,
+        state: RecentNormState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RecentNormState]:
+        del params, extra_args
+        norms = state.norms
+        squares = [jnp.sum(widen(leaf) ** 2) for leaf in jax.tree.leaves(updates)]
+        norm = jnp.sqrt(Scopes(None, None).reduce(squares, jnp.add)).astype(norms.dtype)
+        largest = jnp.max(norms)
+        scale = jnp.minimum(1, factor * largest / (norm + 1e-6))
+        accepted = jnp.minimum(jnp.minimum(norm, 2 * largest), 1)
+        scaled = jax.tree.map(lambda leaf: (scale * widen(leaf)).astype(leaf.dtype), updates)
+        return scaled, RecentNormState(norms=jnp.append(norms[1:], accepted))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def gdmam_released(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    *,
+    initial_momentum: Any = 0.95,
+    minimum_momentum: Any = 0.7,
+    maximum_momentum: Any = 0.999,
+    prediction_sensitivity: Any = 0.05,
+    parallel_sensitivity: Any = 0.1,
+    orthogonal_sensitivity: Any = 0.1,
+    statistics_decay: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    clip_factor: Any = 5.0,
+    clip_window: int = 5,
+    weight_decay: Any = 1e-4,
+    bias_weight_decay: Any = 0.01,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GDMAM as its released PyTorch code computes it, for reproducing its results.
+
+    One AdamW with AMSGrad, on the weighted sum of the two gradients, with a first decay that is
+    steered by the geometry:
+
+    .. math::
+      b_1 &= clip(w_p \beta_p + gate\, \beta_\parallel + (1 - gate)\, \beta_\perp, 0.7, 0.999), \\
+      g &= clipped(w_p g_p + w_a g_a), \qquad m \leftarrow b_1 m + (1 - b_1) g, \\
+      v &\leftarrow b_2 v + (1 - b_2) g^2, \qquad v_{max} \leftarrow \max(v_{max}, v), \\
+      u &= \frac{m}{1 - b_1^t} \Big/ \Big(\sqrt{v_{max} / (1 - b_2^t)} + eps\Big).
+
+    Biases, parameters whose last name on their path contains "bias", decay by 0.01: the released
+    code means to leave them undecayed, but names no value for them and gets PyTorch's default.
+
+    Args:
+      learning_rate: a number, or a schedule of the step.
+      initial_momentum: :math:`\beta_k` before the first step, in [0, 1).
+      minimum_momentum: lower bound of :math:`\beta_k` and :math:`b_1`, in [0, 1).
+      maximum_momentum: upper bound of :math:`\beta_k` and :math:`b_1`, in [0, 1).
+      prediction_sensitivity: how strongly noise lowers the prediction momentum, at least 0.
+      parallel_sensitivity: the same for the parallel part.
+      orthogonal_sensitivity: the same for the orthogonal part.
+      statistics_decay: decay of the norms' running statistics, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment, above 0.
+      clip_factor: see `clip_by_recent_norm`.
+      clip_window: see `clip_by_recent_norm`.
+      weight_decay: decay of all parameters but biases, at least 0.
+      bias_weight_decay: decay of biases, at least 0.
+
+    Returns:
+      A transformation whose ``update`` takes a tree of `GradientPair` and the parameters.
+
+    Raises:
+      ValueError: a number is out of range. While tracing: pairs whose halves differ, or a
+        structure or shape other than the parameters'.
+      TypeError: while tracing, an update that is not a `GradientPair`, or a parameter that is not
+        floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import gdmam_jax as gdmam
+      >>> optimizer = gdmam.gdmam_released()
+      >>> params = {"kernel": jnp.ones(2), "bias": jnp.ones(1)}
+      >>> pairs = gdmam.pair_gradients(params, params)
+      >>> updates, state = optimizer.update(pairs, optimizer.init(params), params)
+      >>> [round(float(update), 7) for update in (updates["kernel"][0], updates["bias"][0])]
+      [-0.0010001, -0.00101]
+
+    References:
+      The behaviour of the released GDMAM code, observed by running it.
+    """
+    check_range("weight_decay", weight_decay)
+    check_range("bias_weight_decay", bias_weight_decay)
+    return optax.chain(
+        _scale_by_released(
+            initial_momentum=initial_momentum,
+            minimum_momentum=minimum_momentum,
+            maximum_momentum=maximum_momentum,
+            sensitivity=(prediction_sensitivity, parallel_sensitivity, orthogonal_sensitivity),
+            statistics_decay=statistics_decay,
+            b2=b2,
+            eps=eps,
+            clipping=clip_by_recent_norm(clip_factor, clip_window),
+        ),
+        optax.add_decayed_weights(weight_decay, mask=lambda tree: _bias_mask(tree, False)),
+        optax.add_decayed_weights(bias_weight_decay, mask=lambda tree: _bias_mask(tree, True)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _is_bias(path: KeyPath) -> bool:
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    # Flax NNX variables hold their array under a last key of their own.
+    if len(names) > 1 and names[-1] == "value":
+        names.pop()
+    return bool(names) and "bias" in names[-1]
+
+
+def _bias_mask(tree: Any, biases: bool) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: _is_bias(path) == biases, tree)
+
+
+def _scale_by_released(
+    *,
+    initial_momentum: Any,
+    minimum_momentum: Any,
+    maximum_momentum: Any,
+    sensitivity: tuple[Any, Any, Any],
+    statistics_decay: Any,
+    b2: Any,
+    eps: Any,
+    clipping: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The released form's direction, before weight decay and learning rate."""
+    check_momentum_hyperparameters(
+        initial_momentum, minimum_momentum, maximum_momentum, sensitivity, statistics_decay
+    )
+    check_range("b2", b2, 0, 1, below_maximum=True)
+    check_range("eps", eps, above_minimum=True)
+
+    def init(params: optax.Params) -> ReleasedState:
+        check_floating(params, "parameter")
+        allocation = init_allocation(params, None, initial_momentum)
+        squares = jax.tree.map(lambda leaf: jnp.zeros_like(widen(leaf)), params)
+        return ReleasedState(
+            count=jnp.zeros((), jnp.int32),
+            allocation=allocation,
+            decay=jnp.zeros((), allocation.weights.dtype),
+            first_moment=optax.tree.zeros_like(params),
+            second_moment=squares,
+            second_moment_maximum=optax.tree.zeros_like(squares),
+            clipping=clipping.init(params),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: ReleasedState,
+        params: optax.Params | None = None,
+        *,
+        alignment: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ReleasedState]:
+        del extra_args
+        pairs = as_pairs(updates, alignment)
+        check_pairs(pairs, like=state.first_moment)
+        allocation = allocate(
+            jax.tree.leaves(pairs, is_leaf=is_pair),
+            state.allocation,
+            weighting=norm_weighting,
+            gate=cosine_gate,
+            momentum=ratcheted_momentum,
+            initial_momentum=initial_momentum,
+            minimum_momentum=minimum_momentum,
+            maximum_momentum=maximum_momentum,
+            sensitivity=sensitivity,
+            statistics_decay=statistics_decay,
+            axis_name=None,
+        )
+        weights = allocation.weights
+        b1 = jnp.clip(
+            jnp.sum(allocation.statistics.momentum * jnp.append(weights[0], allocation.gate)),
+            minimum_momentum,
+            maximum_momentum,
+        ).astype(weights.dtype)
+        gradients = jax.tree.map(
+            lambda pair: weights[0] * widen(pair.prediction) + weights[1] * widen(pair.alignment),
+            pairs,
+            is_leaf=is_pair,
+        )
+        gradients, clipped = clipping.update(gradients, state.clipping)
+        count = optax.safe_increment(state.count)
+        first = jax.tree.map(
+            lambda m, g: (b1 * widen(m) + (1 - b1) * g).astype(m.dtype),
+            state.first_moment,
+            gradients,
+        )
+        second = jax.tree.map(
+            lambda v, g: (b2 * v + (1 - b2) * g**2).astype(v.dtype), state.second_moment, gradients
+        )
+        largest = jax.tree.map(jnp.maximum, state.second_moment_maximum, second)
+        steps = count.astype(weights.dtype)
+        first_correction = 1 - b1**steps
+        second_correction = jnp.sqrt(1 - jnp.asarray(b2, weights.dtype) ** steps)
+        like = state.first_moment if params is None else params
+        directions = jax.tree.map(
+            lambda m, v, leaf: (
+                widen(m) / first_correction / (jnp.sqrt(v) / second_correction + eps)
+            ).astype(leaf.dtype),
+            first,
+            largest,
+            like,
+        )
+        return directions, ReleasedState(
+            count=count,
+            allocation=allocation,
+            decay=b1,
+            first_moment=first,
+            second_moment=second,
+            second_moment_maximum=largest,
+            clipping=clipped,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,288 @@
+"""The allocated form: three momenta, weighed, as an Optax transformation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gdmam_jax._checks import check_ordered, check_range
+from gdmam_jax._dataclass import pytree_dataclass
+from gdmam_jax.allocation import (
+    Allocation,
+    Gate,
+    MomentumRule,
+    Weighting,
+    allocate,
+    cosine_gate,
+    init_allocation,
+    norm_weighting,
+    ratcheted_momentum,
+)
+from gdmam_jax.geometry import Scope, split, widen
+from gdmam_jax.pairs import as_pairs, check_floating, check_pairs, is_pair
+
+
+@pytree_dataclass
+class GDMAMState:
+    r"""State of `scale_by_gdmam`.
+
+    Attributes:
+      count: steps taken; int32, shape ``()``.
+      allocation: the norms' statistics and what the last step decided; see `Allocation`.
+      momentum_product: :math:`\prod_t \beta_{k,t}` of the three components, for the exact bias
+        correction; float32 or better, shape ``(3,)`` or ``(scopes, 3)``.
+      prediction: momentum of the prediction gradient; a tree like the parameters, of their dtypes
+        or ``momentum_dtype``.
+      parallel: momentum of the alignment gradient's parallel part; likewise.
+      orthogonal: momentum of its orthogonal part; likewise.
+      second_moment: running mean of the squared step; a tree like the parameters, float32 or
+        better; None without ``b2``.
+      second_moment_maximum: its largest value so far, with ``amsgrad``; else None.
+      second_moment_product: :math:`\prod_t b_{2,t}`; shape ``()``; None without ``b2``.
+    """
+
+    count: jax.Array
+    allocation: Allocation
+    momentum_product: jax.Array
+    prediction: Any
+    parallel: Any
+    orthogonal: Any
+    second_moment: Any
+    second_moment_maximum: Any
+    second_moment_product: Any
+
+
+def check_momentum_hyperparameters(
+    initial_momentum: Any,
+    minimum_momentum: Any,
+    maximum_momentum: Any,
+    sensitivity: Sequence[Any],
+    statistics_decay: Any,
+) -> None:
+    """Range checks of the numbers that both forms have."""
+    check_range("minimum_momentum", minimum_momentum, 0, 1, below_maximum=True)
+    check_range("maximum_momentum", maximum_momentum, 0, 1, below_maximum=True)
+    check_ordered("minimum_momentum", minimum_momentum, "maximum_momentum", maximum_momentum)
+    check_range("initial_momentum", initial_momentum, 0, 1, below_maximum=True)
+    check_range("statistics_decay", statistics_decay, 0, 1, below_maximum=True)
+    for name, value in zip(("prediction", "parallel", "orthogonal"), sensitivity, strict=True):
+        check_range(f"{name}_sensitivity", value)
+
+
+def scale_by_gdmam(
+    *,
+    weighting: Weighting | None = None,
+    gate: Gate | None = None,
+    momentum: MomentumRule | None = None,
+    scope: Scope | None = None,
+    initial_momentum: Any = 0.95,
+    minimum_momentum: Any = 0.7,
+    maximum_momentum: Any = 0.999,
+    prediction_sensitivity: Any = None,
+    parallel_sensitivity: Any = None,
+    orthogonal_sensitivity: Any = None,
+    statistics_decay: Any = 0.9,
+    b2: Any = None,
+    eps: Any = 1e-8,
+    amsgrad: bool = False,
+    momentum_dtype: Any = None,
+    axis_name: str | Sequence[str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Turns pairs of gradients into one update, by GDMAM's allocated form.
+
+    The alignment gradient is split along and across the prediction gradient (see `decompose`).
+    Prediction, parallel and orthogonal part each have a momentum of their own, with a decay that
+    depends on how noisy the part's norm is, and are weighed together:
+
+    .. math::
+      m_k &\leftarrow \beta_k m_k + (1 - \beta_k) g_k, \qquad
+        \hat m_k = m_k / (1 - \textstyle\prod_t \beta_{k,t}), \\
+      u &= w_p \hat m_p + w_a (v_\parallel \hat m_\parallel + v_\perp \hat m_\perp).
+
+    Without ``b2``, :math:`u` is the update. With it, :math:`u` is divided by
+    :math:`\sqrt{v / (1 - \prod_t b_{2,t})} + eps`, where :math:`v` follows the square of the same
+    weighing of the raw components.
+
+    Every number is a scalar that `optax.inject_hyperparams` can inject or schedule.
+
+    Args:
+      weighting: the tasks' weights from the two norms: a function
+        ``(prediction_norm, alignment_norm) -> (prediction_weight, alignment_weight)``, for example
+        `balanced_weighting`. None: `norm_weighting`.
+      gate: the factors of the two parts of the alignment gradient: a function
+        ``cosine -> (parallel, orthogonal)``, for example `conflict_gate`. None: `cosine_gate`.
+      momentum: the momentum coefficients: a function
+        ``(statistics, initial, sensitivity) -> momentum``, for example `relative_momentum`. None:
+        `ratcheted_momentum`.
+      scope: what is decomposed together: a function of a leaf's path, such as
+        ``"encoder/kernel"``, to a label, for example `leaf_scope`. None: all leaves together.
+      initial_momentum: :math:`\beta_k` before the first step, in [0, 1).
+      minimum_momentum: lower bound of :math:`\beta_k`, in [0, 1).
+      maximum_momentum: upper bound of :math:`\beta_k`, in [0, 1).
+      prediction_sensitivity: how strongly noise lowers the prediction momentum, at least 0. None:
+        the momentum rule's own.
+      parallel_sensitivity: the same for the parallel part.
+      orthogonal_sensitivity: the same for the orthogonal part.
+      statistics_decay: decay of the norms' running statistics, in [0, 1).
+      b2: decay of the second moment, in [0, 1); None for no second moment.
+      eps: added to the root of the second moment, above 0.
+      amsgrad: divide by the largest second moment so far instead of the current one.
+      momentum_dtype: dtype of the three momenta; None: that of the parameters. Second moment and
+        statistics are float32 or better in any case.
+      axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded: the inner
+        products are summed over them.
+
+    Returns:
+      A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
+      with ``alignment=`` the alignment gradients, and returns updates of the parameters' dtypes.
+
+    Raises:
+      ValueError: a number is out of range, or ``amsgrad`` is asked for without ``b2``. While
+        tracing: pairs whose halves differ, or a structure or shape other than the parameters'.
+      TypeError: while tracing, an update that is not a `GradientPair`, or a parameter or gradient
+        that is not floating-point.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import gdmam_jax as gdmam
+      >>> def losses(w):
+      ...     return jnp.sum((w - 1) ** 2), 0.1 * jnp.sum(w**2)
+      >>> optimizer = optax.chain(gdmam.scale_by_gdmam(), optax.scale_by_learning_rate(0.1))
+      >>> w = jnp.zeros(2)
+      >>> state = optimizer.init(w)
+      >>> _, pairs = gdmam.value_and_paired_grad(losses)(w)
+      >>> updates, state = optimizer.update(pairs, state, w)
+      >>> optax.apply_updates(w, updates)
+      Array([0.2, 0.2], dtype=float32)
+
+    References:
+      The method's public description, made precise; see the project's documentation for what of it
+      is released code and what is this library's reading.
+    """
+    sensitivity = (prediction_sensitivity, parallel_sensitivity, orthogonal_sensitivity)
+    check_momentum_hyperparameters(
+        initial_momentum, minimum_momentum, maximum_momentum, sensitivity, statistics_decay
+    )
+    check_range("b2", 0 if b2 is None else b2, 0, 1, below_maximum=True)
+    check_range("eps", eps, above_minimum=True)
+    if amsgrad and b2 is None:
+        raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
+    if momentum_dtype is not None and not jnp.issubdtype(momentum_dtype, jnp.floating):
+        raise ValueError(f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}")
+
+    def init(params: optax.Params) -> GDMAMState:
+        check_floating(params, "parameter")
+        allocation = init_allocation(params, scope, initial_momentum)
+        dtype = allocation.weights.dtype
+
+        def second_moment() -> optax.Params:
+            return jax.tree.map(lambda leaf: jnp.zeros_like(widen(leaf)), params)
+
+        return GDMAMState(
+            count=jnp.zeros((), jnp.int32),
+            allocation=allocation,
+            momentum_product=jnp.ones_like(allocation.statistics.momentum),
+            prediction=optax.tree.zeros_like(params, dtype=momentum_dtype),
+            parallel=optax.tree.zeros_like(params, dtype=momentum_dtype),
+            orthogonal=optax.tree.zeros_like(params, dtype=momentum_dtype),
+            second_moment=None if b2 is None else second_moment(),
+            second_moment_maximum=second_moment() if amsgrad else None,
+            second_moment_product=None if b2 is None else jnp.ones((), dtype),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: GDMAMState,
+        params: optax.Params | None = None,
+        *,
+        alignment: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GDMAMState]:
+        del extra_args
+        pairs = as_pairs(updates, alignment)
+        check_pairs(pairs, like=state.prediction)
+        leaves = jax.tree.leaves(pairs, is_leaf=is_pair)
+        structure: Any = jax.tree.structure(state.prediction)
+        allocation = allocate(
+            leaves,
+            state.allocation,
+            weighting=weighting or norm_weighting,
+            gate=gate or cosine_gate,
+            momentum=momentum or ratcheted_momentum,
+            initial_momentum=initial_momentum,
+            minimum_momentum=minimum_momentum,
+            maximum_momentum=maximum_momentum,
+            sensitivity=sensitivity,
+            statistics_decay=statistics_decay,
+            axis_name=axis_name,
+        )
+        scopes = allocation.scopes
+        decays = allocation.statistics.momentum
+        momentum_product = state.momentum_product * decays
+        # The factors of (prediction, parallel, orthogonal) in the raw step and in the direction.
+        raw_factors = jnp.concatenate(
+            [allocation.weights[..., :1], allocation.weights[..., 1:] * allocation.gate], axis=-1
+        )
+        factors = raw_factors / (1 - momentum_product)
+        if b2 is not None:
+            second_moment_product = state.second_moment_product * jnp.asarray(b2, decays.dtype)
+            correction = jnp.sqrt(1 - second_moment_product)
+
+        def step(number: int, pair: Any, dtype: Any, *buffers: Any) -> tuple[Any, ...]:
+            *momenta, second, largest = buffers
+            beta, raw, factor = (scopes.at(x, number) for x in (decays, raw_factors, factors))
+            projection = scopes.at(allocation.geometry.projection, number)
+            components = (widen(pair.prediction), *split(pair, projection))
+            momenta = [
+                beta[k] * widen(old) + (1 - beta[k]) * new
+                for k, (old, new) in enumerate(zip(momenta, components, strict=True))
+            ]
+            direction = sum(factor[k] * new for k, new in enumerate(momenta))
+            if b2 is not None:
+                squared = sum(raw[k] * new for k, new in enumerate(components)) ** 2
+                second = (b2 * second + (1 - b2) * squared).astype(second.dtype)
+                largest = jnp.maximum(largest, second) if amsgrad else None
+                divisor: Any = largest if amsgrad else second
+                root = jnp.sqrt(divisor) / correction
+                direction = direction / (root + eps)
+            stored = [new.astype(old.dtype) for new, old in zip(momenta, buffers[:3], strict=True)]
+            return direction.astype(dtype), *stored, second, largest
+
+        trees = (
+            state.prediction,
+            state.parallel,
+            state.orthogonal,
+            state.second_moment,
+            state.second_moment_maximum,
+        )
+        columns = [
+            [None] * len(leaves) if tree is None else structure.flatten_up_to(tree)
+            for tree in trees
+        ]
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)] or [
+            pair.prediction.dtype for pair in leaves
+        ]
+        results = [
+            step(number, pair, dtype, *buffers)
+            for number, (pair, dtype, *buffers) in enumerate(
+                zip(leaves, dtypes, *columns, strict=True)
+            )
+        ]
+        new_trees = [structure.unflatten(column) for column in zip(*results, strict=True)] or [
+            structure.unflatten([])
+        ] * 6
+        return new_trees[0], GDMAMState(
+            count=optax.safe_increment(state.count),
+            allocation=allocation,
+            momentum_product=momentum_product,
+            prediction=new_trees[1],
+            parallel=new_trees[2],
+            orthogonal=new_trees[3],
+            second_moment=None if b2 is None else new_trees[4],
+            second_moment_maximum=new_trees[5] if amsgrad else None,
+            second_moment_product=None if b2 is None else second_moment_product,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
