@@ -31,8 +31,9 @@ class GDMAMState:
     Attributes:
       count: steps taken; int32, shape ``()``.
       allocation: the norms' statistics and what the last step decided; see `Allocation`.
-      momentum_product: :math:`\prod_t \beta_{k,t}` of the three components, for the exact bias
-        correction; float32 or better, shape ``(3,)`` or ``(scopes, 3)``.
+      momentum_correction: :math:`1 - \prod_t \beta_{k,t}` of the three components, for the exact
+        bias correction; kept as the running mean of 1, since the difference would cancel; float32
+        or better, shape ``(3,)`` or ``(scopes, 3)``.
       prediction: momentum of the prediction gradient; a tree like the parameters, of their dtypes
         or ``momentum_dtype``.
       parallel: momentum of the alignment gradient's parallel part; likewise.
@@ -40,18 +41,18 @@ class GDMAMState:
       second_moment: running mean of the squared step; a tree like the parameters, float32 or
         better; None without ``b2``.
       second_moment_maximum: its largest value so far, with ``amsgrad``; else None.
-      second_moment_product: :math:`\prod_t b_{2,t}`; shape ``()``; None without ``b2``.
+      second_moment_correction: :math:`1 - \prod_t b_{2,t}`; shape ``()``; None without ``b2``.
     """
 
     count: jax.Array
     allocation: Allocation
-    momentum_product: jax.Array
+    momentum_correction: jax.Array
     prediction: Any
     parallel: Any
     orthogonal: Any
     second_moment: Any
     second_moment_maximum: Any
-    second_moment_product: Any
+    second_moment_correction: Any
 
 
 def check_momentum_hyperparameters(
@@ -183,13 +184,13 @@ def scale_by_gdmam(
         return GDMAMState(
             count=jnp.zeros((), jnp.int32),
             allocation=allocation,
-            momentum_product=jnp.ones_like(allocation.statistics.momentum),
+            momentum_correction=jnp.zeros_like(allocation.statistics.momentum),
             prediction=optax.tree.zeros_like(params, dtype=momentum_dtype),
             parallel=optax.tree.zeros_like(params, dtype=momentum_dtype),
             orthogonal=optax.tree.zeros_like(params, dtype=momentum_dtype),
             second_moment=None if b2 is None else second_moment(),
             second_moment_maximum=second_moment() if amsgrad else None,
-            second_moment_product=None if b2 is None else jnp.ones((), dtype),
+            second_moment_correction=None if b2 is None else jnp.zeros((), dtype),
         )
 
     def update(
@@ -220,15 +221,17 @@ def scale_by_gdmam(
         )
         scopes = allocation.scopes
         decays = allocation.statistics.momentum
-        momentum_product = state.momentum_product * decays
+        momentum_correction = decays * state.momentum_correction + (1 - decays)
         # The factors of (prediction, parallel, orthogonal) in the raw step and in the direction.
         raw_factors = jnp.concatenate(
             [allocation.weights[..., :1], allocation.weights[..., 1:] * allocation.gate], axis=-1
         )
-        factors = raw_factors / (1 - momentum_product)
+        factors = raw_factors / momentum_correction
         if b2 is not None:
-            second_moment_product = state.second_moment_product * jnp.asarray(b2, decays.dtype)
-            correction = jnp.sqrt(1 - second_moment_product)
+            second_moment_correction = (b2 * state.second_moment_correction + (1 - b2)).astype(
+                decays.dtype
+            )
+            correction = jnp.sqrt(second_moment_correction)
 
         def step(number: int, pair: Any, dtype: Any, *buffers: Any) -> tuple[Any, ...]:
             *momenta, second, largest = buffers
@@ -276,13 +279,13 @@ def scale_by_gdmam(
         return new_trees[0], GDMAMState(
             count=optax.safe_increment(state.count),
             allocation=allocation,
-            momentum_product=momentum_product,
+            momentum_correction=momentum_correction,
             prediction=new_trees[1],
             parallel=new_trees[2],
             orthogonal=new_trees[3],
             second_moment=None if b2 is None else new_trees[4],
             second_moment_maximum=new_trees[5] if amsgrad else None,
-            second_moment_product=None if b2 is None else second_moment_product,
+            second_moment_correction=None if b2 is None else second_moment_correction,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
