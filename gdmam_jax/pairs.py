@@ -218,16 +218,10 @@ def value_and_paired_grad(
       >>> float(pair.prediction), float(pair.alignment)
       (36.0, 3.0)
     """
-    single = isinstance(argnums, int)
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        positions = argument_positions(argnums, len(args))
         for position in positions:
-            if not -len(args) <= position < len(args):
-                raise TypeError(
-                    f"argnums={argnums} needs an argument at position {position}, "
-                    f"but {len(args)} positional arguments were given"
-                )
             check_floating(args[position], f"argument {position} of the loss function,")
 
         def losses_of(*differentiated: Any) -> tuple[Any, Any]:
@@ -235,7 +229,7 @@ def value_and_paired_grad(
             for position, value in zip(positions, differentiated, strict=True):
                 full[position] = value
             result = loss_fn(*full, **kwargs)
-            losses, aux = _split_aux(result) if has_aux else (result, None)
+            losses, aux = split_aux(result) if has_aux else (result, None)
             return _check_losses(losses), aux
 
         chosen = tuple(args[position] for position in positions)
@@ -248,12 +242,25 @@ def value_and_paired_grad(
             return pullback(jax.lax.full_like(losses[index], 1))
 
         pairs = jax.tree.map(GradientPair, pull_back(0), pull_back(1))
-        return (losses, aux) if has_aux else losses, pairs[0] if single else pairs
+        return (losses, aux) if has_aux else losses, pairs[0] if isinstance(argnums, int) else pairs
 
     return paired
 
 
-def _split_aux(result: Any) -> tuple[Any, Any]:
+def argument_positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """Which of ``count`` positional arguments ``argnums`` means, counted from 0."""
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    for position in positions:
+        if not -count <= position < count:
+            raise TypeError(
+                f"argnums={argnums} needs an argument at position {position}, "
+                f"but {count} positional arguments were given"
+            )
+    return tuple(position % count for position in positions)
+
+
+def split_aux(result: Any) -> tuple[Any, Any]:
+    """The losses and the auxiliary data that a loss function returned."""
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
             "with has_aux=True the loss function must return "

@@ -1,0 +1,105 @@
+"""Paired gradients of `flax.nnx` modules. The only core module that imports Flax."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.nnx import filterlib
+
+from gdmam_jax import pairs as _pairs
+
+_CONTEXT = "gdmam_jax"
+
+
+def value_and_paired_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    wrt: filterlib.Filter = nnx.Param,
+) -> Callable[..., tuple[Any, Any]]:
+    """Values and paired gradients of two losses of NNX modules, from one forward pass.
+
+    As `gdmam_jax.value_and_paired_grad`, with the reference semantics of `flax.nnx.value_and_grad`:
+    whatever the loss function changes in a module, an `flax.nnx.Rngs` or a metric that it is given,
+    in whichever argument, is changed afterwards as by one ordinary forward pass. Random streams and
+    batch statistics advance once, though there are two gradients.
+
+    Args:
+      loss_fn: a function of modules and other arguments that returns
+        ``(prediction_loss, alignment_loss)``, two floating-point scalars, or
+        ``((prediction_loss, alignment_loss), aux)`` with ``has_aux=True``.
+      argnums: which positional argument, or arguments, to differentiate with respect to: modules,
+        or other objects that hold NNX variables.
+      has_aux: whether ``loss_fn`` returns auxiliary data beside the losses.
+      wrt: which of their variables to differentiate with respect to, a filter as in
+        `flax.nnx.Optimizer`, whose ``wrt`` should be the same; for example `flax.nnx.LoRAParam`.
+
+    Returns:
+      A function with the arguments of ``loss_fn`` that returns ``(losses, pairs)``, or
+      ``((losses, aux), pairs)`` with ``has_aux=True``. ``pairs`` is an `flax.nnx.State` of the
+      chosen variables, each with a `gdmam_jax.GradientPair` for its value, as
+      ``flax.nnx.Optimizer.update(model, pairs)`` takes it; for several ``argnums`` a tuple of them.
+
+    Raises:
+      TypeError: ``loss_fn`` does not return two floating-point scalars, an argument to
+        differentiate holds no variable that ``wrt`` chooses, or a chosen variable is not a
+        floating-point array. Raised while tracing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import gdmam_jax as gdmam
+      >>> import gdmam_jax.nnx
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, gdmam.gdmam(0.1), wrt=nnx.Param)
+      >>> def losses(model, x):
+      ...     return jnp.mean((model(x) - 1) ** 2), jnp.mean(model.kernel[...] ** 2)
+      >>> (prediction, alignment), pairs = gdmam.nnx.value_and_paired_grad(losses)(
+      ...     model, jnp.ones((3, 2)))
+      >>> pairs["kernel"].prediction.shape
+      (2, 1)
+      >>> _ = optimizer.update(model, pairs)
+    """
+    predicate = filterlib.to_predicate(wrt)
+
+    @nnx.update_context(_CONTEXT)
+    def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        positions = _pairs.argument_positions(argnums, len(args))
+
+        def chosen_in(position: int) -> filterlib.Filter:
+            return lambda path, value: path[:2] == (0, position) and predicate(path[2:], value)
+
+        with nnx.split_context(_CONTEXT) as outside:
+            graphdef, *states = outside.split(
+                (args, kwargs), *(chosen_in(position) for position in positions), ...
+            )
+        rest = states.pop()
+        for position, state in zip(positions, states, strict=True):
+            if not jax.tree.leaves(state):
+                raise TypeError(f"argument {position} holds no variable that wrt={wrt} chooses")
+        chosen = [state[0][position] for state, position in zip(states, positions, strict=True)]
+        for position, state in zip(positions, chosen, strict=True):
+            _pairs.check_floating(state, f"argument {position} of the loss function,")
+
+        def pure(*differentiated: Any) -> Any:
+            chosen_states: list[nnx.State] = [
+                nnx.State({0: {position: state}})
+                for position, state in zip(positions, differentiated, strict=True)
+            ]
+            with nnx.merge_context(_CONTEXT, inner=True) as inside:
+                merged_args, merged_kwargs = inside.merge(graphdef, *chosen_states, rest)
+            result = loss_fn(*merged_args, **merged_kwargs)
+            losses, aux = _pairs.split_aux(result) if has_aux else (result, None)
+            with nnx.split_context(_CONTEXT) as inside:
+                changed = inside.split((merged_args, merged_kwargs))
+            return losses, (changed, aux)
+
+        (losses, (changed, aux)), pairs = _pairs.value_and_paired_grad(
+            pure, argnums=range(len(chosen)), has_aux=True
+        )(*chosen)
+        with nnx.merge_context(_CONTEXT, inner=False) as outside:
+            outside.merge(*changed)
+        return (losses, aux) if has_aux else losses, pairs[0] if isinstance(argnums, int) else pairs
+
+    return paired
