@@ -23,7 +23,7 @@ class NormStatistics:
     float32, or float64 where a parameter is.
 
     Attributes:
-      momentum: :math:`\beta_k` of the previous step; shape ``(3,)`` or ``(scopes, 3)``.
+      momentum: $\beta_k$ of the previous step; shape ``(3,)`` or ``(scopes, 3)``.
       mean: running mean of the norm, starting at 0; the same shape.
       square: running mean of the squared norm, starting at 0; the same shape.
       correction: one minus the product of the statistics' decays, by which ``mean`` and ``square``
@@ -37,7 +37,7 @@ class NormStatistics:
 
     @property
     def deviation(self) -> jax.Array:
-        r"""The spread of the norm, :math:`\sigma = \sqrt{\max(0, square - mean^2)}`."""
+        r"""The spread of the norm, $\sigma = \sqrt{\max(0, square - mean^2)}$."""
         return safe_sqrt(self.square - self.mean**2)
 
 
@@ -49,11 +49,11 @@ MomentumRule = Callable[[NormStatistics, Any, tuple[Any, Any, Any]], jax.Array]
 def norm_weighting(
     prediction_norm: jax.Array, alignment_norm: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Each task weighs as much as its gradient: :math:`w_k = n_k / (n_p + n_a)`. The reference.
+    r"""Each task weighs as much as its gradient: $w_k = n_k / (n_p + n_a)$. The reference.
 
     Args:
-      prediction_norm: :math:`n_p`, shape ``()`` or ``(scopes,)``.
-      alignment_norm: :math:`n_a`, the same shape.
+      prediction_norm: $n_p$, shape ``()`` or ``(scopes,)``.
+      alignment_norm: $n_a$, the same shape.
 
     Returns:
       ``(prediction_weight, alignment_weight)``, the same shape, adding up to 1.
@@ -73,11 +73,11 @@ def norm_weighting(
 def balanced_weighting(
     prediction_norm: jax.Array, alignment_norm: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Both weighted gradients get one norm: :math:`w_p = n_a / (n_p + n_a)`, :math:`w_a` the rest.
+    r"""Both weighted gradients get one norm: $w_p = n_a / (n_p + n_a)$, $w_a$ the rest.
 
     Args:
-      prediction_norm: :math:`n_p`, shape ``()`` or ``(scopes,)``.
-      alignment_norm: :math:`n_a`, the same shape.
+      prediction_norm: $n_p$, shape ``()`` or ``(scopes,)``.
+      alignment_norm: $n_a$, the same shape.
 
     Returns:
       ``(prediction_weight, alignment_weight)``, the same shape, adding up to 1.
@@ -119,7 +119,7 @@ def constant_weighting(prediction: float, alignment: float) -> Weighting:
 def cosine_gate(cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
     r"""The better the tasks agree, the more of the parallel part: ``(gate, 1 - gate)``. Reference.
 
-    .. math:: gate = clip(\cos(g_a, g_p), 0, 1)
+    $$gate = clip(\cos(g_a, g_p), 0, 1)$$
 
     Args:
       cosine: of the angle between the two gradients, shape ``()`` or ``(scopes,)``.
@@ -186,14 +186,14 @@ def _filled(sensitivity: Sequence[Any], default: Sequence[float], like: jax.Arra
 def ratcheted_momentum(
     statistics: NormStatistics, initial: Any, sensitivity: tuple[Any, Any, Any]
 ) -> jax.Array:
-    r"""Momentum that only ever falls: :math:`\beta_k - \kappa_k \sigma_k`. The reference.
+    r"""Momentum that only ever falls: $\beta_k - \kappa_k \sigma_k$. The reference.
 
     The statistics start at 0 and are not bias-corrected, so the first steps pull it down hard.
 
     Args:
       statistics: see `NormStatistics`; ``momentum`` is the previous step's.
       initial: unused; the momentum starts there.
-      sensitivity: :math:`\kappa` of the three components; None stands for 0.05, 0.1, 0.1.
+      sensitivity: $\kappa$ of the three components; None stands for 0.05, 0.1, 0.1.
 
     Returns:
       The three momentum coefficients before clipping, of the statistics' shape.
@@ -215,12 +215,12 @@ def ratcheted_momentum(
 def anchored_momentum(
     statistics: NormStatistics, initial: Any, sensitivity: tuple[Any, Any, Any]
 ) -> jax.Array:
-    r"""Momentum that recovers when the noise subsides: :math:`\beta_0 - \kappa_k \sigma_k`.
+    r"""Momentum that recovers when the noise subsides: $\beta_0 - \kappa_k \sigma_k$.
 
     Args:
       statistics: see `NormStatistics`.
-      initial: :math:`\beta_0`.
-      sensitivity: :math:`\kappa` of the three components; None stands for 0.05, 0.1, 0.1.
+      initial: $\beta_0$.
+      sensitivity: $\kappa$ of the three components; None stands for 0.05, 0.1, 0.1.
 
     Returns:
       The three momentum coefficients before clipping, of the statistics' shape.
@@ -239,14 +239,14 @@ def anchored_momentum(
 def relative_momentum(
     statistics: NormStatistics, initial: Any, sensitivity: tuple[Any, Any, Any]
 ) -> jax.Array:
-    r"""Momentum from the relative noise: :math:`\beta_0 - \kappa_k \hat\sigma_k / \hat{mean}_k`.
+    r"""Momentum from the relative noise: $\beta_0 - \kappa_k \hat\sigma_k / \hat{mean}_k$.
 
     With bias-corrected statistics. It does not change when a loss is rescaled.
 
     Args:
       statistics: see `NormStatistics`.
-      initial: :math:`\beta_0`.
-      sensitivity: :math:`\kappa` of the three components; None stands for 0.25 each.
+      initial: $\beta_0$.
+      sensitivity: $\kappa$ of the three components; None stands for 0.25 each.
 
     Returns:
       The three momentum coefficients before clipping, of the statistics' shape.

@@ -61,8 +61,8 @@ def clip_by_recent_norm(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the norm of an update at a multiple of the largest of the last accepted ones.
 
-    With :math:`M` the largest norm in the queue and :math:`n` the update's norm, the update is
-    scaled by :math:`\min(1, factor \cdot M / (n + 10^{-6}))`, and :math:`\min(n, 2 M, 1)` joins the
+    With $M$ the largest norm in the queue and $n$ the update's norm, the update is
+    scaled by $\min(1, factor \cdot M / (n + 10^{-6}))$, and $\min(n, 2 M, 1)$ joins the
     queue. The queue starts with an infinite norm, so nothing is clipped until ``window`` updates
     have passed.
 
@@ -136,20 +136,23 @@ def gdmam_released(
     One AdamW with AMSGrad, on the weighted sum of the two gradients, with a first decay that is
     steered by the geometry:
 
-    .. math::
-      b_1 &= clip(w_p \beta_p + gate\, \beta_\parallel + (1 - gate)\, \beta_\perp, 0.7, 0.999), \\
-      g &= clipped(w_p g_p + w_a g_a), \qquad m \leftarrow b_1 m + (1 - b_1) g, \\
-      v &\leftarrow b_2 v + (1 - b_2) g^2, \qquad v_{max} \leftarrow \max(v_{max}, v), \\
-      u &= \frac{m}{1 - b_1^t} \Big/ \Big(\sqrt{v_{max} / (1 - b_2^t)} + eps\Big).
+    $$
+    \begin{aligned}
+    b_1 &= clip(w_p \beta_p + gate\, \beta_\parallel + (1 - gate)\, \beta_\perp, 0.7, 0.999), \\
+    g &= clipped(w_p g_p + w_a g_a), \qquad m \leftarrow b_1 m + (1 - b_1) g, \\
+    v &\leftarrow b_2 v + (1 - b_2) g^2, \qquad v_{max} \leftarrow \max(v_{max}, v), \\
+    u &= \frac{m}{1 - b_1^t} \Big/ \Big(\sqrt{v_{max} / (1 - b_2^t)} + eps\Big).
+    \end{aligned}
+    $$
 
     Biases, parameters whose last name on their path contains "bias", decay by 0.01: the released
     code means to leave them undecayed, but names no value for them and gets PyTorch's default.
 
     Args:
       learning_rate: a number, or a schedule of the step.
-      initial_momentum: :math:`\beta_k` before the first step, in [0, 1).
-      minimum_momentum: lower bound of :math:`\beta_k` and :math:`b_1`, in [0, 1).
-      maximum_momentum: upper bound of :math:`\beta_k` and :math:`b_1`, in [0, 1).
+      initial_momentum: $\beta_k$ before the first step, in [0, 1).
+      minimum_momentum: lower bound of $\beta_k$ and $b_1$, in [0, 1).
+      maximum_momentum: upper bound of $\beta_k$ and $b_1$, in [0, 1).
       prediction_sensitivity: how strongly noise lowers the prediction momentum, at least 0.
       parallel_sensitivity: the same for the parallel part.
       orthogonal_sensitivity: the same for the orthogonal part.

@@ -31,7 +31,7 @@ class GDMAMState:
     Attributes:
       count: steps taken; int32, shape ``()``.
       allocation: the norms' statistics and what the last step decided; see `Allocation`.
-      momentum_correction: :math:`1 - \prod_t \beta_{k,t}` of the three components, for the exact
+      momentum_correction: $1 - \prod_t \beta_{k,t}$ of the three components, for the exact
         bias correction; kept as the running mean of 1, since the difference would cancel; float32
         or better, shape ``(3,)`` or ``(scopes, 3)``.
       prediction: momentum of the prediction gradient; a tree like the parameters, of their dtypes
@@ -41,7 +41,7 @@ class GDMAMState:
       second_moment: running mean of the squared step; a tree like the parameters, float32 or
         better; None without ``b2``.
       second_moment_maximum: its largest value so far, with ``amsgrad``; else None.
-      second_moment_correction: :math:`1 - \prod_t b_{2,t}`; shape ``()``; None without ``b2``.
+      second_moment_correction: $1 - \prod_t b_{2,t}$; shape ``()``; None without ``b2``.
     """
 
     count: jax.Array
@@ -97,13 +97,16 @@ def scale_by_gdmam(
     Prediction, parallel and orthogonal part each have a momentum of their own, with a decay that
     depends on how noisy the part's norm is, and are weighed together:
 
-    .. math::
-      m_k &\leftarrow \beta_k m_k + (1 - \beta_k) g_k, \qquad
-        \hat m_k = m_k / (1 - \textstyle\prod_t \beta_{k,t}), \\
-      u &= w_p \hat m_p + w_a (v_\parallel \hat m_\parallel + v_\perp \hat m_\perp).
+    $$
+    \begin{aligned}
+    m_k &\leftarrow \beta_k m_k + (1 - \beta_k) g_k, \qquad
+    \hat m_k = m_k / (1 - \textstyle\prod_t \beta_{k,t}), \\
+    u &= w_p \hat m_p + w_a (v_\parallel \hat m_\parallel + v_\perp \hat m_\perp).
+    \end{aligned}
+    $$
 
-    Without ``b2``, :math:`u` is the update. With it, :math:`u` is divided by
-    :math:`\sqrt{v / (1 - \prod_t b_{2,t})} + eps`, where :math:`v` follows the square of the same
+    Without ``b2``, $u$ is the update. With it, $u$ is divided by
+    $\sqrt{v / (1 - \prod_t b_{2,t})} + eps$, where $v$ follows the square of the same
     weighing of the raw components.
 
     Every number is a scalar that `optax.inject_hyperparams` can inject or schedule.
@@ -119,9 +122,9 @@ def scale_by_gdmam(
         `ratcheted_momentum`.
       scope: what is decomposed together: a function of a leaf's path, such as
         ``"encoder/kernel"``, to a label, for example `leaf_scope`. None: all leaves together.
-      initial_momentum: :math:`\beta_k` before the first step, in [0, 1).
-      minimum_momentum: lower bound of :math:`\beta_k`, in [0, 1).
-      maximum_momentum: upper bound of :math:`\beta_k`, in [0, 1).
+      initial_momentum: $\beta_k$ before the first step, in [0, 1).
+      minimum_momentum: lower bound of $\beta_k$, in [0, 1).
+      maximum_momentum: upper bound of $\beta_k$, in [0, 1).
       prediction_sensitivity: how strongly noise lowers the prediction momentum, at least 0. None:
         the momentum rule's own.
       parallel_sensitivity: the same for the parallel part.
