@@ -217,6 +217,12 @@ def _bias_mask(tree: Any, biases: bool) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_bias(path) == biases, tree)
 
 
+def _correction(decay: Any, steps: jax.Array) -> jax.Array:
+    """``1 - decay**steps`` without the cancellation, for a decay close to 1."""
+    complement = jnp.asarray(1 - decay, steps.dtype)
+    return -jnp.expm1(steps * jnp.log1p(-jnp.minimum(complement, 1 - jnp.finfo(steps.dtype).eps)))
+
+
 def _scale_by_released(
     *,
     initial_momentum: Any,
@@ -296,8 +302,8 @@ def _scale_by_released(
         )
         largest = jax.tree.map(jnp.maximum, state.second_moment_maximum, second)
         steps = count.astype(weights.dtype)
-        first_correction = 1 - b1**steps
-        second_correction = jnp.sqrt(1 - jnp.asarray(b2, weights.dtype) ** steps)
+        first_correction = _correction(b1, steps)
+        second_correction = jnp.sqrt(_correction(b2, steps))
         like = state.first_moment if params is None else params
         directions = jax.tree.map(
             lambda m, v, leaf: (
