@@ -1,0 +1,1 @@
+"""Tests, and the references they compare with; mirrors the package."""

@@ -1,0 +1,66 @@
+"""The main example: it runs, says who won, draws its picture, and lowers for accelerators."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from gdmam_jax import ldl
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def movie_ratings():
+    return load_example("movie_ratings")
+
+
+def test_movie_ratings_trains_and_concludes(movie_ratings, tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "new" / "picture.png"
+    arguments = ["--epochs", "2", "--learning-rates", "1e-3", "--picture", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["movie_ratings.py", *arguments])
+    movie_ratings.main()
+    printed = capsys.readouterr().out
+    for text in ("KLD ↓", "intersection ↑", "Lowest test divergence", "conflicted in"):
+        assert text in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_movie_ratings_refuses_no_epochs(movie_ratings, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["movie_ratings.py", "--epochs", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        movie_ratings.main()
+    assert stopped.value.code == 2
+    assert "--epochs must be at least 1" in capsys.readouterr().err
+
+
+def test_movie_ratings_training_set_is_imbalanced(movie_ratings):
+    data = movie_ratings.load_data()
+    sizes = {name: len(labels) for name, (_, labels) in data.items()}
+    assert sizes["validation"] == 20
+    assert sizes["test"] > 5 * sizes["train"]
+    factors = {name: ldl.imbalance_statistics(labels).factor for name, (_, labels) in data.items()}
+    assert factors["train"] > 5 * factors["test"]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_movie_ratings_lowers_for(movie_ratings, platform):
+    data = movie_ratings.load_data()
+    features, labels = data["train"]
+    model = ldl.RDA(features.shape[1], labels.shape[1], rngs=nnx.Rngs(0))
+    name = "GDMAM, balanced"
+    epoch = movie_ratings.make_epoch(name, nnx.graphdef(model), data)
+    params = nnx.state(model)
+    opt_state = movie_ratings.METHODS[name](1e-3).init(params)
+    exported = jax.jit(epoch).trace(params, opt_state, jax.random.key(0), 1e-3)
+    assert exported.lower(lowering_platforms=(platform,)).as_text()
