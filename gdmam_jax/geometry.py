@@ -1,11 +1,13 @@
 """The geometry of two gradients: norms, angle, and the split of one along and across the other."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.shard_alike import shard_alike
 
 from gdmam_jax._dataclass import pytree_dataclass
 from gdmam_jax.pairs import GradientPair, check_pairs, is_pair, path_string
@@ -100,16 +102,16 @@ def _tree_combine(terms: Sequence[Any], combine: Callable[[Any, Any], Any]) -> A
 class Geometry:
     r"""The scalars of a pair of gradients, one of each per scope.
 
-    With :math:`\epsilon = 10^{-12}`, all float32, or float64 where a gradient is, shape ``()`` or
+    With $\epsilon = 10^{-12}$, all float32, or float64 where a gradient is, shape ``()`` or
     ``(scopes,)``:
 
     Attributes:
-      prediction_norm: :math:`n_p = |g_p| + \epsilon`.
-      alignment_norm: :math:`n_a = |g_a| + \epsilon`.
-      parallel_norm: :math:`n_\parallel = |c| |g_p| + \epsilon`.
-      orthogonal_norm: :math:`n_\perp = |g_a - c g_p| + \epsilon`.
-      projection: :math:`c = \langle g_a, g_p\rangle / n_p^2`, 0 where :math:`g_p = 0`.
-      cosine: :math:`\langle g_a, g_p\rangle / (n_a n_p)`, between -1 and 1.
+      prediction_norm: $n_p = |g_p| + \epsilon$.
+      alignment_norm: $n_a = |g_a| + \epsilon$.
+      parallel_norm: $n_\parallel = |c| |g_p| + \epsilon$.
+      orthogonal_norm: $n_\perp = |g_a - c g_p| + \epsilon$.
+      projection: $c = \langle g_a, g_p\rangle / n_p^2$, 0 where $g_p = 0$.
+      cosine: $\langle g_a, g_p\rangle / (n_a n_p)$, between -1 and 1.
     """
 
     prediction_norm: jax.Array
@@ -156,6 +158,19 @@ def widen(x: Any) -> jax.Array:
     return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
+def zeros_like(tree: Any, dtype: Any = None) -> Any:
+    """Zeros of the leaves' shapes and shardings, the latter also where a compiled ``init`` runs.
+
+    There zeros depend on nothing, and XLA would leave them all on one device.
+    """
+
+    def zeros(leaf: Any) -> jax.Array:
+        made = jnp.zeros_like(leaf, dtype=dtype)
+        return shard_alike(leaf, made)[1] if isinstance(leaf, jax.core.Tracer) else made
+
+    return jax.tree.map(zeros, tree)
+
+
 def measure(
     leaves: Sequence[GradientPair], scopes: Scopes, axis_name: str | Sequence[str] | None = None
 ) -> Geometry:
@@ -169,7 +184,9 @@ def measure(
     Args:
       leaves: the pairs, in the order of ``scopes``.
       scopes: which leaf belongs to which scope.
-      axis_name: inside `jax.shard_map`, the mesh axes over which the gradients are sharded.
+      axis_name: inside `jax.shard_map`, the mesh axes over which the gradients are sharded. A leaf
+        that is whole on some of them counts once there; with ``check_vma=False`` shards cannot be
+        told from copies, and every leaf must be sharded over all of them.
 
     Returns:
       The scalars, one per scope.
@@ -178,9 +195,8 @@ def measure(
     alignments = [pair.alignment for pair in leaves]
 
     def inner(xs: Sequence[Any], ys: Sequence[Any]) -> jax.Array:
-        return scopes.reduce(
-            [jnp.sum(widen(x) * widen(y)) for x, y in zip(xs, ys, strict=True)], jnp.add
-        )
+        sums = [jnp.sum(widen(x) * widen(y)) for x, y in zip(xs, ys, strict=True)]
+        return scopes.reduce([_share(term, axis_name) for term in sums], jnp.add)
 
     def all_sum(*totals: jax.Array) -> jax.Array:
         stacked = jnp.stack(totals)
@@ -241,6 +257,19 @@ def measure(
     )
 
 
+def _share(term: jax.Array, axis_name: str | Sequence[str] | None) -> jax.Array:
+    """What ``term`` adds to its sum over the axes, so that what all shards hold counts once."""
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+    def varying(x: jax.Array) -> frozenset[str]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    # check_vma=False: nothing is known to vary, not even the index along the axis itself.
+    known = [name for name in names if name in varying(jax.lax.axis_index(name))]
+    copies = math.prod(jax.lax.axis_size(name) for name in known if name not in varying(term))
+    return term if copies == 1 else term / copies
+
+
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """Square root of ``max(x, 0)`` whose derivative at 0 is 0."""
     positive = x > 0
@@ -268,9 +297,10 @@ def decompose(
 ) -> Decomposition:
     r"""Splits the alignment gradient along and across the prediction gradient.
 
-    .. math::
-      g_\parallel = \frac{\langle g_a, g_p\rangle}{n_p^2} g_p, \qquad
-      g_\perp = g_a - g_\parallel, \qquad n_p = |g_p| + 10^{-12},
+    $$
+    g_\parallel = \frac{\langle g_a, g_p\rangle}{n_p^2} g_p, \qquad
+    g_\perp = g_a - g_\parallel, \qquad n_p = |g_p| + 10^{-12},
+    $$
 
     where the inner product runs over all leaves of a scope together. Jit-compiled.
 
@@ -283,7 +313,7 @@ def decompose(
     Returns:
       A `Decomposition`. Its parts add up to the alignment gradient to rounding, and the
       orthogonal part's inner product with the prediction gradient is 0 to rounding of
-      :math:`|g_a| |g_p|`. Inner products accumulate in float32 or better. Elements below about
+      $|g_a| |g_p|$. Inner products accumulate in float32 or better. Elements below about
       1e-19 (in float32) do not count in a norm; norms beyond a quarter of the dtype's largest
       number are cut there.
 

@@ -16,7 +16,7 @@ from gdmam_jax.allocation import (
     norm_weighting,
     ratcheted_momentum,
 )
-from gdmam_jax.geometry import Scopes, widen
+from gdmam_jax.geometry import Scopes, widen, zeros_like
 from gdmam_jax.pairs import KeyPath, as_pairs, check_floating, check_pairs, is_pair
 from gdmam_jax.transform import check_momentum_hyperparameters
 
@@ -244,14 +244,14 @@ def _scale_by_released(
     def init(params: optax.Params) -> ReleasedState:
         check_floating(params, "parameter")
         allocation = init_allocation(params, None, initial_momentum)
-        squares = jax.tree.map(lambda leaf: jnp.zeros_like(widen(leaf)), params)
+        squares = zeros_like(jax.tree.map(widen, params))
         return ReleasedState(
             count=jnp.zeros((), jnp.int32),
             allocation=allocation,
             decay=jnp.zeros((), allocation.weights.dtype),
-            first_moment=optax.tree.zeros_like(params),
+            first_moment=zeros_like(params),
             second_moment=squares,
-            second_moment_maximum=optax.tree.zeros_like(squares),
+            second_moment_maximum=zeros_like(squares),
             clipping=clipping.init(params),
         )
 

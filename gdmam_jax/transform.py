@@ -20,7 +20,7 @@ from gdmam_jax.allocation import (
     norm_weighting,
     ratcheted_momentum,
 )
-from gdmam_jax.geometry import Scope, split, widen
+from gdmam_jax.geometry import Scope, split, widen, zeros_like
 from gdmam_jax.pairs import as_pairs, check_floating, check_pairs, is_pair
 
 
@@ -182,15 +182,15 @@ def scale_by_gdmam(
         dtype = allocation.weights.dtype
 
         def second_moment() -> optax.Params:
-            return jax.tree.map(lambda leaf: jnp.zeros_like(widen(leaf)), params)
+            return zeros_like(jax.tree.map(widen, params))
 
         return GDMAMState(
             count=jnp.zeros((), jnp.int32),
             allocation=allocation,
             momentum_correction=jnp.zeros_like(allocation.statistics.momentum),
-            prediction=optax.tree.zeros_like(params, dtype=momentum_dtype),
-            parallel=optax.tree.zeros_like(params, dtype=momentum_dtype),
-            orthogonal=optax.tree.zeros_like(params, dtype=momentum_dtype),
+            prediction=zeros_like(params, momentum_dtype),
+            parallel=zeros_like(params, momentum_dtype),
+            orthogonal=zeros_like(params, momentum_dtype),
             second_moment=None if b2 is None else second_moment(),
             second_moment_maximum=second_moment() if amsgrad else None,
             second_moment_correction=None if b2 is None else jnp.zeros((), dtype),

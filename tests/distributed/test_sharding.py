@@ -1,0 +1,236 @@
+"""One trajectory, whatever the parameters' sharding, and nothing but scalars sent for it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gdmam_jax as gdmam
+
+OPTIMIZERS = {
+    "gdmam": lambda: gdmam.gdmam(1e-2),
+    "released": lambda: gdmam.gdmam_released(1e-2),
+}
+SHAPES = {"embed": (16, 32), "up": (32, 64), "bias": (64,), "down": (64, 8)}
+# Mesh shape over (data, model), and how each parameter lies on it.
+LAYOUTS = {
+    "data parallel": ((8, 1), {}),
+    "fully sharded": ((8, 1), dict.fromkeys(SHAPES, P("data"))),
+    "tensor parallel": (
+        (1, 8),
+        {"up": P(None, "model"), "bias": P("model"), "down": P("model", None)},
+    ),
+    "mixed": (
+        (4, 2),
+        {
+            "embed": P("data"),
+            "up": P("data", "model"),
+            "bias": P("model"),
+            "down": P("model", "data"),
+        },
+    ),
+}
+
+
+def mesh_of(shape, axis_type=AxisType.Auto):
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(axis_type,) * 2)
+
+
+def parameters(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), len(SHAPES))
+    return {
+        name: jax.random.normal(key, shape, dtype) / 4
+        for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+    }
+
+
+def batch(dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(1), (32, 16), dtype)
+
+
+def losses(params, x):
+    hidden = jnp.tanh(x @ params["embed"] @ params["up"] + params["bias"])
+    out = hidden @ params["down"]
+    return jnp.mean((out - x[:, :8]) ** 2), jnp.mean(jnp.cos(3 * out)) + jnp.mean(hidden**2)
+
+
+def make_step(optimizer):
+    def step(params, state, x):
+        _, pairs = gdmam.value_and_paired_grad(losses)(params, x)
+        updates, state = optimizer.update(pairs, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def place(tree, mesh, specs):
+    return {
+        name: jax.device_put(leaf, NamedSharding(mesh, specs.get(name, P())))
+        for name, leaf in tree.items()
+    }
+
+
+def train(optimizer, params, x, steps=4):
+    state = optimizer.init(params)
+    step = jax.jit(make_step(optimizer))
+    for _ in range(steps):
+        params, state = step(params, state, x)
+    return params, state
+
+
+def assert_same(found, expected, tolerance):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(
+            a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The trajectory on one device, by optimizer and dtype."""
+    cache = {}
+
+    def of(name, dtype):
+        if (name, dtype) not in cache:
+            cache[name, dtype] = train(OPTIMIZERS[name](), parameters(dtype), batch(dtype))
+        return cache[name, dtype]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [*(("gdmam", layout) for layout in LAYOUTS), ("released", "mixed")]
+)
+def test_every_layout_gives_the_trajectory_of_one_device(x64, single, name, layout):
+    shape, specs = LAYOUTS[layout]
+    mesh = mesh_of(shape)
+    params = place(parameters(jnp.float64), mesh, specs)
+    x = jax.device_put(batch(jnp.float64), NamedSharding(mesh, P("data")))
+    found = train(OPTIMIZERS[name](), params, x)
+    assert_same(found, single(name, jnp.float64), tolerance=1e-12)
+
+
+def test_float32_stays_within_rounding_of_one_device(single):
+    shape, specs = LAYOUTS["mixed"]
+    mesh = mesh_of(shape)
+    x = jax.device_put(batch(), NamedSharding(mesh, P("data")))
+    found, _ = train(OPTIMIZERS["gdmam"](), place(parameters(), mesh, specs), x)
+    # Four steps of 1e-2 each, divided by the root of a second moment: rounding of the gradients
+    # (a few 1e-7) enters the parameters scaled by the step.
+    assert_same(found, single("gdmam", jnp.float32)[0], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_is_sharded_like_the_parameters(name, compiled, axis_type):
+    shape, specs = LAYOUTS["mixed"]
+    mesh = mesh_of(shape, axis_type)
+    with jax.set_mesh(mesh):
+        params = place(parameters(), mesh, specs)
+        optimizer = OPTIMIZERS[name]()
+        init = jax.jit(optimizer.init) if compiled else optimizer.init
+        seen = optax.tree.map_params(
+            optimizer,
+            lambda leaf, param: leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim),
+            init(params),
+            params,
+            transform_non_params=lambda leaf: leaf.sharding.is_fully_replicated,
+        )
+    unlike = [
+        jax.tree_util.keystr(path)
+        for path, alike in jax.tree_util.tree_leaves_with_path(seen)
+        if not alike
+    ]
+    assert not unlike
+
+
+def collectives(program):
+    """``(computation, kind, shapes)`` of every collective in a compiled program's text."""
+    found, computation = [], ""
+    for line in program.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+            computation = "main" if header[1] else header[2]
+        kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+        if call := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+            found.append((computation, call[2], re.findall(r"\w+\[[\d,]*\]", call[1])))
+    return found
+
+
+def compiled_update(optimizer, layout, axis_type=AxisType.Auto):
+    shape, specs = LAYOUTS[layout]
+    mesh = mesh_of(shape, axis_type)
+    params = place(parameters(), mesh, specs)
+    pairs = jax.tree.map(gdmam.GradientPair, params, params)
+    with jax.set_mesh(mesh):
+        update = jax.jit(optimizer.update)
+        return update.lower(pairs, optimizer.init(params), params).compile().as_text()
+
+
+# The released form also clips by the norm of its weighted gradient, a sum it cannot know before
+# the others. XLA merges the sums over the same groups of devices: "mixed" has parameters sharded
+# over data, over model, and over both.
+@pytest.mark.parametrize(
+    ("name", "layout", "expected"),
+    [
+        ("gdmam", "data parallel", 0),
+        ("gdmam", "fully sharded", 1),
+        ("gdmam", "tensor parallel", 1),
+        ("gdmam", "mixed", 3),
+        ("released", "fully sharded", 2),
+    ],
+)
+def test_the_update_sends_nothing_but_scalars(name, layout, expected):
+    found = collectives(compiled_update(OPTIMIZERS[name](), layout))
+    assert {kind for _, kind, _ in found} <= {"all-reduce"}
+    assert {shape for _, _, shapes in found for shape in shapes} <= {"f32[]"}
+    usual = [shapes for computation, _, shapes in found if computation == "main"]
+    print(f"{name}, {layout}:", [f"all-reduce of {len(shapes)} scalars" for shapes in usual])
+    assert len(usual) == expected
+
+
+# Leaves that are whole on an axis, as biases are in tensor parallelism, count once there.
+@pytest.mark.parametrize("nearly_parallel", [False, True])
+def test_inside_shard_map_the_axis_names_sum_the_inner_products(x64, nearly_parallel):
+    mesh = mesh_of((4, 2))
+    specs = {"embed": P("data", "model"), "up": P("model"), "bias": P(), "down": P("data")}
+    params = parameters(jnp.float64)
+    prediction = jax.tree.map(jnp.sin, params)
+    noise = 1e-3 if nearly_parallel else 1.0
+    alignment = jax.tree.map(lambda g: noise * g**2 - 0.3 * g, prediction)
+    pairs = gdmam.pair_gradients(prediction, alignment)
+    alone = gdmam.gdmam(1e-2)
+    state = alone.init(params)
+    inside = gdmam.gdmam(1e-2, axis_name=("data", "model"))
+    state_specs = optax.tree.map_params(
+        inside, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
+    )
+    pair_specs = {name: gdmam.GradientPair(spec, spec) for name, spec in specs.items()}
+    update = jax.jit(
+        jax.shard_map(
+            inside.update,
+            mesh=mesh,
+            in_specs=(pair_specs, state_specs, specs),
+            out_specs=(specs, state_specs),
+        )
+    )
+    assert_same(update(pairs, state, params), alone.update(pairs, state, params), tolerance=1e-12)
+    program = update.lower(pairs, state, params).compile().as_text()
+    usual = [found[1:] for found in collectives(program) if found[0] == "main"]
+    assert usual == [("all-reduce", ["f64[3]"])]
+
+
+def test_shard_map_catches_a_forgotten_axis_name():
+    def update(gradient):
+        return gdmam.decompose(gdmam.GradientPair(gradient, gradient)).geometry.cosine
+
+    mapped = jax.shard_map(update, mesh=mesh_of((8, 1)), in_specs=P("data"), out_specs=P())
+    with pytest.raises(ValueError, match="varying"):
+        mapped(jnp.ones(8))
