@@ -429,12 +429,15 @@ def _verify(path: Path, name: str) -> None:
         )
 
 
-def find(name: str, *, folder: str | os.PathLike[str] | None = None) -> Dataset:
+def find(
+    name: str, *, folder: str | os.PathLike[str] | None = None, normalize: bool = False
+) -> Dataset:
     """The data set of this name: ``films``, a file's path, or one of `REGISTRY`, fetched if needed.
 
     Args:
         name: what `gdmam-ldl run --data` takes.
         folder: where registered sets lie; None is `cache_folder()`.
+        normalize: see `from_arrays`.
 
     Returns:
         A `Dataset`.
@@ -445,9 +448,9 @@ def find(name: str, *, folder: str | os.PathLike[str] | None = None) -> Dataset:
     if name == "films":
         return films()
     if name in REGISTRY:
-        return load(fetch(name, folder=folder))
+        return load(fetch(name, folder=folder), normalize=normalize)
     if Path(name).suffix:
-        return load(name)
+        return load(name, normalize=normalize)
     raise ValueError(
         f"unknown data set {name!r}; expected films, a path to a .mat, .npz or .csv file, or one "
         f"of {', '.join(REGISTRY)}"

@@ -1,0 +1,680 @@
+"""Experiments: every fold and seed of a method as one compiled program.
+
+A *run* is one model: a fold, a seed and a learning rate. All runs of a method are stacked fold by
+fold and go through `jax.lax.map` in one compiled program, seed after seed, a chunk of epochs at a
+time, so that progress shows and a killed experiment resumes at the last checkpoint with the same
+numbers: random draws depend only on seed, fold and epoch. (On a CPU `jax.vmap` over the folds is
+up to a half slower where the model is large, since a run's state then no longer stays in the
+cache, and as fast where it is small.)
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from numpy.typing import NDArray
+
+import gdmam_jax as gdmam
+from gdmam_jax.ldl import losses
+from gdmam_jax.ldl.data import Dataset, Folds, make_folds
+from gdmam_jax.ldl.imbalance import head_labels
+from gdmam_jax.ldl.measures import measure
+from gdmam_jax.ldl.methods import Method
+from gdmam_jax.ldl.models import RDA, draw_noise, rda_losses
+
+SELECTIONS = {
+    "validation": "the epoch with the best validation KLD (the papers')",
+    "balanced": "the epoch with the best validation KLD, rows weighted by their labels' rarity",
+    "last": "the last epoch",
+    "average": "the mean of the parameters over the second half of the epochs",
+}
+"""Which parameters of a run are tested, by name."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What all methods of an experiment have in common.
+
+    Attributes:
+        folds: of the cross-validation.
+        seeds: repetitions of every fold: initial parameters, order of the batches, noise.
+        epochs: of every run.
+        batch_size: the last batch of an epoch is short.
+        validation_size: rows held out of every imbalanced training fold.
+        hidden: width of the model.
+        alignment_weight: the three lambdas of the alignment loss.
+        log_variance_bound: of the model; None is the released architecture.
+        learning_rates: the tuning grid. The one with the lowest validation KLD (best epoch, mean
+            over the tuning runs) is used.
+        tuning_seeds: of how many seeds the tuning runs are.
+        chunk: epochs between two evaluations on the test folds, which only draw curves.
+    """
+
+    folds: int = 10
+    seeds: int = 5
+    epochs: int = 300
+    batch_size: int = 50
+    validation_size: int = 20
+    hidden: int = 100
+    alignment_weight: float = 0.1
+    log_variance_bound: float | None = 8.0
+    learning_rates: tuple[float, ...] = (1e-3,)
+    tuning_seeds: int = 1
+    chunk: int = 25
+
+    def __post_init__(self) -> None:
+        if self.folds < 2:
+            raise ValueError(f"folds must be at least 2, got {self.folds}")
+        for name in ("seeds", "epochs", "batch_size", "validation_size", "hidden", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
+        if not 1 <= self.tuning_seeds <= self.seeds:
+            raise ValueError(
+                f"tuning_seeds must be between 1 and seeds = {self.seeds}, got {self.tuning_seeds}"
+            )
+
+
+class Runs(NamedTuple):
+    """The stacked runs: what distinguishes them, each of shape (runs,)."""
+
+    fold: jax.Array
+    seed: jax.Array
+    learning_rate: jax.Array
+
+
+class Checkpoint(NamedTuple):
+    """The best parameters so far by one score, with score and epoch."""
+
+    params: nnx.State
+    score: jax.Array
+    epoch: jax.Array
+
+
+class RunState(NamedTuple):
+    """What a run carries from epoch to epoch."""
+
+    params: nnx.State
+    opt_state: optax.OptState
+    average: nnx.State
+    validation: Checkpoint
+    balanced: Checkpoint
+
+
+class Program(NamedTuple):
+    """A method on a data set, compiled: functions of all stacked runs.
+
+    Attributes:
+        init: `runs -> states`.
+        advance: `(states, runs, first_epoch, number_of_epochs) -> (states, history)`.
+        finish: `(states, runs) -> results` by selection.
+    """
+
+    init: Callable[[Runs], RunState]
+    advance: Callable[[RunState, Runs, jax.Array, int], tuple[RunState, dict[str, jax.Array]]]
+    finish: Callable[[RunState, Runs], dict[str, Any]]
+
+
+class _Arrays(NamedTuple):
+    """`Folds` on the device, and what is derived from the training rows."""
+
+    features: jax.Array
+    labels: jax.Array
+    train: jax.Array
+    train_mask: jax.Array
+    validation: jax.Array
+    test: jax.Array
+    test_mask: jax.Array
+    frequency: jax.Array
+    head: jax.Array
+
+
+def _arrays(folds: Folds) -> _Arrays:
+    frequency = np.stack(
+        [
+            losses.class_frequency(jnp.asarray(folds.labels[rows[mask]]))
+            for rows, mask in zip(folds.train, folds.train_mask, strict=True)
+        ]
+    )
+    head = np.stack([head_labels(row) for row in frequency])
+    values = {f.name: getattr(folds, f.name) for f in dataclasses.fields(folds)}
+    return _Arrays(**jax.tree.map(jnp.asarray, values | {"frequency": frequency, "head": head}))
+
+
+def build(method: Method, folds: Folds, configuration: Configuration) -> Program:
+    """Compile a method on a data set's folds, lazily: at the first call of each function.
+
+    Args:
+        method: a `Method`.
+        folds: from `data.make_folds`.
+        configuration: a `Configuration`.
+
+    Returns:
+        A `Program`.
+    """
+    arrays = _arrays(folds)
+    num_features, num_labels = folds.features.shape[1], folds.labels.shape[1]
+    counts = folds.train_mask.sum(1)
+    batch_size = min(configuration.batch_size, int(counts.max()))
+    num_batches = -(-int(counts.max()) // batch_size)
+    # Folds differ in size: only then can a fold have batches of nothing but padding.
+    may_be_empty = int(counts.min()) <= (num_batches - 1) * batch_size
+
+    def make_model(key: jax.Array) -> RDA:
+        return RDA(
+            num_features,
+            num_labels,
+            configuration.hidden,
+            rngs=nnx.Rngs(key),
+            log_variance_bound=configuration.log_variance_bound,
+        )
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(jax.random.key(0))))
+
+    def run_key(run: Runs) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(run.seed), run.fold)
+
+    def predict(params: nnx.State, rows: jax.Array, arrays: _Arrays) -> jax.Array:
+        return jax.nn.softmax(nnx.merge(graph, params)(arrays.features[rows]))
+
+    def init_run(run: Runs) -> RunState:
+        params = nnx.state(make_model(jax.random.fold_in(run_key(run), configuration.epochs)))
+        best = Checkpoint(params, jnp.float32(jnp.inf), jnp.int32(0))
+        return RunState(
+            params=params,
+            opt_state=method.optimizer(run.learning_rate).init(params),
+            average=jax.tree.map(jnp.zeros_like, params),
+            validation=best,
+            balanced=best,
+        )
+
+    def train_step(
+        state: tuple[nnx.State, optax.OptState],
+        batch: tuple[jax.Array, jax.Array, jax.Array],
+        run: Runs,
+        arrays: _Arrays,
+    ) -> tuple[tuple[nnx.State, optax.OptState], dict[str, jax.Array]]:
+        params, opt_state = state
+        rows, mask, noise = batch
+        x, y, weights = arrays.features[rows], arrays.labels[rows], mask.astype(jnp.float32)
+        prediction_loss = partial(_in_order, method.prediction_loss, arrays, run.fold)
+
+        def objective(
+            params: nnx.State,
+        ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+            model = nnx.merge(graph, params)
+            if method.alignment:
+                pair = rda_losses(
+                    model,
+                    x,
+                    y,
+                    noise,
+                    prediction_loss,
+                    weights,
+                    recovery_weight=configuration.alignment_weight,
+                    target_weight=configuration.alignment_weight,
+                    similarity_weight=configuration.alignment_weight,
+                    similarity=method.similarity,
+                )
+            else:
+                pair = prediction_loss(model(x), y, weights), jnp.zeros(())
+            return method.rescale(*pair), pair
+
+        (_, pair), pairs = gdmam.value_and_paired_grad(objective, has_aux=True)(params)
+        updates, opt_state = method.optimizer(run.learning_rate).update(pairs, opt_state, params)
+        history = dict(zip(("prediction_loss", "alignment_loss"), pair, strict=True))
+        history |= _diagnostics(opt_state)
+        return (optax.apply_updates(params, updates), opt_state), history
+
+    def epoch_step(
+        state: RunState, epoch: jax.Array, run: Runs, arrays: _Arrays
+    ) -> tuple[RunState, dict[str, jax.Array]]:
+        order_key, noise_key = jax.random.split(jax.random.fold_in(run_key(run), epoch))
+        present = arrays.train_mask[run.fold]
+        order = jnp.argsort(jnp.where(present, jax.random.uniform(order_key, present.shape), 2.0))
+        order = jnp.pad(order, (0, num_batches * batch_size - len(order)))
+        rows = arrays.train[run.fold][order].reshape(num_batches, batch_size)
+        mask = (jnp.arange(num_batches * batch_size) < present.sum()).reshape(rows.shape)
+
+        def step(carry: Any, batch: Any) -> Any:
+            if not may_be_empty:
+                return train_step(carry, batch, run, arrays)
+            shapes = jax.eval_shape(lambda: train_step(carry, batch, run, arrays)[1])
+            empty = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes)
+            return jax.lax.cond(
+                batch[1].any(),
+                lambda: train_step(carry, batch, run, arrays),
+                lambda: (carry, empty),
+            )
+
+        # Drawn out here: inside of `step`, XLA draws it again wherever it is used.
+        draw = jax.vmap(partial(draw_noise, num_samples=batch_size, hidden=configuration.hidden))
+        (params, opt_state), history = jax.lax.scan(
+            step,
+            (state.params, state.opt_state),
+            (rows, mask, draw(jax.random.split(noise_key, num_batches))),
+        )
+        history = jax.tree.map(
+            jnp.nanmean, {k: v.mean(tuple(range(1, v.ndim))) for k, v in history.items()}
+        )
+
+        validation_rows = arrays.validation[run.fold]
+        target = arrays.labels[validation_rows]
+        prediction = predict(params, validation_rows, arrays)
+        rarity = (target / arrays.frequency[run.fold]).sum(1)
+        history["validation_kld"] = losses.kullback_leibler(prediction, target)
+        history["balanced_kld"] = losses.kullback_leibler(prediction, target, rarity)
+
+        def best(checkpoint: Checkpoint, score: jax.Array) -> Checkpoint:
+            better = score < checkpoint.score
+            return jax.tree.map(
+                lambda new, old: jnp.where(better, new, old),
+                Checkpoint(params, score, epoch + 1),
+                checkpoint,
+            )
+
+        first = configuration.epochs // 2
+        share = jnp.where(epoch < first, 0.0, 1 / jnp.maximum(epoch - first + 1, 1))
+        state = RunState(
+            params=params,
+            opt_state=opt_state,
+            average=jax.tree.map(lambda a, p: a + share * (p - a), state.average, params),
+            validation=best(state.validation, history["validation_kld"]),
+            balanced=best(state.balanced, history["balanced_kld"]),
+        )
+        return state, history
+
+    def test(
+        params: nnx.State, run: Runs, arrays: _Arrays
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        rows, mask = arrays.test[run.fold], arrays.test_mask[run.fold]
+        prediction = predict(params, rows, arrays)
+        values = measure(prediction, arrays.labels[rows], mask, head=arrays.head[run.fold])
+        return values, prediction[:_SHOWN]
+
+    def advance_run(
+        state: RunState, run: Runs, epochs: jax.Array, arrays: _Arrays
+    ) -> tuple[RunState, dict[str, jax.Array]]:
+        state, history = jax.lax.scan(partial(epoch_step, run=run, arrays=arrays), state, epochs)
+        return state, history | {"test_kld": test(state.params, run, arrays)[0]["kld"]}
+
+    def finish_run(state: RunState, run: Runs, arrays: _Arrays) -> dict[str, Any]:
+        chosen = {
+            "validation": (state.validation.params, state.validation.epoch),
+            "balanced": (state.balanced.params, state.balanced.epoch),
+            "last": (state.params, jnp.array(configuration.epochs)),
+            "average": (state.average, jnp.array(configuration.epochs)),
+        }
+        # Stacked and mapped, so that testing is compiled once and not for every selection.
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chosen.values())
+        tested = jax.lax.map(lambda params: test(params, run, arrays), stacked[0])
+        return {
+            selection: jax.tree.map(
+                lambda leaf, i=i: leaf[i],
+                {"epoch": stacked[1], "measures": tested[0], "shown": tested[1]},
+            )
+            for i, selection in enumerate(chosen)
+        }
+
+    @partial(jax.jit, donate_argnums=0, static_argnums=3)
+    def advance(
+        states: RunState, runs: Runs, first_epoch: jax.Array, length: int, arrays: _Arrays
+    ) -> tuple[RunState, dict[str, jax.Array]]:
+        epochs = first_epoch + jnp.arange(length)
+        return jax.lax.map(
+            lambda pair: advance_run(pair[0], pair[1], epochs, arrays), (states, runs)
+        )
+
+    init = jax.jit(partial(jax.lax.map, init_run))
+    finish = jax.jit(
+        lambda states, runs, arrays: jax.lax.map(
+            lambda pair: finish_run(pair[0], pair[1], arrays), (states, runs)
+        )
+    )
+    return Program(
+        init=init,
+        advance=lambda states, runs, first, length: advance(states, runs, first, length, arrays),
+        finish=lambda states, runs: finish(states, runs, arrays),
+    )
+
+
+_SHOWN = 6
+"""How many predictions of a test fold are kept for the picture."""
+
+
+def _diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
+    try:
+        return gdmam.diagnostics(opt_state)
+    except ValueError:  # the method is no GDMAM: it has none
+        return {}
+
+
+def _in_order(
+    loss: Callable[..., jax.Array],
+    arrays: _Arrays,
+    fold: jax.Array,
+    logits: jax.Array,
+    target: jax.Array,
+    weights: jax.Array | None,
+) -> jax.Array:
+    return loss(logits, target, arrays.frequency[fold], arrays.train_mask[fold].sum(), weights)
+
+
+Progress = Callable[[str, int, int], None]
+"""Told `(stage, epochs done, epochs in all)` after every chunk."""
+
+
+class Trained(NamedTuple):
+    """What came of some runs.
+
+    Attributes:
+        history: by name, shape (runs, epochs), but (runs, chunks) for `test_kld`, the KLD on the
+            test fold at each chunk's end.
+        results: by selection, see `SELECTIONS`: `epoch`, shape (runs,), `measures` by name, shape
+            (runs,), and `shown`, the first predictions of the test fold.
+    """
+
+    history: dict[str, NDArray[Any]]
+    results: dict[str, Any]
+
+
+def train(
+    program: Program,
+    seed: int,
+    learning_rate: float,
+    configuration: Configuration,
+    *,
+    folder: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: Callable[[int], None] | None = None,
+) -> Trained:
+    """Train and test the runs of all folds, from the last checkpoint if there is one.
+
+    Args:
+        program: from `build`.
+        seed: of the runs.
+        learning_rate: of the runs.
+        configuration: the same as `build`'s.
+        folder: for checkpoints; None keeps none.
+        checkpoint_seconds: least time between two checkpoints.
+        progress: told the number of epochs done after every chunk.
+
+    Returns:
+        A `Trained` of as many runs as there are folds.
+    """
+    fold = jnp.arange(configuration.folds, dtype=jnp.int32)
+    runs = Runs(
+        fold=fold,
+        seed=jnp.full_like(fold, seed),
+        learning_rate=jnp.full(fold.shape, learning_rate, jnp.float32),
+    )
+    restored = _restore(folder, jax.eval_shape(program.init, runs)) if folder else None
+    epoch, states, history = restored or (0, program.init(runs), None)
+    chunks = [] if history is None else [history]
+    saved = time.monotonic()
+    while epoch < configuration.epochs:
+        length = min(configuration.chunk, configuration.epochs - epoch)
+        states, chunk = program.advance(states, runs, jnp.asarray(epoch, jnp.int32), length)
+        chunks.append({name: np.asarray(v).reshape(len(fold), -1) for name, v in chunk.items()})
+        epoch += length
+        if (
+            folder
+            and epoch < configuration.epochs
+            and time.monotonic() - saved >= checkpoint_seconds
+        ):
+            _save(folder, epoch, states, _join(chunks))
+            saved = time.monotonic()
+        if progress:
+            progress(epoch)
+    return Trained(_join(chunks), jax.tree.map(np.asarray, program.finish(states, runs)))
+
+
+def _join(chunks: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    return {name: np.concatenate([chunk[name] for chunk in chunks], 1) for name in chunks[0]}
+
+
+def _train_once(
+    program: Program,
+    seed: int,
+    learning_rate: float,
+    configuration: Configuration,
+    *,
+    folder: Path | None,
+    **kwargs: Any,
+) -> Trained:
+    """`train`, unless its outcome lies beside `folder` already."""
+    if folder is None:
+        return train(program, seed, learning_rate, configuration, **kwargs)
+    outcome = folder.with_name(f"{folder.name}.npz")
+    if outcome.is_file():
+        with np.load(outcome, allow_pickle=False) as stored:
+            return Trained(**flax.traverse_util.unflatten_dict(dict(stored), sep="/"))
+    trained = train(program, seed, learning_rate, configuration, folder=folder, **kwargs)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    flat = flax.traverse_util.flatten_dict(trained._asdict(), sep="/")
+    _write_npz(outcome, flat)
+    shutil.rmtree(folder, ignore_errors=True)
+    return trained
+
+
+def _write_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write all or nothing."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    part.replace(path)
+
+
+def _save(folder: Path, epoch: int, states: RunState, history: dict[str, NDArray[Any]]) -> None:
+    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            (folder / f"epoch-{epoch}").absolute(),
+            {"leaves": jax.tree.leaves(states), "history": history},
+        )
+    for old in folder.glob("epoch-*"):
+        if old.name != f"epoch-{epoch}":
+            shutil.rmtree(old)
+
+
+def _restore(folder: Path, like: RunState) -> tuple[int, RunState, dict[str, NDArray[Any]]] | None:
+    epochs = [int(p.name.split("-")[1]) for p in folder.glob("epoch-*") if p.name[6:].isdigit()]
+    if not epochs:
+        return None
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.restore((folder / f"epoch-{max(epochs)}").absolute())
+    leaves = [jnp.asarray(leaf) for leaf in stored["leaves"]]
+    expected, structure = jax.tree.flatten(like)
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in expected]:
+        raise ValueError(f"{folder} holds a checkpoint of another method or version: remove it")
+    history = {name: np.asarray(values) for name, values in stored["history"].items()}
+    return max(epochs), jax.tree.unflatten(structure, leaves), history
+
+
+def run(
+    dataset: Dataset,
+    methods: Sequence[Method],
+    configuration: Configuration,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Run an experiment: tune, train and test every method on a data set's folds.
+
+    Args:
+        dataset: a `Dataset`.
+        methods: which, see `methods.METHODS`.
+        configuration: what they have in common.
+        folder: for results, `METHOD.json` and `METHOD.npz`, and checkpoints. A method whose results
+            are there is not run again; one that was broken off goes on at its last checkpoint,
+            with the same numbers. None writes nothing.
+        checkpoint_seconds: least time between two checkpoints.
+        progress: see `Progress`.
+
+    Returns:
+        For every method what `METHOD.json` holds: `method`, `label`, `data`, `configuration`,
+        `versions`, `tuning` (validation KLD by learning rate), `learning_rate`, `seconds`,
+        `runs`: a list of `fold`, `seed`, and by selection `epoch` and the measures.
+
+    Raises:
+        ValueError: the folder holds results of another configuration or data set.
+    """
+    prepared = make_folds(
+        dataset, folds=configuration.folds, validation_size=configuration.validation_size
+    )
+    home = None if folder is None else Path(folder)
+    facts = {
+        "data": {
+            "name": dataset.name,
+            "samples": len(dataset.features),
+            "features": dataset.features.shape[1],
+            "labels": list(dataset.label_names),
+            "training_rows": prepared.train_mask.sum(1).tolist(),
+            "checksum": float(np.abs(prepared.features).sum(dtype=np.float64)),
+        },
+        "configuration": dataclasses.asdict(configuration),
+    }
+    facts = json.loads(json.dumps(facts))
+    done: dict[str, dict[str, Any]] = {}
+    if home is not None:
+        home.mkdir(parents=True, exist_ok=True)
+        for method in methods:
+            path = home / f"{method.name}.json"
+            if path.is_file():
+                done[method.name] = json.loads(path.read_text())
+                for key, expected in facts.items():
+                    if done[method.name][key] != expected:
+                        raise ValueError(
+                            f"{path} holds results of another {key}: {done[method.name][key]}, "
+                            f"now {expected}; give another folder, or remove it"
+                        )
+    return [
+        done[method.name]
+        if method.name in done
+        else _run_method(method, prepared, configuration, facts, home, checkpoint_seconds, progress)
+        for method in methods
+    ]
+
+
+def _run_method(
+    method: Method,
+    folds: Folds,
+    configuration: Configuration,
+    facts: dict[str, Any],
+    home: Path | None,
+    checkpoint_seconds: float,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    started = time.monotonic()
+    program = build(method, folds, configuration)
+    work = None if home is None else home / f"{method.name}.work"
+    rates, seeds = configuration.learning_rates, range(configuration.seeds)
+    tuned = [(r, s) for r in rates for s in seeds[: configuration.tuning_seeds] if len(rates) > 1]
+    total = len({*tuned, *((rates[0], seed) for seed in seeds)}) * configuration.epochs
+    groups: dict[tuple[float, int], Trained] = {}
+
+    def train_groups(keys: Sequence[tuple[float, int]]) -> list[Trained]:
+        for rate, seed in keys:
+            if (rate, seed) in groups:
+                continue
+            groups[rate, seed] = _train_once(
+                program,
+                seed,
+                rate,
+                configuration,
+                folder=work and work / f"{rate:g}-{seed}",
+                checkpoint_seconds=checkpoint_seconds,
+                progress=progress
+                and partial(_advanced, progress, method.label, len(groups), configuration, total),
+            )
+        return [groups[key] for key in keys]
+
+    # A run that diverges counts as infinitely bad.
+    scores = [
+        np.nan_to_num(g.history["validation_kld"], nan=np.inf).min(1) for g in train_groups(tuned)
+    ]
+    tuning = {
+        rate: float(
+            np.mean([score for key, score in zip(tuned, scores, strict=True) if key[0] == rate])
+        )
+        for rate in dict(tuned)
+    }
+    rate = min(tuning, key=lambda rate: tuning[rate], default=rates[0])
+    trained = train_groups([(rate, seed) for seed in seeds])
+    history, results = jax.tree.map(lambda *leaves: np.concatenate(leaves), *trained)
+    record = {
+        "method": method.name,
+        "label": method.label,
+        **facts,
+        "versions": versions(),
+        "tuning": {f"{rate:g}": score for rate, score in tuning.items()},
+        "learning_rate": rate,
+        "seconds": time.monotonic() - started,
+        "runs": [
+            {
+                "fold": i % configuration.folds,
+                "seed": i // configuration.folds,
+                "selections": {
+                    selection: {"epoch": int(values["epoch"][i])}
+                    | {name: float(value[i]) for name, value in values["measures"].items()}
+                    for selection, values in results.items()
+                },
+            }
+            for i in range(configuration.folds * configuration.seeds)
+        ],
+    }
+    if home is not None and work is not None:
+        shown = {f"shown_{name}": values["shown"] for name, values in results.items()}
+        true = np.tile(folds.labels[folds.test[:, :_SHOWN]], (configuration.seeds, 1, 1))
+        _write_npz(home / f"{method.name}.npz", history | shown | {"shown_true": true})
+        part = home / f"{method.name}.json.part"
+        part.write_text(json.dumps(record, indent=1))
+        part.replace(home / f"{method.name}.json")
+        shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def _advanced(
+    progress: Progress,
+    label: str,
+    groups: int,
+    configuration: Configuration,
+    total: int,
+    epoch: int,
+) -> None:
+    progress(label, groups * configuration.epochs + epoch, total)
+
+
+def versions() -> dict[str, str]:
+    """The versions a result was made with: Python, the package's and those it rests on.
+
+    >>> sorted(versions())
+    ['flax', 'gdmam-jax', 'jax', 'numpy', 'optax', 'python']
+    """
+    found = {"python": platform.python_version()}
+    for name in ("gdmam-jax", "jax", "flax", "optax", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from the source folder
+            found[name] = "source"
+    return found

@@ -1,0 +1,329 @@
+"""The methods an experiment compares, and how to add one.
+
+A method says which optimizer takes the pairs of gradients, on which losses. All run through the
+one loop of `experiment`. One of your own:
+
+```python
+import optax
+from gdmam_jax import summed
+from gdmam_jax.ldl import methods
+
+methods.register(
+    methods.Method(
+        name="mine",
+        label="Mine",
+        optimizer=lambda learning_rate: summed(optax.adam(learning_rate), 1.0, 0.3),
+    )
+)
+```
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gdmam_jax as gdmam
+from gdmam_jax.ldl import losses
+
+Scalar = jax.typing.ArrayLike
+
+
+def keep(prediction: jax.Array, alignment: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Leave both losses as they are."""
+    return prediction, alignment
+
+
+def over_total(prediction: jax.Array, alignment: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Divide both losses by the value of their sum, as RDA does; no gradient through the divisor.
+
+    >>> import jax.numpy as jnp
+    >>> [float(loss) for loss in over_total(jnp.array(1.0), jnp.array(3.0))]
+    [0.25, 0.75]
+    """
+    total = jax.lax.stop_gradient(prediction + alignment)
+    return prediction / total, alignment / total
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train RDA's model.
+
+    Attributes:
+        name: on the command line.
+        label: in tables and pictures.
+        optimizer: makes the transformation that takes a tree of `GradientPair`s; its argument is
+            the learning rate, possibly traced.
+        prediction_loss: of `(logits, target, frequency, num_samples, weights)`.
+        alignment: False leaves the alignment loss out: it is 0, and so are its gradients.
+        similarity: how the alignment loss reduces RDA's similarity term.
+        rescale: of `(prediction_loss, alignment_loss)`, before gradients are taken.
+    """
+
+    name: str
+    label: str
+    optimizer: Callable[[Scalar], optax.GradientTransformation]
+    prediction_loss: Callable[..., jax.Array] = losses.distribution_balanced
+    alignment: bool = True
+    similarity: Literal["mean", "sum"] = "mean"
+    rescale: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = keep
+
+
+class ReleasedAmsgradState(NamedTuple):
+    """State of `scale_by_released_amsgrad`.
+
+    Attributes:
+        steps: taken so far, int32.
+        first: first moments, like the parameters.
+        second: second moments.
+        largest: largest second moment so far, before bias correction.
+    """
+
+    steps: jax.Array
+    first: optax.Updates
+    second: optax.Updates
+    largest: optax.Updates
+
+
+def scale_by_released_amsgrad(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    r"""AMSGrad as PyTorch has it, which is what the released code of RDA and GDMAM ran with.
+
+    The maximum is taken over the second moment before bias correction, Optax's after it: with
+    gradients that shrink, Optax's steps stay smaller for the first thousand steps.
+
+    $$m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
+      \hat v \leftarrow \max(\hat v, v), \quad
+      u = \frac{m / (1 - b_1^t)}{\sqrt{\hat v / (1 - b_2^t)} + \epsilon}$$
+
+    Args:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root.
+
+    Returns:
+        A transformation of plain updates.
+
+    References:
+        Reddi, Kale, Kumar, On the Convergence of Adam and Beyond, ICLR 2018.
+
+    >>> import jax.numpy as jnp
+    >>> transformation = scale_by_released_amsgrad()
+    >>> state = transformation.init(jnp.zeros(1))
+    >>> update, state = transformation.update(jnp.array([3.0]), state)
+    >>> round(float(update[0]), 4)
+    1.0
+    """
+
+    def init(params: optax.Params) -> ReleasedAmsgradState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return ReleasedAmsgradState(jnp.zeros((), jnp.int32), zeros, zeros, zeros)
+
+    def update(
+        updates: optax.Updates, state: ReleasedAmsgradState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ReleasedAmsgradState]:
+        del params
+        steps = optax.safe_increment(state.steps)
+        first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.first, updates)
+        second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.second, updates)
+        largest = jax.tree.map(jnp.maximum, state.largest, second)
+        step, root = 1 / (1 - b1**steps), jax.lax.rsqrt(1 - b2**steps)
+        scaled = jax.tree.map(lambda m, v: step * m / (root * jnp.sqrt(v) + eps), first, largest)
+        return scaled, ReleasedAmsgradState(steps, first, second, largest)
+
+    return optax.GradientTransformation(init, update)
+
+
+def released_adamw(
+    learning_rate: Scalar, weight_decay: float = 1e-4, clip: bool = True
+) -> optax.GradientTransformation:
+    """The optimizer RDA was released with: clipping by recent norms, AMSGrad, decay.
+
+    Args:
+        learning_rate: of the steps and the decay.
+        weight_decay: decoupled.
+        clip: by recent norms, see `gdmam_jax.clip_by_recent_norm`.
+
+    Returns:
+        A transformation of plain updates; `gdmam_jax.summed` makes it take pairs.
+    """
+    return optax.chain(
+        gdmam.clip_by_recent_norm() if clip else optax.identity(),
+        scale_by_released_amsgrad(),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _combine(
+    combination: Callable[[Any, Any], Any], optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """An optimizer on pairs, through a function of the two gradient trees."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return optimizer.update(combination(*gdmam.unpair_gradients(updates)), state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def _add(scale_left: Scalar, left: Any, scale_right: Scalar, right: Any) -> Any:
+    return jax.tree.map(lambda a, b: scale_left * a + scale_right * b, left, right)
+
+
+def pcgrad(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    r"""PCGrad: where two gradients conflict, each loses its part along the other; then the sum.
+
+    If $\langle g_p, g_a \rangle < 0$:
+    $g_p - \frac{\langle g_p, g_a \rangle}{|g_a|^2} g_a + g_a
+    - \frac{\langle g_p, g_a \rangle}{|g_p|^2} g_p$, else $g_p + g_a$.
+
+    Args:
+        optimizer: what takes the sum.
+
+    Returns:
+        A transformation of pairs.
+
+    References:
+        Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from gdmam_jax import pair_gradients
+    >>> pairs = pair_gradients(jnp.array([1.0, 0.0]), jnp.array([-1.0, 1.0]))
+    >>> transformation = pcgrad(optax.identity())
+    >>> transformation.update(pairs, transformation.init(jnp.zeros(2)))[0].tolist()
+    [0.5, 1.5]
+    """
+
+    def combination(prediction: Any, alignment: Any) -> Any:
+        inner = jnp.minimum(optax.tree.vdot(prediction, alignment), 0)
+        return _add(
+            1 - inner / jnp.maximum(optax.tree.norm(prediction, squared=True), 1e-24),
+            prediction,
+            1 - inner / jnp.maximum(optax.tree.norm(alignment, squared=True), 1e-24),
+            alignment,
+        )
+
+    return _combine(combination, optimizer)
+
+
+def equal_norm(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    r"""Both gradients weighted to one norm: $(n_a g_p + n_p g_a) / (n_p + n_a)$.
+
+    Args:
+        optimizer: what takes the weighted sum.
+
+    Returns:
+        A transformation of pairs.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from gdmam_jax import pair_gradients
+    >>> pairs = pair_gradients(jnp.array([1.0, 0.0]), jnp.array([0.0, 3.0]))
+    >>> transformation = equal_norm(optax.identity())
+    >>> transformation.update(pairs, transformation.init(jnp.zeros(2)))[0].tolist()
+    [0.75, 0.75]
+    """
+
+    def combination(prediction: Any, alignment: Any) -> Any:
+        prediction_norm, alignment_norm = optax.tree.norm(prediction), optax.tree.norm(alignment)
+        total = jnp.maximum(prediction_norm + alignment_norm, 1e-12)
+        return _add(alignment_norm / total, prediction, prediction_norm / total, alignment)
+
+    return _combine(combination, optimizer)
+
+
+def balanced(learning_rate: Scalar) -> optax.GradientTransformation:
+    """The preset *gdmam-balanced*: the choices found to win, see the documentation's results.
+
+    Balanced weights, so that both weighted gradients have one norm; the parallel part of the
+    alignment gradient dropped where it opposes the prediction gradient; momenta from relative
+    noise; AMSGrad.
+
+    Args:
+        learning_rate: of the steps and the decay.
+
+    Returns:
+        A transformation of pairs.
+    """
+    return gdmam.gdmam(
+        learning_rate,
+        weighting=gdmam.balanced_weighting,
+        gate=gdmam.conflict_gate,
+        momentum=gdmam.relative_momentum,
+        amsgrad=True,
+    )
+
+
+METHODS: dict[str, Method] = {}
+"""All methods by name."""
+
+
+def register(method: Method) -> Method:
+    """Add a method to `METHODS`, so that experiments and the command line know it.
+
+    Args:
+        method: a `Method`.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: its name is taken.
+    """
+    if method.name in METHODS:
+        raise ValueError(f"there is a method {method.name!r} already")
+    METHODS[method.name] = method
+    return method
+
+
+def find(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        ValueError: there is none; the message lists all.
+
+    >>> find("rda").label
+    'RDA'
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def _prediction_only(
+    optimizer: Callable[[Scalar], optax.GradientTransformation],
+) -> Callable[[Scalar], optax.GradientTransformation]:
+    return lambda learning_rate: gdmam.summed(optimizer(learning_rate), 1.0, 0.0)
+
+
+for _method in (
+    Method("gdmam", "GDMAM", partial(gdmam.gdmam, amsgrad=True)),
+    Method("gdmam-balanced", "GDMAM balanced", balanced),
+    Method("gdmam-released", "GDMAM released", gdmam.gdmam_released, similarity="sum"),
+    Method("rda", "RDA", lambda rate: gdmam.summed(released_adamw(rate)), rescale=over_total),
+    Method("adamw", "AdamW", _prediction_only(optax.adamw), alignment=False),
+    Method(
+        "ofr-fl",
+        "OFR-FL",
+        _prediction_only(released_adamw),
+        prediction_loss=losses.focal_loss,
+        alignment=False,
+    ),
+    Method(
+        "ofr-cb",
+        "OFR-CB",
+        _prediction_only(released_adamw),
+        prediction_loss=losses.class_balanced_loss,
+        alignment=False,
+    ),
+    Method("ofr-db", "OFR-DB", _prediction_only(released_adamw), alignment=False),
+    Method("pcgrad", "PCGrad", lambda rate: pcgrad(released_adamw(rate, clip=False))),
+    Method("equal-norm", "Equal norm", lambda rate: equal_norm(released_adamw(rate, clip=False))),
+):
+    register(_method)
