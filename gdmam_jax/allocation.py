@@ -20,25 +20,29 @@ class NormStatistics:
     r"""Running statistics of the three components' norms.
 
     The last axis is (prediction, parallel, orthogonal); one row per scope where there are several.
-    float32, or float64 where a parameter is.
+    float32, or float64 where a parameter is. Mean and variance are bias-corrected, and updated as
+    such: the difference of a mean square and a squared mean would cancel.
 
     Attributes:
       momentum: $\beta_k$ of the previous step; shape ``(3,)`` or ``(scopes, 3)``.
-      mean: running mean of the norm, starting at 0; the same shape.
-      square: running mean of the squared norm, starting at 0; the same shape.
-      correction: one minus the product of the statistics' decays, by which ``mean`` and ``square``
-        are too small; shape ``()``.
+      mean: $\mu$, weighted mean of the norms so far; the same shape.
+      variance: $s^2$, their weighted variance; the same shape.
+      correction: $q$, one minus the product of the statistics' decays; shape ``()``.
     """
 
     momentum: jax.Array
     mean: jax.Array
-    square: jax.Array
+    variance: jax.Array
     correction: jax.Array
 
     @property
     def deviation(self) -> jax.Array:
-        r"""The spread of the norm, $\sigma = \sqrt{\max(0, square - mean^2)}$."""
-        return safe_sqrt(self.square - self.mean**2)
+        r"""The released spread of the norm, of statistics that start at 0 without bias correction.
+
+        $\sigma^2 = square - mean^2 = q s^2 + q (1 - q) \mu^2$: as if norms of 0 had come before.
+        """
+        q = self.correction
+        return safe_sqrt(q * self.variance + q * (1 - q) * self.mean**2)
 
 
 Weighting = Callable[[jax.Array, jax.Array], tuple[Any, Any]]
@@ -201,7 +205,7 @@ def ratcheted_momentum(
     Example:
       >>> import jax.numpy as jnp
       >>> seen = NormStatistics(momentum=jnp.full(3, 0.95), mean=jnp.full(3, 0.3),
-      ...                       square=jnp.full(3, 0.25), correction=jnp.array(0.1))
+      ...                       variance=jnp.full(3, 0.16), correction=jnp.array(1.0))
       >>> [round(float(momentum), 3) for momentum in ratcheted_momentum(seen, 0.95, (None,) * 3)]
       [0.93, 0.91, 0.91]
 
@@ -228,7 +232,7 @@ def anchored_momentum(
     Example:
       >>> import jax.numpy as jnp
       >>> seen = NormStatistics(momentum=jnp.full(3, 0.7), mean=jnp.full(3, 0.3),
-      ...                       square=jnp.full(3, 0.25), correction=jnp.array(0.1))
+      ...                       variance=jnp.full(3, 0.16), correction=jnp.array(1.0))
       >>> [round(float(momentum), 3) for momentum in anchored_momentum(seen, 0.95, (None,) * 3)]
       [0.93, 0.91, 0.91]
     """
@@ -254,15 +258,12 @@ def relative_momentum(
     Example:
       >>> import jax.numpy as jnp
       >>> seen = NormStatistics(momentum=jnp.full(3, 0.7), mean=jnp.full(3, 0.3),
-      ...                       square=jnp.full(3, 0.1), correction=jnp.array(1.0))
+      ...                       variance=jnp.full(3, 0.01), correction=jnp.array(1.0))
       >>> [round(float(momentum), 3) for momentum in relative_momentum(seen, 0.95, (None,) * 3)]
       [0.867, 0.867, 0.867]
     """
     kappa = _filled(sensitivity, (0.25, 0.25, 0.25), statistics.mean)
-    started = statistics.correction > 0
-    correction = jnp.where(started, statistics.correction, 1)
-    mean, square = statistics.mean / correction, statistics.square / correction
-    noise = safe_sqrt(square - mean**2) / jnp.where(mean > 0, mean, EPS)
+    noise = safe_sqrt(statistics.variance) / jnp.where(statistics.mean > 0, statistics.mean, EPS)
     return initial - kappa * noise
 
 
@@ -297,7 +298,7 @@ def init_allocation(params: Any, scope: Scope | None, initial_momentum: Any) -> 
         statistics=NormStatistics(
             momentum=jnp.full((*scopes.shape, 3), initial_momentum, dtype),
             mean=zeros(3),
-            square=zeros(3),
+            variance=zeros(3),
             correction=jnp.zeros((), dtype),
         ),
         geometry=Geometry(
@@ -337,15 +338,15 @@ def allocate(
     # A norm whose square would overflow counts as the largest one whose square does not.
     norms = jnp.minimum(norms, float(jnp.finfo(dtype).max) ** 0.5 / 2)
 
-    def running(old: jax.Array, new: Any) -> jax.Array:
-        return (statistics_decay * old + (1 - statistics_decay) * new).astype(dtype)
-
     old = previous.statistics
+    correction = statistics_decay * old.correction + (1 - statistics_decay)
+    share = (1 - statistics_decay) / correction
+    change = norms - old.mean
     statistics = NormStatistics(
         momentum=old.momentum,
-        mean=running(old.mean, norms),
-        square=running(old.square, norms**2),
-        correction=running(old.correction, 1),
+        mean=(old.mean + share * change).astype(dtype),
+        variance=((1 - share) * (old.variance + share * change**2)).astype(dtype),
+        correction=correction.astype(dtype),
     )
     coefficients = jnp.clip(
         momentum(statistics, initial_momentum, sensitivity), minimum_momentum, maximum_momentum

@@ -1,0 +1,1 @@
+"""Parity of both forms of GDMAM with plain PyTorch, and with trajectories of the released code."""
