@@ -11,6 +11,11 @@ from gdmam_jax._dataclass import pytree_dataclass
 
 KeyPath = tuple[Any, ...]
 
+_FLATTENED = (
+    ". Inside optax.flatten? It makes one vector of all gradients, in which the pairs are lost: "
+    "put it around the other links of the chain only"
+)
+
 
 @pytree_dataclass
 class GradientPair:
@@ -68,7 +73,7 @@ def pair_gradients(prediction: optax.Updates, alignment: optax.Updates) -> optax
     if structures[0] != structures[1]:
         raise ValueError(
             "prediction and alignment gradients must have one structure, got\n"
-            f"{structures[0]} and\n{structures[1]}"
+            f"{structures[0]} and\n{structures[1]}" + (_FLATTENED if _is_vector(prediction) else "")
         )
     pairs = jax.tree.map(GradientPair, prediction, alignment)
     check_pairs(pairs)
@@ -138,6 +143,7 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
             raise TypeError(
                 f"update at {where} is {_describe(pair)}; expected a GradientPair: make pairs with "
                 "value_and_paired_grad or pair_gradients, or pass alignment=gradients to update"
+                + (_FLATTENED if _is_vector(pairs) else "")
             )
         for half in ("prediction", "alignment"):
             check_floating(getattr(pair, half), f"{half} gradient of the pair at {where}:")
@@ -163,6 +169,10 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
                 f"the pair at {path_string(path)} has gradients of shape "
                 f"{jnp.shape(pair.prediction)}; expected the parameter's {jnp.shape(leaf)}"
             )
+
+
+def _is_vector(tree: Any) -> bool:
+    return getattr(tree, "ndim", None) == 1
 
 
 def _describe(leaf: Any) -> str:

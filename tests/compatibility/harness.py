@@ -1,0 +1,166 @@
+"""What every row of the compatibility table is run by."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gdmam_jax as gdmam
+
+STEPS = 12
+
+
+def _fast_compilation():
+    """Compiler options by which XLA compiles small CPU programs several times faster.
+
+    What they make slow is the programs, which matters nowhere here. XLA's options come and go, so
+    those that this version does not know are left out.
+    """
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_parallel_codegen_split_count": 1,
+        "xla_cpu_use_fusion_emitters": False,
+    }
+    known = {}
+    for name, value in options.items() if jax.default_backend() == "cpu" else ():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda x: x).lower(0.0).compile(compiler_options={name: value})
+            known[name] = value
+    return known
+
+
+FAST_COMPILATION = _fast_compilation()
+
+
+def example_params(dtype=jnp.float32):
+    return {
+        "trunk": {"kernel": jnp.linspace(-1, 1, 6, dtype=dtype).reshape(3, 2)},
+        "head": {"kernel": jnp.full((2, 2), 0.5, dtype), "bias": jnp.ones(2, dtype)},
+    }
+
+
+def example_pairs(params=None, steps=STEPS, seed=0):
+    """A tree of pairs like ``params`` for every step, on a leading axis; norms of order one."""
+    params = example_params() if params is None else params
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), 2 * len(leaves))
+
+    def gradients(keys):
+        drawn = [
+            0.5 * jax.random.normal(key, (steps, *leaf.shape), leaf.dtype)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
+        return structure.unflatten(drawn)
+
+    return gdmam.pair_gradients(gradients(keys[::2]), gradients(keys[1::2]))
+
+
+@dataclasses.dataclass
+class Run:
+    """What one optimizer did: parameters, updates and state after every step, stacked."""
+
+    params: Any
+    updates: Any
+    states: Any
+    initial_params: Any
+    initial_state: Any
+
+    def after(self, step):
+        """Parameters and state after so many steps."""
+        if step == 0:
+            return self.initial_params, self.initial_state
+        return jax.tree.map(lambda leaf: leaf[step - 1], (self.params, self.states))
+
+
+def train(optimizers, params, pairs, extra=None, keywords=False):
+    """Runs optimizers beside each other over the same pairs, in one compiled scan.
+
+    The scan is called twice, for each half of the steps. Fails if the second call compiles again,
+    if a state or a parameter changes its structure, shape, dtype or weak type, between steps or
+    between calls, or if an update is not of its parameter's dtype.
+
+    Args:
+      optimizers: a dictionary of optimizers.
+      params: where they all start; or a dictionary with the optimizers' names.
+      pairs: stacked pairs, see `example_pairs`; or a dictionary, if ``params`` is one.
+      extra: extra arguments of ``update``, stacked like the pairs, if any.
+      keywords: hand over the alignment gradients by the keyword ``alignment``.
+
+    Returns:
+      A dictionary of `Run`.
+    """
+    extra = {} if extra is None else extra
+
+    def step(carry, inputs):
+        pair, extra = inputs
+        if keywords:
+            pair, extra["alignment"] = gdmam.unpair_gradients(pair)
+        results = {}
+        for name, (params, state) in carry.items():
+            transformation = optax.with_extra_args_support(optimizers[name])
+            given = pair[name] if several else pair
+            updates, state = transformation.update(given, state, params, **extra)
+            jax.tree.map(check_update, updates, params)
+            results[name] = (optax.apply_updates(params, updates), state, updates)
+        carried = {name: result[:2] for name, result in results.items()}
+        return carried, results
+
+    def check_update(update, param):
+        assert update.dtype == param.dtype
+        assert update.shape == param.shape
+
+    traces = []
+
+    @jax.jit(compiler_options=FAST_COMPILATION)
+    def scan(carry, inputs):
+        traces.append(None)
+        return jax.lax.scan(step, carry, inputs)
+
+    several = isinstance(params, dict) and params.keys() == optimizers.keys()
+    starts = params if several else dict.fromkeys(optimizers, params)
+    start = {name: (starts[name], tx.init(starts[name])) for name, tx in optimizers.items()}
+    half = jax.tree.leaves(pairs)[0].shape[0] // 2
+    first, second = (
+        jax.tree.map(lambda leaf, part=part: leaf[part], (pairs, extra))
+        for part in (slice(0, half), slice(half, 2 * half))
+    )
+    middle, early = scan(start, first)
+    end, late = scan(middle, second)
+    assert len(traces) == 1, "the second call compiled again"
+    for carry in (middle, end):
+        assert jax.tree.structure(carry) == jax.tree.structure(start)
+        assert jax.tree.map(jax.typeof, carry) == jax.tree.map(jax.typeof, start)
+    history = jax.tree.map(lambda *parts: jnp.concatenate(parts), early, late)
+    return {
+        name: Run(
+            params=history[name][0],
+            states=history[name][1],
+            updates=history[name][2],
+            initial_params=start[name][0],
+            initial_state=start[name][1],
+        )
+        for name in optimizers
+    }
+
+
+def stateless(function):
+    """A transformation ``function(updates, params, **extra) -> updates``, written by hand."""
+
+    def update(updates, state, params=None, **extra):
+        return function(updates, params, **extra), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def map_pairs(function, pairs, *rest):
+    """Maps ``function(gradient, ...)`` over both gradients of every pair."""
+
+    def both(pair, *others):
+        return gdmam.GradientPair(
+            function(pair.prediction, *others), function(pair.alignment, *others)
+        )
+
+    return jax.tree.map(both, pairs, *rest, is_leaf=lambda x: isinstance(x, gdmam.GradientPair))
