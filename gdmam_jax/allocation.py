@@ -79,6 +79,8 @@ def balanced_weighting(
 ) -> tuple[jax.Array, jax.Array]:
     r"""Both weighted gradients get one norm: $w_p = n_a / (n_p + n_a)$, $w_a$ the rest.
 
+    A task without a gradient has no norm to match, and leaves the other one its full weight.
+
     Args:
       prediction_norm: $n_p$, shape ``()`` or ``(scopes,)``.
       alignment_norm: $n_a$, the same shape.
@@ -94,8 +96,13 @@ def balanced_weighting(
     References:
       A choice of this library, not of the released code.
     """
-    prediction_weight, alignment_weight = norm_weighting(prediction_norm, alignment_norm)
-    return alignment_weight, prediction_weight
+    weights = norm_weighting(alignment_norm, prediction_norm)
+    alone = (prediction_norm <= EPS) | (alignment_norm <= EPS)
+    only_prediction = (alignment_norm <= EPS).astype(prediction_norm.dtype)
+    return (
+        jnp.where(alone, only_prediction, weights[0]),
+        jnp.where(alone, 1 - only_prediction, weights[1]),
+    )
 
 
 def constant_weighting(prediction: float, alignment: float) -> Weighting:
