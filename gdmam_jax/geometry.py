@@ -246,7 +246,8 @@ def measure(
 
     norm_p, norm_a, cosine, norm_orthogonal = jax.lax.cond(jnp.all(accurate), directly, carefully)
     n_p, n_a = norm_p + EPS, norm_a + EPS
-    projection = cosine * (norm_a / n_p) * (norm_p / n_p)
+    limit = jnp.finfo(n_p.dtype).max / 8
+    projection = cosine * (norm_p / n_p) * jnp.minimum(norm_a / n_p, limit)
     return Geometry(
         prediction_norm=n_p,
         alignment_norm=n_a,
@@ -275,6 +276,29 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     positive = x > 0
     root = jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
     return jnp.where(jnp.isnan(x), x, root)
+
+
+def norm(leaves: Sequence[Any]) -> jax.Array:
+    """The Euclidean norm over all leaves together, also where a sum of squares would overflow."""
+    wide = [widen(leaf) for leaf in leaves]
+    squared = _tree_combine([jnp.sum(leaf**2) for leaf in wide], jnp.add)
+
+    def scaled() -> jax.Array:
+        largest = _tree_combine([jnp.max(jnp.abs(leaf), initial=0) for leaf in wide], jnp.maximum)
+        parts = [jnp.sum((leaf / largest) ** 2) for leaf in wide]
+        return jnp.minimum(
+            largest * jnp.sqrt(_tree_combine(parts, jnp.add)), jnp.finfo(squared.dtype).max / 8
+        )
+
+    return jax.lax.cond(jnp.isfinite(squared), lambda: safe_sqrt(squared), scaled)
+
+
+def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` in ``dtype``, cut at its largest number where that is smaller."""
+    if x.dtype == dtype:
+        return x
+    limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -limit, limit).astype(dtype)
 
 
 def _divide(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -345,7 +369,7 @@ def _decompose(
     geometry = measure(leaves, scopes, axis_name)
     parts = [
         [
-            part.astype(pair.alignment.dtype)
+            narrow(part, pair.alignment.dtype)
             for part in split(pair, scopes.at(geometry.projection, i))
         ]
         for i, pair in enumerate(leaves)

@@ -16,7 +16,7 @@ from gdmam_jax.allocation import (
     norm_weighting,
     ratcheted_momentum,
 )
-from gdmam_jax.geometry import Scopes, widen, zeros_like
+from gdmam_jax.geometry import norm, safe_sqrt, widen, zeros_like
 from gdmam_jax.pairs import KeyPath, as_pairs, check_floating, check_pairs, is_pair
 from gdmam_jax.transform import check_momentum_hyperparameters
 
@@ -103,11 +103,13 @@ def clip_by_recent_norm(
     ) -> tuple[optax.Updates, RecentNormState]:
         del params, extra_args
         norms = state.norms
-        squares = [jnp.sum(widen(leaf) ** 2) for leaf in jax.tree.leaves(updates)]
-        norm = jnp.sqrt(Scopes(None, None).reduce(squares, jnp.add)).astype(norms.dtype)
+        size = norm(jax.tree.leaves(updates)).astype(norms.dtype)
         largest = jnp.max(norms)
-        scale = jnp.minimum(1, factor * largest / (norm + 1e-6))
-        accepted = jnp.minimum(jnp.minimum(norm, 2 * largest), 1)
+        # Infinity is kept out of the quotient, whose derivative would not be a number.
+        started = jnp.isfinite(largest)
+        quotient = factor * jnp.where(started, largest, 1) / (size + 1e-6)
+        scale = jnp.where(started, jnp.minimum(1, quotient), 1)
+        accepted = jnp.minimum(jnp.minimum(size, 2 * largest), 1)
         scaled = jax.tree.map(lambda leaf: (scale * widen(leaf)).astype(leaf.dtype), updates)
         return scaled, RecentNormState(norms=jnp.append(norms[1:], accepted))
 
@@ -307,7 +309,7 @@ def _scale_by_released(
         like = state.first_moment if params is None else params
         directions = jax.tree.map(
             lambda m, v, leaf: (
-                widen(m) / first_correction / (jnp.sqrt(v) / second_correction + eps)
+                widen(m) / first_correction / (safe_sqrt(v) / second_correction + eps)
             ).astype(leaf.dtype),
             first,
             largest,

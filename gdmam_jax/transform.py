@@ -20,7 +20,7 @@ from gdmam_jax.allocation import (
     norm_weighting,
     ratcheted_momentum,
 )
-from gdmam_jax.geometry import Scope, split, widen, zeros_like
+from gdmam_jax.geometry import Scope, narrow, safe_sqrt, split, widen, zeros_like
 from gdmam_jax.pairs import as_pairs, check_floating, check_pairs, is_pair
 
 
@@ -251,10 +251,10 @@ def scale_by_gdmam(
                 second = (b2 * second + (1 - b2) * squared).astype(second.dtype)
                 largest = jnp.maximum(largest, second) if amsgrad else None
                 divisor: Any = largest if amsgrad else second
-                root = jnp.sqrt(divisor) / correction
+                root = safe_sqrt(divisor) / correction
                 direction = direction / (root + eps)
-            stored = [new.astype(old.dtype) for new, old in zip(momenta, buffers[:3], strict=True)]
-            return direction.astype(dtype), *stored, second, largest
+            stored = [narrow(new, old.dtype) for new, old in zip(momenta, buffers[:3], strict=True)]
+            return narrow(direction, dtype), *stored, second, largest
 
         trees = (
             state.prediction,

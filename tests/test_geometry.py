@@ -1,0 +1,294 @@
+"""The geometry of a pair of gradients, at every scale and angle and in every dtype."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gdmam_jax as gdmam
+from gdmam_jax.geometry import norm
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+# Few tree shapes: each compiles once a dtype.
+TREES = (
+    {"w": (7,)},
+    {"w": (3, 4), "b": ()},
+    {"deep": [{"w": (2, 3)}, {"w": (1,)}], "empty": (0,), "b": (5,)},
+)
+PROPERTY = settings(max_examples=30, deadline=None)
+
+seeds = st.integers(0, 2**32 - 1)
+scales = st.floats(-8, 18).map(lambda exponent: 10.0**exponent)
+
+
+def is_shape(node):
+    return isinstance(node, tuple)
+
+
+def make_tree(shapes, vector, dtype):
+    """A tree of the given shapes from one long vector, as far as the dtype reaches."""
+    limit = float(jnp.finfo(dtype).max)
+    leaves, structure = jax.tree.flatten(shapes, is_leaf=is_shape)
+    ends = np.cumsum([int(np.prod(shape)) for shape in leaves])
+    parts = np.split(np.clip(vector, -limit, limit), ends[:-1])
+    return structure.unflatten(
+        [jnp.asarray(part.reshape(shape), dtype) for part, shape in zip(parts, leaves, strict=True)]
+    )
+
+
+def size(shapes):
+    return sum(int(np.prod(shape)) for shape in jax.tree.leaves(shapes, is_leaf=is_shape))
+
+
+def flat(tree):
+    """All elements in extended precision, where nothing below rounds or overflows."""
+    return np.concatenate(
+        [
+            np.asarray(leaf, np.float64).astype(np.longdouble).ravel()
+            for leaf in jax.tree.leaves(tree)
+        ]
+    )
+
+
+def length(vector):
+    return np.sqrt(np.sum(vector * vector))
+
+
+def in_x64(test):
+    """Runs a property with float64 switched on (a fixture would hold for all examples at once)."""
+
+    @functools.wraps(test)
+    def wrapped(*args, **kwargs):
+        with jax.enable_x64(True):
+            return test(*args, **kwargs)
+
+    return wrapped
+
+
+@st.composite
+def gradient_trees(draw):
+    """Two trees of random direction, scale and mutual angle, down to parallel to 1e-6."""
+    shapes, dtype = draw(st.sampled_from(TREES)), draw(st.sampled_from(DTYPES))
+    random = np.random.default_rng(draw(seeds))
+    prediction, other = random.normal(size=(2, size(shapes)))
+    sine = 10.0 ** draw(st.floats(-6, 0))
+    sign = draw(st.sampled_from((-1, 1)))
+    alignment = draw(scales) * (sign * np.sqrt(1 - sine**2) * prediction + sine * other)
+    prediction = draw(scales) * prediction
+    with jax.enable_x64(True):
+        return make_tree(shapes, prediction, dtype), make_tree(shapes, alignment, dtype)
+
+
+@PROPERTY
+@given(gradient_trees())
+@in_x64
+def test_parts_add_up_to_the_alignment_gradient_and_are_orthogonal(trees):
+    check_parts(*trees)
+
+
+def check_parts(prediction, alignment):
+    parts = gdmam.decompose(gdmam.pair_gradients(prediction, alignment))
+    g_p, g_a, parallel, orthogonal = map(
+        flat, (prediction, alignment, parts.parallel, parts.orthogonal)
+    )
+    dtype = jax.tree.leaves(prediction)[0].dtype
+    stored = float(jnp.finfo(dtype).eps)
+    rounding = max(stored, float(jnp.finfo(dtype).tiny))
+    limit = float(jnp.finfo(dtype).max)
+    assert np.all(np.isfinite(np.concatenate([parallel, orthogonal]).astype(float)))
+    if max(np.max(np.abs(parallel)), np.max(np.abs(orthogonal))) == limit:
+        return  # cut at the largest number: finite, no more
+    smallest = float(jnp.finfo(dtype).smallest_subnormal)
+    np.testing.assert_array_less(
+        np.abs(parallel + orthogonal - g_a),
+        2 * rounding * (np.abs(g_a) + np.abs(parallel)) + 2 * smallest,
+    )
+    n_p, n_a = length(g_p), length(g_a)
+    # n_p holds 1e-12, which takes this much from a short prediction gradient's projection.
+    shrinkage = 2 * 1e-12 / (n_p + 1e-12)
+    across = np.abs(np.sum(orthogonal * g_p))
+    assert across <= (16 * stored + shrinkage) * n_a * n_p + len(g_p) * smallest * n_p
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sine", [1e-6, -1e-6, 1e-3, 0.0])
+def test_orthogonal_also_when_nearly_parallel(dtype, sine, x64):
+    random = np.random.default_rng(0)
+    prediction, other = random.normal(size=(2, 1000))
+    pairs = [
+        make_tree({"w": (1000,)}, v, dtype) for v in (prediction, 3 * prediction + sine * other)
+    ]
+    check_parts(*pairs)
+
+
+@pytest.mark.parametrize("angle", [1e-3, 3e-3, 0.03, 0.0999, 0.1003, 0.3, np.pi - 1e-3])
+@pytest.mark.parametrize("count", [8, 1000, 1_000_000])
+def test_the_orthogonal_norm_is_accurate_at_small_angles_in_float32(angle, count):
+    random = np.random.default_rng(1)
+    prediction = random.normal(size=count) + 1
+    across = random.normal(size=count)
+    across -= (across @ prediction) / (prediction @ prediction) * prediction
+    alignment = np.cos(angle) * prediction / np.linalg.norm(prediction)
+    alignment += np.sin(angle) * across / np.linalg.norm(across)
+    pair = gdmam.GradientPair(jnp.float32(prediction), jnp.float32(alignment))
+    found = gdmam.decompose(pair).geometry.orthogonal_norm
+    g_p, g_a = np.float64(pair.prediction), np.float64(pair.alignment)
+    expected = np.linalg.norm(g_a - (g_a @ g_p) / (g_p @ g_p) * g_p)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(expected, np.sin(angle), rtol=1e-2)
+
+
+@PROPERTY
+@given(gradient_trees())
+@in_x64
+def test_scalars_are_those_of_extended_precision(trees):
+    prediction, alignment = trees
+    geometry = gdmam.decompose(gdmam.pair_gradients(prediction, alignment)).geometry
+    rounding = 32 * float(jnp.finfo(geometry.cosine.dtype).eps)
+    g_p, g_a = flat(prediction), flat(alignment)
+    n_p, n_a = length(g_p) + 1e-12, length(g_a) + 1e-12
+    np.testing.assert_allclose(float(geometry.prediction_norm), float(n_p), rtol=rounding)
+    np.testing.assert_allclose(float(geometry.alignment_norm), float(n_a), rtol=rounding)
+    cosine = np.sum(g_p * g_a) / (n_p * n_a)
+    np.testing.assert_allclose(float(geometry.cosine), float(cosine), rtol=0, atol=rounding)
+    across = length(g_a - np.sum(g_p * g_a) / np.sum(g_p * g_p) * g_p) if np.any(g_p) else n_a
+    np.testing.assert_allclose(
+        float(geometry.orthogonal_norm),
+        float(across + 1e-12),
+        rtol=1e-3,
+        atol=float(n_a) * rounding,
+    )
+    weight = float(n_p / (n_p + n_a))
+    np.testing.assert_allclose(float(geometry.prediction_weight), weight, rtol=rounding)
+    np.testing.assert_allclose(float(geometry.alignment_weight), 1 - weight, atol=rounding)
+    assert float(geometry.gate) == np.clip(float(geometry.cosine), 0, 1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_inner_products_of_short_floats_accumulate_in_float32(dtype):
+    """Ones summed in bfloat16 stop at 256, in float16 at 2048; their squares overflow at 256."""
+    for value in (1.0, 300.0):
+        ones = jnp.full(5000, value, dtype)
+        geometry = gdmam.decompose(gdmam.GradientPair(ones, ones)).geometry
+        assert geometry.prediction_norm.dtype == jnp.float32
+        expected = float(ones[0]) * np.sqrt(5000)
+        np.testing.assert_allclose(geometry.prediction_norm, expected, rtol=1e-6)
+        np.testing.assert_allclose(geometry.parallel_norm, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("split", [[24], [1, 23], [8, 8, 8], [5, 0, 7, 12], [1] * 24])
+def test_nothing_depends_on_how_parameters_are_split_into_leaves(split, x64):
+    random = np.random.default_rng(3)
+    g_p, g_a = random.normal(size=(2, 24))
+
+    def leaves(vector):
+        return [jnp.asarray(part) for part in np.split(vector, np.cumsum(split)[:-1])]
+
+    whole = gdmam.decompose(gdmam.GradientPair(jnp.asarray(g_p), jnp.asarray(g_a)))
+    parts = gdmam.decompose(gdmam.pair_gradients(leaves(g_p), leaves(g_a)))
+    for expected, found in zip(
+        jax.tree.leaves(whole.geometry), jax.tree.leaves(parts.geometry), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-14)
+    np.testing.assert_allclose(np.concatenate(parts.orthogonal), whole.orthogonal, atol=1e-14)
+
+
+@PROPERTY
+@given(seeds, st.floats(-6, 6), st.sampled_from(["float32", "float64"]))
+@in_x64
+def test_scaling_both_losses_scales_norms_and_leaves_the_rest(seed, exponent, dtype):
+    random = np.random.default_rng(seed)
+    g_p, g_a = random.normal(size=(2, 7))
+    before, after = (
+        gdmam.decompose(
+            gdmam.GradientPair(jnp.asarray(s * g_p, dtype), jnp.asarray(s * g_a, dtype))
+        ).geometry
+        for s in (1.0, 10.0**exponent)
+    )
+    # 1e-12 in every norm is all that does not scale.
+    rounding = 32 * float(jnp.finfo(dtype).eps) + 1e-11 / min(1, 10.0**exponent)
+    for name in ("prediction", "alignment", "parallel", "orthogonal"):
+        ratio = getattr(after, f"{name}_norm") / getattr(before, f"{name}_norm")
+        cancelled = float(before.alignment_norm / getattr(before, f"{name}_norm"))
+        np.testing.assert_allclose(ratio, 10.0**exponent, rtol=rounding * (1 + cancelled) ** 2)
+    for name in ("cosine", "gate", "prediction_weight", "alignment_weight"):
+        np.testing.assert_allclose(getattr(after, name), getattr(before, name), atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale_p", [0.0, 1e-30, 1e-8, 1e18, 1e30, 3e38])
+@pytest.mark.parametrize("scale_a", [0.0, 1e-30, 1e-8, 1e18, 1e30, 3e38])
+def test_finite_at_every_scale_that_the_dtype_holds(dtype, scale_p, scale_a):
+    g_p, g_a = jnp.array([1.0, -0.5, 0.25, 0.1]), jnp.array([0.3, 1.0, -0.2, 0.7])
+    pair = gdmam.GradientPair((scale_p * g_p).astype(dtype), (scale_a * g_a).astype(dtype))
+    parts = gdmam.decompose(pair)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(parts))
+    limit = float(jnp.finfo(jnp.float32).max) / 8
+    for name in ("prediction", "alignment"):
+        found = float(getattr(parts.geometry, f"{name}_norm"))
+        expected = np.linalg.norm(np.float64(getattr(pair, name).astype(jnp.float32))) + 1e-12
+        np.testing.assert_allclose(found, min(expected, limit), rtol=1e-5)
+
+
+def test_float16_is_cut_at_its_largest_number():
+    """The projection on one long element can exceed every element of the alignment gradient."""
+    g_p = jnp.ones(200, jnp.float16).at[0].set(10)
+    parts = gdmam.decompose(gdmam.GradientPair(g_p, jnp.full(200, 6e4, jnp.float16)))
+    assert float(parts.parallel[0]) == float(jnp.finfo(jnp.float16).max)
+    assert float(parts.orthogonal[0]) == float(jnp.finfo(jnp.float16).min)
+
+
+@pytest.mark.parametrize("zero", ["prediction", "alignment", "both"])
+def test_a_zero_gradient_projects_to_nothing(zero):
+    g_p = jnp.zeros(3) if zero != "alignment" else jnp.ones(3)
+    g_a = jnp.zeros(3) if zero != "prediction" else jnp.ones(3)
+    parts = gdmam.decompose(gdmam.GradientPair(g_p, g_a))
+    np.testing.assert_array_equal(parts.parallel, jnp.zeros(3))
+    np.testing.assert_array_equal(parts.orthogonal, g_a)
+    assert float(parts.geometry.cosine) == 0
+    assert float(parts.geometry.parallel_norm) == pytest.approx(1e-12)
+
+
+def test_each_scope_has_a_geometry_of_its_own():
+    random = np.random.default_rng(5)
+    trees = [
+        {name: {"w": jnp.float32(random.normal(size=4))} for name in ("encoder", "head")}
+        for _ in range(2)
+    ]
+    pairs = gdmam.pair_gradients(*trees)
+    scoped = gdmam.decompose(pairs, scope=lambda path: path.split("/")[0])
+    for number, name in enumerate(("encoder", "head")):
+        alone = gdmam.decompose(pairs[name])
+        np.testing.assert_allclose(scoped.parallel[name]["w"], alone.parallel["w"], rtol=1e-6)
+        np.testing.assert_allclose(scoped.geometry.cosine[number], alone.geometry.cosine, rtol=1e-6)
+
+
+def test_vmap_gives_what_each_pair_gives_alone():
+    """Also where one pair of a batch takes the careful branch and the others do not."""
+    random = np.random.default_rng(6)
+    g_p = np.float32(random.normal(size=(4, 9)))
+    g_a = np.float32(random.normal(size=(4, 9)))
+    g_a[1] = 2 * g_p[1] + 1e-4 * g_a[1]
+    g_a[2] *= 1e30
+    g_p[3] = 0
+    batch = jax.vmap(gdmam.decompose)(gdmam.GradientPair(jnp.asarray(g_p), jnp.asarray(g_a)))
+    for row in range(4):
+        alone = gdmam.decompose(gdmam.GradientPair(jnp.asarray(g_p[row]), jnp.asarray(g_a[row])))
+        for part in ("parallel", "orthogonal"):
+            found, expected = getattr(batch, part)[row], getattr(alone, part)
+            tolerance = 1e-6 * np.max(np.abs(g_a[row]))
+            np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+        for expected, found in zip(
+            jax.tree.leaves(alone.geometry), jax.tree.leaves(batch.geometry), strict=True
+        ):
+            np.testing.assert_allclose(found[row], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_norm_of_a_tree_neither_overflows_nor_misses_a_leaf():
+    for scale in (0.0, 1.0, 1e18, 1e30):
+        leaves = [jnp.full(900, scale), jnp.full((40, 40), scale), jnp.float32(0)]
+        np.testing.assert_allclose(norm(leaves), scale * 50, rtol=1e-6)
