@@ -46,6 +46,9 @@ def is_pair(node: Any) -> bool:
 
 def path_string(path: KeyPath) -> str:
     """A leaf's path as text: ``"encoder/kernel"``; ``"(root)"`` for a tree of one leaf."""
+    # A Flax NNX variable holds its array under an attribute of its own.
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
 
 

@@ -1,5 +1,6 @@
 """Optax wrappers over pairs."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,14 @@ def over_pairs(
 
 
 def _doubled(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: GradientPair(leaf, leaf), tree)
+    return jax.tree.map(lambda leaf: GradientPair(leaf, leaf), tree, is_leaf=_is_nnx_variable)
+
+
+def _is_nnx_variable(node: Any) -> bool:
+    # flax.nnx.Optimizer initialises with variables, updates with arrays, and keeps variables of
+    # arrays only: a pair of variables has to be made, and not a variable with a pair in it.
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(node, nnx.Variable)
 
 
 def _first_half(tree: Any) -> Any:

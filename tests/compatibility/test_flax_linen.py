@@ -1,0 +1,92 @@
+"""GDMAM with Linen modules and `TrainState`."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+from flax.training.train_state import TrainState
+
+import gdmam_jax as gdmam
+from tests.compatibility.harness import FAST_COMPILATION
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(8)(x)
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.Dropout(0.2, deterministic=not train)(nn.relu(x))
+        self.sow("intermediates", "hidden", x)
+        return nn.Dense(2)(x)
+
+
+class State(TrainState):
+    batch_stats: dict
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        gdmam.gdmam(0.05),
+        gdmam.gdmam_released(0.05),
+        gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 2), gdmam.gdmam(0.05)),
+    ],
+)
+def test_train_state(optimizer):
+    """Batch statistics, dropout and sown intermediates go through ``aux``, from one pass."""
+    model = Model()
+    x = jax.random.normal(jax.random.key(1), (16, 3))
+    y = jnp.stack([x.sum(axis=1), x[:, 0]], axis=1)
+    variables = model.init(jax.random.key(0), x, train=False)
+    state = State.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        tx=optimizer,
+    )
+
+    def losses(params, state, key):
+        output, changed = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            x,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats", "intermediates"],
+        )
+        (hidden,) = changed["intermediates"]["hidden"]
+        return (jnp.mean((output - y) ** 2), jnp.mean(hidden**2)), changed["batch_stats"]
+
+    @jax.jit(compiler_options=FAST_COMPILATION)
+    def step(state, key):
+        (values, batch_stats), pairs = gdmam.value_and_paired_grad(losses, has_aux=True)(
+            state.params, state, key
+        )
+        return state.apply_gradients(grads=pairs, batch_stats=batch_stats), values
+
+    keys = jax.random.split(jax.random.key(2), 60)
+    state = state.replace(step=jnp.asarray(0))
+    types = jax.tree.map(jax.typeof, state)
+
+    @jax.jit(compiler_options=FAST_COMPILATION)
+    def both(params):
+        def prediction_loss(params):
+            (prediction, _), batch_stats = losses(params, state, keys[0])
+            return prediction, batch_stats
+
+        paired = gdmam.value_and_paired_grad(losses, has_aux=True)(params, state, keys[0])
+        return paired, jax.value_and_grad(prediction_loss, has_aux=True)(params)
+
+    (((prediction, _), stats), pairs), (expected, gradients) = both(state.params)
+    found = (prediction, stats), gdmam.unpair_gradients(pairs)[0]
+    chex.assert_trees_all_close(found, (expected, gradients), rtol=1e-4, atol=1e-6)
+
+    history = []
+    for key in keys:
+        state, (prediction, _) = step(state, key)
+        history.append(prediction)
+    assert step._cache_size() == 1
+    assert jax.tree.map(jax.typeof, state) == types
+    assert sum(history[-5:]) < 0.6 * sum(history[:5])
+    assert state.step == 60
