@@ -1,0 +1,229 @@
+"""What the two large examples share: methods, flags, and one training loop for many devices.
+
+To be copied with them. One mesh axis, "data", over all devices of all processes: batches are always
+split over it (data parallelism); with --fsdp parameters and optimizer state are, too.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gdmam_jax as gdmam
+
+BASELINE = "summed loss"
+METHODS = {
+    "prediction alone": lambda rate: gdmam.summed(optax.adamw(rate), alignment_weight=0.0),
+    BASELINE: lambda rate: gdmam.summed(optax.adamw(rate)),
+    "GDMAM": lambda rate: gdmam.gdmam(rate),
+    "GDMAM, balanced": lambda rate: gdmam.gdmam(
+        rate,
+        weighting=gdmam.balanced_weighting,
+        gate=gdmam.conflict_gate,
+        momentum=gdmam.relative_momentum,
+    ),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that do not depend on the example."""
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches (0)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--print-every", type=int, default=100, help="steps between metrics (100)")
+    scale = parser.add_argument_group("scale")
+    scale.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    scale.add_argument(
+        "--fsdp", action="store_true", help="shard parameters and optimizer state over all devices"
+    )
+    scale.add_argument(
+        "--checkpoints", type=Path, help="folder to save in, and to go on from if anything is there"
+    )
+    scale.add_argument("--save-every", type=int, default=100, help="steps between them (100)")
+    scale.add_argument(
+        "--distributed",
+        action="store_true",
+        help="several processes, as SLURM, Open MPI or the TPU slice started them",
+    )
+    scale.add_argument("--coordinator", help="host:port of process 0, if not detected")
+    scale.add_argument("--num-processes", type=int, help="how many, with --coordinator")
+    scale.add_argument("--process-id", type=int, help="which of them this is, from 0")
+    scale.add_argument(
+        "--wait", type=int, default=300, help="seconds until all processes must be there (300)"
+    )
+
+
+def start(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Mesh]:
+    """Reads the flags and joins the other processes, if any; before any other use of JAX."""
+    arguments = parser.parse_args()
+    if arguments.distributed or arguments.coordinator:
+        # Where one is missing JAX aborts with a stack trace: be first, and clear.
+        watch = threading.Timer(arguments.wait, give_up, [arguments])
+        watch.start()
+        jax.distributed.initialize(
+            arguments.coordinator,
+            arguments.num_processes,
+            arguments.process_id,
+            initialization_timeout=arguments.wait + 60,
+        )
+        watch.cancel()
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    for flag in ("steps", "batch", "print_every", "save_every"):
+        if getattr(arguments, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
+    if arguments.batch % mesh.size:
+        parser.error(f"--batch {arguments.batch} does not divide over {mesh.size} devices")
+    return arguments, mesh
+
+
+def give_up(arguments):
+    """Ends this process, which is waiting for others."""
+    others = "" if arguments.num_processes is None else f" of {arguments.num_processes}"
+    where = arguments.coordinator or "the coordinator"
+    sys.stderr.write(
+        f"Process {arguments.process_id}{others}: not all processes met at {where} within "
+        f"{arguments.wait} s. Is every one of them started, with a --process-id of its own and the "
+        "same --num-processes, and can each reach that address?\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def sharding(mesh, leaf, fsdp):
+    """Over the largest dimension that the devices divide evenly; a whole copy on each, else."""
+    for axis in sorted(range(leaf.ndim), key=lambda axis: -leaf.shape[axis]) if fsdp else ():
+        if leaf.shape[axis] % mesh.size == 0:
+            return NamedSharding(mesh, P(*[None] * axis, "data"))
+    return NamedSharding(mesh, P())
+
+
+def create(make_state, mesh, fsdp):
+    """``make_state()``, compiled so that each device makes its own part and none holds it all."""
+    shapes = jax.eval_shape(make_state)
+    shardings = jax.tree.map(lambda leaf: sharding(mesh, leaf, fsdp), shapes)
+    return jax.jit(make_state, out_shardings=shardings)()
+
+
+def split_batch(batch, mesh):
+    """A batch that every process has made alike, each device with its part."""
+    rows = NamedSharding(mesh, P("data"))
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(leaf.shape, rows, lambda part: leaf[part]), batch
+    )
+
+
+@contextlib.contextmanager
+def checkpoints(name, arguments, state):
+    """Gives the latest saved state called ``name``, its step, and a function that saves the next.
+
+    Whatever number of devices or processes saved it, with --fsdp or without: each array comes back
+    with the sharding that it has in ``state``.
+    """
+    if arguments.checkpoints is None:
+        yield state, 0, lambda step, state: None
+        return
+    options = ocp.CheckpointManagerOptions(save_interval_steps=arguments.save_every, max_to_keep=2)
+    folder = arguments.checkpoints / name.replace(", ", "-").replace(" ", "-")
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        first = manager.latest_step() or 0
+        if first:
+            report(f"{name}: going on from step {first}")
+            state = manager.restore(first, args=ocp.args.StandardRestore(state))
+        yield (
+            state,
+            first,
+            lambda step, state: manager.save(step, args=ocp.args.StandardSave(state)),
+        )
+
+
+def fit(name, arguments, mesh, state, step, draw_batch):
+    """Trains from the last checkpoint, or from the start: the last state and all cosines.
+
+    Args:
+      name: of the method, for what is printed and saved.
+      arguments: the flags.
+      mesh: the devices.
+      state: what the training starts from.
+      step: compiled; of the state and a batch, returns the next state and metrics.
+      draw_batch: of the step's number, so that an interrupted training goes on as if it had not
+        been; the same on all processes.
+    """
+    cosines, started = [], time.perf_counter()
+    with checkpoints(name, arguments, state) as (state, first, save):
+        for number in range(first, arguments.steps):
+            state, metrics = step(state, split_batch(draw_batch(number), mesh))
+            save(number + 1, state)
+            cosines.append(metrics["cosine"])
+            if (number + 1) % arguments.print_every == 0 or number + 1 == arguments.steps:
+                now = ", ".join(f"{key} {float(value):.3f}" for key, value in metrics.items())
+                speed = (number + 1 - first) / (time.perf_counter() - started)
+                report(f"{name}: step {number + 1}/{arguments.steps}, {now}, {speed:.2f} steps/s")
+    print(
+        f"{name}: process {jax.process_index()} of {jax.process_count()} ends with state "
+        f"{fingerprint(state)}",
+        flush=True,
+    )
+    return state, np.array([float(cosine) for cosine in cosines])
+
+
+def report(text):
+    """Prints once, however many processes there are."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def fingerprint(tree):
+    """Of all the numbers as this process has them: equal only if every bit is."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        if leaf.is_fully_replicated:
+            values = leaf.addressable_data(0)
+        else:
+            values = multihost_utils.process_allgather(leaf, tiled=True)
+        digest.update(np.asarray(values).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def conclude(results, cosines):
+    """What came out, in plain words.
+
+    Args:
+      results: the method's (prediction, alignment) loss on unseen data, lower is better.
+      cosines: the method's cosine of the two gradients at each step of this run.
+    """
+    report("On unseen data (lower is better):")
+    for name, losses in results.items():
+        report(f"  {name:16}  prediction {losses[0]:.4f}  alignment {losses[1]:.4f}")
+    for name, values in cosines.items():
+        if len(values):
+            late = values[len(values) // 2 :]
+            report(
+                f"{name}: in the second half the gradients opposed each other in "
+                f"{np.mean(late < 0):.0%} of the steps, mean cosine {late.mean():+.2f}."
+            )
+    for name in results:
+        if name.startswith("GDMAM") and BASELINE in results:
+            changes = [
+                100 * (mine / baseline - 1)
+                for mine, baseline in zip(results[name], results[BASELINE], strict=True)
+            ]
+            words = [
+                "better" if change < -1 else "worse" if change > 1 else "about equal"
+                for change in changes
+            ]
+            report(
+                f"{name} against the summed loss: prediction {words[0]} ({changes[0]:+.1f}%), "
+                f"alignment {words[1]} ({changes[1]:+.1f}%)."
+            )
+    report("One seed, one learning rate for all: try others before you believe it.")

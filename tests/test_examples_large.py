@@ -1,0 +1,85 @@
+"""The large examples, small: they train on eight devices, go on from checkpoints, lower for TPU."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+SMALL = {
+    "language_model": [
+        *("--steps", "2", "--width", "16", "--layers", "1", "--heads", "2"),
+        *("--batch", "8", "--context", "8"),
+    ],
+    "image_labels": ["--steps", "2", "--hidden", "16", "--batch", "8"],
+}
+VIT = ["--encoder", "vit", "--layers", "1", "--heads", "2"]
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    return importlib.import_module
+
+
+def run(module, monkeypatch, capsys, *flags):
+    flags = [*SMALL[module.__name__], *flags]
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags])
+    module.main()
+    return capsys.readouterr().out
+
+
+def test_language_model_goes_on_with_other_sharding(load, monkeypatch, capsys, tmp_path):
+    module = load("language_model")
+    flags = ("--methods", "GDMAM", "--checkpoints", str(tmp_path), "--save-every", "1", "--bf16")
+    first = run(module, monkeypatch, capsys, *flags, "--fsdp")
+    assert "8 cpu" in first
+    assert "step 2/2" in first
+    again = run(module, monkeypatch, capsys, *flags)
+    assert "GDMAM: going on from step 2" in again
+    ends = [text.split("ends with state ")[1][:16] for text in (first, again)]
+    assert ends[0] == ends[1]
+
+
+def test_image_labels_says_who_won(load, monkeypatch, capsys):
+    module = load("image_labels")
+    printed = run(module, monkeypatch, capsys, "--methods", "summed loss", "GDMAM", "--fsdp")
+    assert "GDMAM against the summed loss: prediction " in printed
+    assert "truth" in printed
+
+
+def test_blends_are_known_proportions(load):
+    module = load("image_labels")
+    images, labels = module.blend(module.DIGITS, 5, 0)
+    assert images.shape == (5, 8, 8, 1)
+    np.testing.assert_allclose(labels.sum(1), 1, rtol=1e-6)
+    assert 0 <= images.min() <= images.max() <= 1
+
+
+def test_a_batch_that_does_not_divide_is_refused(load, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(load("language_model"), monkeypatch, capsys, "--batch", "9")
+    assert "--batch 9 does not divide over 8 devices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [("language_model", []), ("image_labels", []), ("image_labels", VIT)]
+)
+def test_the_training_step_lowers_for_tpu(load, name, flags):
+    module = load(name)
+    arguments = module.make_parser().parse_args([*SMALL[name], *flags, "--bf16", "--fsdp"])
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    make_state, _, step = module.prepare("GDMAM", arguments)
+    training = load("training")
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=training.sharding(mesh, leaf, fsdp=True)
+        ),
+        jax.eval_shape(make_state),
+    )
+    batch = training.split_batch(module.draw_batch(arguments, 0), mesh)
+    exported = jax.export.export(step, platforms=["tpu"])(state, batch)
+    assert exported.platforms == ("tpu",)
+    assert "bf16" in exported.mlir_module()
