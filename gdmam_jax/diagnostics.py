@@ -62,7 +62,7 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         for name, value in scalars.items():
             if labels:
                 for number, label in enumerate(labels):
-                    report[f"{prefix}{label}/{name}"] = value[number]
+                    report[f"{prefix}{label}/{name}"] = value[..., number]
             else:
                 report[f"{prefix}{name}"] = value
         if isinstance(state, ReleasedState):
