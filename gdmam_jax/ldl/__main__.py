@@ -48,7 +48,7 @@ def run(
     alignment_weight: Annotated[float, typer.Option(help="The three lambdas.")] = 0.1,
     log_variance_bound: Annotated[
         float, typer.Option(help="Soft bound of the log-variances; 0: none, as released.")
-    ] = 8.0,
+    ] = 2.0,
     chunk: Annotated[int, typer.Option(help="Epochs between two tests and signs of life.")] = 25,
     data_folder: Annotated[
         Path | None, typer.Option(help="Where registered data sets lie, if not in the cache.")

@@ -239,11 +239,11 @@ def equal_norm(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def balanced(learning_rate: Scalar) -> optax.GradientTransformation:
-    """The preset *gdmam-balanced*: the choices found to win, see the documentation's results.
+    """The preset *gdmam-balanced*: the choices found to do best, see the documentation's results.
 
     Balanced weights, so that both weighted gradients have one norm; the parallel part of the
     alignment gradient dropped where it opposes the prediction gradient; momenta from relative
-    noise; AMSGrad.
+    noise; all that for every parameter array apart; AMSGrad.
 
     Args:
         learning_rate: of the steps and the decay.
@@ -256,6 +256,7 @@ def balanced(learning_rate: Scalar) -> optax.GradientTransformation:
         weighting=gdmam.balanced_weighting,
         gate=gdmam.conflict_gate,
         momentum=gdmam.relative_momentum,
+        scope=gdmam.leaf_scope,
         amsgrad=True,
     )
 

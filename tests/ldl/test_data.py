@@ -1,0 +1,209 @@
+"""Loading, checking and fetching data, and the papers' folds."""
+
+import http.server
+import pickle
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import scipy.io
+
+from gdmam_jax.ldl import data
+
+X = np.array([[0.0, 5.0], [1.0, 6.0], [2.0, 8.0]])
+Y = np.array([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]])
+
+
+def changed(array, row, column, value):
+    array = array.copy()
+    array[row, column] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (changed(X, 1, 0, np.nan), Y, r"features hold nan in row 1, column 0 \(age\)"),
+        (changed(X, 2, 1, -np.inf), Y, r"features hold -inf in row 2, column 1 \(height\)"),
+        (X, changed(Y, 0, 1, np.nan), r"labels hold nan in row 0, column 1 \(bad\)"),
+        (X, changed(Y, 2, 1, -0.5), r"labels hold -0.5, which is negative, in row 2, column 1"),
+        (X, changed(Y, 1, 0, 0.2), r"labels of row 1 sum to 0.95, not to 1; normalize=True"),
+        (X[:2], Y, "2 rows of features, but 3 rows of labels"),
+        (np.ones((3, 2)), Y, r"features are 1 in every row, 0 to 2, of column 0 \(age\)"),
+        (X[0], Y, r"features must have the shape \(samples, columns\), got \(2,\)"),
+        (X, np.ones((3, 1)), "needs 2 labels or more, got 1"),
+        (X.astype(str), Y, "features must be real numbers, got dtype"),
+    ],
+)
+def test_bad_data_is_refused_and_the_place_named(x, y, message):
+    names = {"feature_names": ("age", "height"), "label_names": ("good", "bad")}
+    with pytest.raises(ValueError, match=message):
+        data.from_arrays(x, y, **(names if np.shape(y)[1] == 2 else {}))
+
+
+def test_rows_that_nearly_sum_to_1_are_renormalised_and_it_is_said():
+    with pytest.warns(UserWarning, match="1 rows of labels were renormalised, row 1 the most"):
+        dataset = data.from_arrays(X, changed(Y, 1, 0, 0.250005))
+    np.testing.assert_allclose(dataset.labels.sum(1), 1, atol=1e-7)
+    assert data.from_arrays(X, 3 * Y, normalize=True).labels.tolist() == Y.tolist()
+    with pytest.raises(ValueError, match="labels of row 2 are all 0"):
+        data.from_arrays(X, changed(Y, 2, 0, 0), normalize=True)
+
+
+@pytest.mark.parametrize("keys", [("features", "labels"), ("feature", "label"), ("X", "D")])
+def test_files(tmp_path, keys):
+    scipy.io.savemat(tmp_path / "a.mat", dict(zip(keys, (X, Y), strict=True)))
+    np.savez(tmp_path / "a.npz", **dict(zip(keys, (X, Y), strict=True)))
+    (tmp_path / "a.csv").write_text(
+        "age,label_1,label_2,height\n0,0.5,0.5,5\n1,0.25,0.75,6\n2,1,0,8"
+    )
+    for name in ("a.mat", "a.npz", "a.csv"):
+        dataset = data.find(str(tmp_path / name))
+        np.testing.assert_array_equal(dataset.features, X)
+        np.testing.assert_array_equal(dataset.labels, Y)
+        assert dataset.name == "a"
+    assert dataset.feature_names == ("age", "height")
+
+
+def test_bad_files(tmp_path):
+    np.savez(tmp_path / "a.npz", features=X, targets=Y)
+    with pytest.raises(
+        ValueError, match=r"none of the arrays is named labels, .*features, targets"
+    ):
+        data.load(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", features=np.array([object()]), labels=Y)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        data.load(tmp_path / "b.npz")
+    (tmp_path / "c.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="needs columns that begin with 'label'"):
+        data.load(tmp_path / "c.csv")
+    (tmp_path / "d.csv").write_text("a,label_1,label_2\n1,0.5,0.5\nx,1,0\n")
+    with pytest.raises(ValueError, match="row 1, column a holds 'x', which is no number"):
+        data.load(tmp_path / "d.csv")
+    (tmp_path / "e.pkl").write_bytes(pickle.dumps(X))
+    with pytest.raises(ValueError, match=r"expected a \.mat, \.npz or \.csv file"):
+        data.load(tmp_path / "e.pkl")
+    with pytest.raises(FileNotFoundError, match="no such data file"):
+        data.load(tmp_path / "f.mat")
+    with pytest.raises(ValueError, match="unknown data set 'Moovie'"):
+        data.find("Moovie")
+
+
+def test_folds_follow_the_protocol():
+    rng = np.random.default_rng(0)
+    dataset = data.from_arrays(
+        rng.normal(size=(103, 3)), rng.dirichlet(np.ones(3), 103), normalize=True
+    )
+    folds = data.make_folds(dataset, folds=5, validation_size=7)
+    assert folds.features.min() == 0
+    assert folds.features.max() == 1
+    tested = []
+    for i in range(5):
+        train = set(folds.train[i][folds.train_mask[i]])
+        test = set(folds.test[i][folds.test_mask[i]])
+        parts = (train, set(folds.validation[i]), test)
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 103
+        assert len(parts[1]) == 7
+        tested += test
+    assert sorted(tested) == list(range(103))
+    with pytest.raises(ValueError, match="3 rows are too few for 10 folds"):
+        data.make_folds(data.from_arrays(X, Y))
+    with pytest.raises(ValueError, match="fold 0 keeps 82 rows, which leaves none for training"):
+        data.make_folds(dataset, folds=5, validation_size=82)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("Movie", 108), ("SCUT_FBP", 146), ("emotion6", 85)])
+def test_real_sets(shared, name, rows):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = data.find(name, folder=shared / "data" / "ldl")
+    assert data.make_folds(dataset).train_mask[0].sum() == rows
+
+
+def test_films():
+    films = data.films()
+    assert films.features.shape == (15713, 15)
+    assert films.row_names[films.labels[:, 9].argmax()]
+    folds = data.make_folds(films)
+    training = films.labels[folds.train[0]].sum(0)
+    assert training.max() / training.min() > 15
+
+
+class Server:
+    """An HTTP server on this machine that knows ranges, and can break off or tamper."""
+
+    def __init__(self, content):
+        self.content, self.stop_after, self.ranges = content, None, []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked = self.headers.get("Range")
+                server.ranges.append(asked)
+                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+                rest = server.content[start:]
+                self.send_response(206 if asked else 200)
+                self.send_header("Content-Length", str(len(rest)))
+                self.end_headers()
+                self.wfile.write(rest[: server.stop_after])
+
+            def log_message(self, *_):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    content = np.random.default_rng(0).bytes(300_000)
+    monkeypatch.setitem(data.REGISTRY, "Movie", data.blob_id(content))
+    server = Server(content)
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def fetch(server, folder):
+    return data.fetch("Movie", folder=folder, base_url=server.url)
+
+
+def test_fetch_verifies_and_keeps(server, tmp_path):
+    path = fetch(server, tmp_path)
+    assert path.read_bytes() == server.content
+    assert fetch(server, tmp_path) == path
+    assert server.ranges == [None]
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is not the registered Movie: its git blob id is"):
+        fetch(server, tmp_path)
+
+
+def test_a_truncated_download_is_continued(server, tmp_path):
+    server.stop_after = 100_000
+    with pytest.raises(ConnectionError, match="bytes are kept, and continued") as caught:
+        fetch(server, tmp_path)
+    assert str(tmp_path / "Movie.mat") in str(caught.value)
+    assert not (tmp_path / "Movie.mat").exists()
+    kept = (tmp_path / "Movie.mat.part").stat().st_size
+    assert 0 < kept <= 100_000
+    server.stop_after = None
+    assert fetch(server, tmp_path).read_bytes() == server.content
+    assert server.ranges == [None, f"bytes={kept}-"]
+    assert [path.name for path in tmp_path.iterdir()] == ["Movie.mat"]
+
+
+def test_a_tampered_download_is_refused(server, tmp_path):
+    server.content = server.content[:-1] + b"!"
+    with pytest.raises(ValueError, match="is not the registered Movie"):
+        fetch(server, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_offline_says_where_to_put_the_file(tmp_path):
+    with pytest.raises(ConnectionError, match="put the file there by hand") as caught:
+        data.fetch("Movie", folder=tmp_path, base_url="http://127.0.0.1:9")
+    assert str(tmp_path / "Movie.mat") in str(caught.value)
+    with pytest.raises(ValueError, match="unknown data set 'Moovie'; expected one of FG-Net"):
+        data.fetch("Moovie")

@@ -1,0 +1,237 @@
+"""Methods, the training loop, resuming, the command line and the report."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from typer.testing import CliRunner
+
+import gdmam_jax as gdmam
+from gdmam_jax.ldl import data, experiment, methods, report
+from gdmam_jax.ldl.__main__ import app
+
+SMALL = experiment.Configuration(
+    folds=2,
+    seeds=2,
+    epochs=4,
+    batch_size=16,
+    validation_size=6,
+    hidden=6,
+    learning_rates=(1e-3, 1e-2),
+    chunk=2,
+)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """43 rows: folds of 21 and 22 rows, so the last batch is short, and empty in neither."""
+    rng = np.random.default_rng(0)
+    return data.from_arrays(
+        rng.normal(size=(43, 5)), rng.dirichlet(np.ones(4), 43), name="small", normalize=True
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once():
+    """Programs are compiled once for this module: that is what takes the time."""
+    built = {}
+    build = experiment.build
+
+    def remember(method, folds, configuration):
+        key = method.name, folds.labels.tobytes(), configuration
+        if key not in built:
+            built[key] = build(method, folds, configuration)
+        return built[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "build", remember)
+        yield
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """A whole experiment, killed twice on its way, and the folder it wrote to."""
+    folder = tmp_path_factory.mktemp("experiment")
+    calls = []
+
+    def progress(label, done, total):
+        calls.append((label, done, total))
+        if len(calls) in (3, 5):  # in the midst of the second run, and of the third
+            raise KilledError
+
+    for _ in range(2):
+        with pytest.raises(KilledError):
+            _run(dataset, folder, progress)
+    records = _run(dataset, folder, progress)
+    return folder, records, calls
+
+
+def _run(dataset, folder, progress=None):
+    return experiment.run(
+        dataset,
+        [methods.find("gdmam-balanced")],
+        SMALL,
+        folder=folder,
+        checkpoint_seconds=0,
+        progress=progress,
+    )
+
+
+def test_a_killed_run_resumes_with_the_same_numbers(dataset, finished):
+    folder, records, calls = finished
+    whole = _run(dataset, None)
+    for key in ("runs", "tuning", "learning_rate"):
+        assert records[0][key] == whole[0][key]
+    # Two rates of one seed, one rate of the other; what was done is not done again.
+    assert [done for _, done, _ in calls] == [2, 4, 6, 8, 10, 12]
+    assert {total for *_, total in calls} == {12}
+    assert sorted(path.name for path in folder.iterdir() if path.name[0] == "g") == [
+        "gdmam-balanced.json",
+        "gdmam-balanced.npz",
+    ]
+
+
+def test_results_are_kept_and_guarded(dataset, finished):
+    folder, records, _ = finished
+    assert _run(dataset, folder) == records
+    assert len(records[0]["runs"]) == 4
+    for run in records[0]["runs"]:
+        assert set(run["selections"]) == set(experiment.SELECTIONS)
+        assert 1 <= run["selections"]["validation"]["epoch"] <= 4
+        assert run["selections"]["last"]["epoch"] == 4
+    other = data.from_arrays(dataset.features + 1, dataset.labels[::-1], normalize=True)
+    with pytest.raises(ValueError, match="holds results of another data"):
+        _run(other, folder)
+
+
+def test_selections_test_the_parameters_they_name(finished):
+    folder, records, _ = finished
+    with np.load(folder / "gdmam-balanced.npz") as curves:
+        last = [run["selections"]["last"]["kld"] for run in records[0]["runs"]]
+        np.testing.assert_allclose(curves["test_kld"][:, -1], last, rtol=1e-6)
+        epochs = [run["selections"]["validation"]["epoch"] for run in records[0]["runs"]]
+        np.testing.assert_array_equal(curves["validation_kld"].argmin(1) + 1, epochs)
+        assert {"cosine", "gate", "prediction_momentum"} <= set(curves)
+        np.testing.assert_allclose(curves["shown_last"].sum(-1), 1, rtol=1e-5)
+
+
+def test_report(finished):
+    folder, *_ = finished
+    page = report.write(folder).read_text()
+    assert page.count("data:image/png;base64,") == len(report.PICTURES)
+    assert "GDMAM balanced" in (folder / "table.md").read_text()
+    assert r"\toprule" in (folder / "table.tex").read_text()
+    assert len((folder / "runs.csv").read_text().splitlines()) == 1 + 4 * 4
+    assert "GDMAM balanced" in report.summary(folder)
+    with pytest.raises(FileNotFoundError, match="no results in"):
+        report.load(folder / "nothing")
+
+
+def test_table_ranks_and_tests():
+    rng = np.random.default_rng(0)
+
+    def record(name, shift):
+        runs = []
+        for seed in range(5):
+            for fold in range(10):
+                found = dict.fromkeys(report.COLUMNS, shift + 0.01 * rng.normal())
+                runs.append({"fold": fold, "seed": seed, "selections": {"last": found}})
+        return {"method": name, "label": name, "configuration": {"folds": 10}, "runs": runs}
+
+    cells = report.table([record("a", 0.5), record("b", 0.4), record("c", 0.401)], "last")
+    assert [cells[name]["kld"].rank for name in "abc"] == [3, 1, 2]
+    assert [cells[name]["cosine"].rank for name in "abc"] == [1, 3, 2]
+    assert cells["a"]["kld"].p_runs < 1e-6
+    assert cells["a"]["kld"].p_folds < 1e-6
+    assert cells["c"]["kld"].p_runs > 0.05
+    assert cells["b"]["kld"].p_runs == 1
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_makes_a_step(name):
+    method = methods.find(name)
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+
+    def pair(params):
+        total = params["kernel"].sum() + params["bias"].sum()
+        return method.rescale(total**2, method.alignment * (total - 9) ** 2)
+
+    optimizer = method.optimizer(0.1)
+    _, pairs = gdmam.value_and_paired_grad(pair)(params)
+    updates, _ = jax.jit(optimizer.update)(pairs, optimizer.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    assert pair(moved)[0] < pair(params)[0]
+
+
+def test_released_amsgrad_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    gradients = np.random.default_rng(0).normal(size=(20, 4)) * np.geomspace(1, 1e-3, 20)[:, None]
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    reference = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0, amsgrad=True)
+    with jax.enable_x64(True):
+        optimizer = optax.chain(
+            methods.scale_by_released_amsgrad(), optax.scale_by_learning_rate(0.1)
+        )
+        params = jnp.ones(4)
+        state = optimizer.init(params)
+        for gradient in gradients:
+            weight.grad = torch.from_numpy(gradient.copy())
+            reference.step()
+            updates, state = optimizer.update(jnp.asarray(gradient), state, params)
+            params = optax.apply_updates(params, updates)
+            np.testing.assert_allclose(params, weight.detach().numpy(), rtol=1e-12)
+
+
+def test_a_method_of_ones_own(monkeypatch):
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    mine = methods.Method("mine", "Mine", lambda rate: gdmam.summed(optax.sgd(rate)))
+    assert methods.register(mine) is methods.find("mine")
+    with pytest.raises(ValueError, match="there is a method 'mine' already"):
+        methods.register(mine)
+    with pytest.raises(ValueError, match="unknown method 'yours'; expected one of gdmam, "):
+        methods.find("yours")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"folds": 1}, "folds must be at least 2, got 1"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"learning_rates": (-1.0,)}, "learning_rates must be positive"),
+        ({"tuning_seeds": 9}, "tuning_seeds must be between 1 and seeds = 5, got 9"),
+    ],
+)
+def test_bad_configurations_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.Configuration(**change)
+
+
+def test_command_line(tmp_path, dataset):
+    np.savez(tmp_path / "small.npz", features=dataset.features, labels=dataset.labels)
+    options = "--folds 2 --seeds 1 --epochs 2 --validation-size 6 --hidden 4 --chunk 1"
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        app,
+        f"run --data {tmp_path / 'small.npz'} --methods adamw --out {out} {options}".split(),
+    )
+    assert result.exit_code == 0, result.output
+    assert "AdamW" in result.output
+    assert (out / "report.html").is_file()
+    record = json.loads((out / "adamw.json").read_text())
+    assert record["configuration"]["hidden"] == 4
+    assert record["versions"]["jax"] == jax.__version__
+    again = CliRunner().invoke(app, ["report", str(out)])
+    assert again.exit_code == 0
+    listed = CliRunner().invoke(app, ["data", "list"], env={"GDMAM_LDL_CACHE": str(tmp_path)})
+    assert "emotion6" in listed.output
+    with pytest.raises(ValueError, match="unknown data set 'Moovie'"):
+        CliRunner().invoke(
+            app, ["run", "--data", "Moovie", "--out", str(out)], catch_exceptions=False
+        )
