@@ -76,7 +76,7 @@ def finished(dataset, tmp_path_factory):
 def _run(dataset, folder, progress=None):
     return experiment.run(
         dataset,
-        [methods.find("gdmam-balanced")],
+        [methods.find("gdmam")],
         SMALL,
         folder=folder,
         checkpoint_seconds=0,
@@ -93,8 +93,8 @@ def test_a_killed_run_resumes_with_the_same_numbers(dataset, finished):
     assert [done for _, done, _ in calls] == [2, 4, 6, 8, 10, 12]
     assert {total for *_, total in calls} == {12}
     assert sorted(path.name for path in folder.iterdir() if path.name[0] == "g") == [
-        "gdmam-balanced.json",
-        "gdmam-balanced.npz",
+        "gdmam.json",
+        "gdmam.npz",
     ]
 
 
@@ -113,7 +113,7 @@ def test_results_are_kept_and_guarded(dataset, finished):
 
 def test_selections_test_the_parameters_they_name(finished):
     folder, records, _ = finished
-    with np.load(folder / "gdmam-balanced.npz") as curves:
+    with np.load(folder / "gdmam.npz") as curves:
         last = [run["selections"]["last"]["kld"] for run in records[0]["runs"]]
         np.testing.assert_allclose(curves["test_kld"][:, -1], last, rtol=1e-6)
         epochs = [run["selections"]["validation"]["epoch"] for run in records[0]["runs"]]
@@ -126,10 +126,10 @@ def test_report(finished):
     folder, *_ = finished
     page = report.write(folder).read_text()
     assert page.count("data:image/png;base64,") == len(report.PICTURES)
-    assert "GDMAM balanced" in (folder / "table.md").read_text()
+    assert "GDMAM" in (folder / "table.md").read_text()
     assert r"\toprule" in (folder / "table.tex").read_text()
     assert len((folder / "runs.csv").read_text().splitlines()) == 1 + 4 * 4
-    assert "GDMAM balanced" in report.summary(folder)
+    assert "GDMAM" in report.summary(folder)
     with pytest.raises(FileNotFoundError, match="no results in"):
         report.load(folder / "nothing")
 
