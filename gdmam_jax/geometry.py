@@ -1,5 +1,6 @@
 """The geometry of two gradients: norms, angle, and the split of one along and across the other."""
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
+from jax.sharding import PartitionSpec as P
 
 from gdmam_jax._dataclass import pytree_dataclass
 from gdmam_jax.pairs import GradientPair, check_pairs, is_pair, path_string
@@ -191,16 +193,24 @@ def measure(
     Returns:
       The scalars, one per scope.
     """
+    mesh = _explicit_mesh(leaves)
+    if axis_name is None and mesh is not None:
+        # Shardings are known here: add up the leaves on each device, and send three numbers once.
+        specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, list(leaves))
+        local = functools.partial(measure, scopes=scopes, axis_name=mesh.axis_names)
+        return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())(list(leaves))
+
+    across = _Across(leaves, axis_name)
     predictions = [pair.prediction for pair in leaves]
     alignments = [pair.alignment for pair in leaves]
 
     def inner(xs: Sequence[Any], ys: Sequence[Any]) -> jax.Array:
         sums = [jnp.sum(widen(x) * widen(y)) for x, y in zip(xs, ys, strict=True)]
-        return scopes.reduce([_share(term, axis_name) for term in sums], jnp.add)
+        return scopes.reduce([across.share(term) for term in sums], jnp.add)
 
     def all_sum(*totals: jax.Array) -> jax.Array:
         stacked = jnp.stack(totals)
-        return stacked if axis_name is None else jax.lax.psum(stacked, axis_name)
+        return jax.lax.psum(stacked, across.axes) if across.axes else stacked
 
     squared_p, squared_a, product = all_sum(
         inner(predictions, predictions),
@@ -222,8 +232,8 @@ def measure(
             largest = scopes.reduce(
                 [jnp.max(jnp.abs(widen(x)), initial=0) for x in xs], jnp.maximum
             )
-            if axis_name is not None:
-                largest = jax.lax.pmax(largest, axis_name)
+            if across.axes:
+                largest = jax.lax.pmax(across.spread(largest), across.axes)
             largest = jnp.maximum(largest, jnp.finfo(largest.dtype).tiny)
             return largest, [widen(x) / scopes.at(largest, i) for i, x in enumerate(xs)]
 
@@ -258,17 +268,41 @@ def measure(
     )
 
 
-def _share(term: jax.Array, axis_name: str | Sequence[str] | None) -> jax.Array:
-    """What ``term`` adds to its sum over the axes, so that what all shards hold counts once."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+def _explicit_mesh(leaves: Sequence[GradientPair]) -> Any:
+    """The mesh that all leaves lie on, where their types tell how; else None."""
+    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(list(leaves))]
+    meshes = {sharding.mesh for sharding in shardings}
+    mesh = meshes.pop() if len(meshes) == 1 else None
+    return mesh if mesh is not None and mesh.shape and mesh.are_all_axes_explicit else None
 
-    def varying(x: jax.Array) -> frozenset[str]:
-        return jax.typeof(x).manual_axis_type.varying
 
-    # check_vma=False: nothing is known to vary, not even the index along the axis itself.
-    known = [name for name in names if name in varying(jax.lax.axis_index(name))]
-    copies = math.prod(jax.lax.axis_size(name) for name in known if name not in varying(term))
-    return term if copies == 1 else term / copies
+class _Across:
+    """Sums over shards inside `jax.shard_map`, in which what several shards hold counts once."""
+
+    def __init__(self, leaves: Sequence[GradientPair], axis_name: str | Sequence[str] | None):
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+        # check_vma=False: nothing is known to vary, not even the index along the axis itself.
+        self.known = {name for name in names if name in _varying(jax.lax.axis_index(name))}
+        varied = frozenset().union(*map(_varying, jax.tree.leaves(list(leaves)))) if names else ()
+        self.axes = tuple(name for name in names if name in varied or name not in self.known)
+
+    def _whole(self, x: jax.Array) -> tuple[str, ...]:
+        return tuple(name for name in self.axes if name in self.known - _varying(x))
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """``x`` as a value that each shard has its own of."""
+        whole = self._whole(x)
+        return jax.lax.pcast(x, whole, to="varying") if whole else x
+
+    def share(self, term: jax.Array) -> jax.Array:
+        """What one shard adds to the sum of ``term`` over the axes."""
+        copies = math.prod(jax.lax.axis_size(name) for name in self._whole(term))
+        return self.spread(term if copies == 1 else term / copies)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes along which ``x`` is known to differ, inside `jax.shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:

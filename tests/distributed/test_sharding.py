@@ -59,9 +59,9 @@ def losses(params, x):
     return jnp.mean((out - x[:, :8]) ** 2), jnp.mean(jnp.cos(3 * out)) + jnp.mean(hidden**2)
 
 
-def make_step(optimizer):
+def make_step(optimizer, loss=losses):
     def step(params, state, x):
-        _, pairs = gdmam.value_and_paired_grad(losses)(params, x)
+        _, pairs = gdmam.value_and_paired_grad(loss)(params, x)
         updates, state = optimizer.update(pairs, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -75,9 +75,9 @@ def place(tree, mesh, specs):
     }
 
 
-def train(optimizer, params, x, steps=4):
+def train(optimizer, params, x, loss=losses, steps=4):
     state = optimizer.init(params)
-    step = jax.jit(make_step(optimizer))
+    step = jax.jit(make_step(optimizer, loss))
     for _ in range(steps):
         params, state = step(params, state, x)
     return params, state
@@ -175,25 +175,62 @@ def compiled_update(optimizer, layout, axis_type=AxisType.Auto):
 
 
 # The released form also clips by the norm of its weighted gradient, a sum it cannot know before
-# the others. XLA merges the sums over the same groups of devices: "mixed" has parameters sharded
-# over data, over model, and over both.
+# the others. Where types do not tell shardings, XLA merges the sums over the same groups of
+# devices: "mixed" has parameters sharded over data, over model, and over both.
 @pytest.mark.parametrize(
-    ("name", "layout", "expected"),
+    ("name", "layout", "axis_type", "expected"),
     [
-        ("gdmam", "data parallel", 0),
-        ("gdmam", "fully sharded", 1),
-        ("gdmam", "tensor parallel", 1),
-        ("gdmam", "mixed", 3),
-        ("released", "fully sharded", 2),
+        ("gdmam", "data parallel", AxisType.Auto, 0),
+        ("gdmam", "fully sharded", AxisType.Auto, 1),
+        ("gdmam", "mixed", AxisType.Auto, 3),
+        ("released", "fully sharded", AxisType.Auto, 2),
+        ("gdmam", "mixed", AxisType.Explicit, 1),
     ],
 )
-def test_the_update_sends_nothing_but_scalars(name, layout, expected):
-    found = collectives(compiled_update(OPTIMIZERS[name](), layout))
+def test_the_update_sends_nothing_but_sums(name, layout, axis_type, expected):
+    found = collectives(compiled_update(OPTIMIZERS[name](), layout, axis_type))
     assert {kind for _, kind, _ in found} <= {"all-reduce"}
-    assert {shape for _, _, shapes in found for shape in shapes} <= {"f32[]"}
+    assert {shape for _, _, shapes in found for shape in shapes} <= {"f32[]", "f32[1]", "f32[3]"}
     usual = [shapes for computation, _, shapes in found if computation == "main"]
-    print(f"{name}, {layout}:", [f"all-reduce of {len(shapes)} scalars" for shapes in usual])
+    print(f"{name}, {layout}, {axis_type}:", *[", ".join(shapes) for shapes in usual], sep="\n  ")
     assert len(usual) == expected
+    if axis_type == AxisType.Explicit:
+        assert usual == [["f32[3]"]]
+
+
+def test_a_step_moves_no_more_arrays_than_the_summed_loss():
+    shape, specs = LAYOUTS["fully sharded"]
+    mesh = mesh_of(shape)
+    params = place(parameters(), mesh, specs)
+    x = jax.device_put(batch(), NamedSharding(mesh, P("data")))
+
+    def arrays_moved(optimizer):
+        step = jax.jit(make_step(optimizer))
+        program = step.lower(params, optimizer.init(params), x).compile().as_text()
+        return sorted(
+            (kind, shape)
+            for _, kind, shapes in collectives(program)
+            for shape in shapes
+            if shape != "f32[]"
+        )
+
+    assert arrays_moved(OPTIMIZERS["gdmam"]()) == arrays_moved(gdmam.summed(optax.adamw(1e-2)))
+
+
+def test_explicit_sharding_types_give_the_trajectory_of_one_device(x64, single):
+    mesh = mesh_of((4, 2), AxisType.Explicit)
+    specs = LAYOUTS["tensor parallel"][1]
+
+    def explicit_losses(params, x):
+        hidden = jnp.tanh(x @ params["embed"] @ params["up"] + params["bias"])
+        out = jnp.dot(hidden, params["down"], out_sharding=P("data", None))
+        return jnp.mean((out - x[:, :8]) ** 2), jnp.mean(jnp.cos(3 * out)) + jnp.mean(hidden**2)
+
+    with jax.set_mesh(mesh):
+        params = place(parameters(jnp.float64), mesh, specs)
+        x = jax.device_put(batch(jnp.float64), NamedSharding(mesh, P("data", None)))
+        found = train(OPTIMIZERS["gdmam"](), params, x, loss=explicit_losses)
+    assert_same(found, single("gdmam", jnp.float64), tolerance=1e-12)
 
 
 # Leaves that are whole on an axis, as biases are in tensor parallelism, count once there.
