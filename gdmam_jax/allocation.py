@@ -27,22 +27,22 @@ class NormStatistics:
       momentum: $\beta_k$ of the previous step; shape ``(3,)`` or ``(scopes, 3)``.
       mean: $\mu$, weighted mean of the norms so far; the same shape.
       variance: $s^2$, their weighted variance; the same shape.
-      correction: $q$, one minus the product of the statistics' decays; shape ``()``.
+      remainder: $r$, product of the statistics' decays so far, 1 at first; shape ``()``.
     """
 
     momentum: jax.Array
     mean: jax.Array
     variance: jax.Array
-    correction: jax.Array
+    remainder: jax.Array
 
     @property
     def deviation(self) -> jax.Array:
         r"""The released spread of the norm, of statistics that start at 0 without bias correction.
 
-        $\sigma^2 = square - mean^2 = q s^2 + q (1 - q) \mu^2$: as if norms of 0 had come before.
+        $\sigma^2 = square - mean^2 = (1 - r) (s^2 + r \mu^2)$: as if norms of 0 had come before.
         """
-        q = self.correction
-        return safe_sqrt(q * self.variance + q * (1 - q) * self.mean**2)
+        r = self.remainder
+        return safe_sqrt((1 - r) * (self.variance + r * self.mean**2))
 
 
 Weighting = Callable[[jax.Array, jax.Array], tuple[Any, Any]]
@@ -212,7 +212,7 @@ def ratcheted_momentum(
     Example:
       >>> import jax.numpy as jnp
       >>> seen = NormStatistics(momentum=jnp.full(3, 0.95), mean=jnp.full(3, 0.3),
-      ...                       variance=jnp.full(3, 0.16), correction=jnp.array(1.0))
+      ...                       variance=jnp.full(3, 0.16), remainder=jnp.array(0.0))
       >>> [round(float(momentum), 3) for momentum in ratcheted_momentum(seen, 0.95, (None,) * 3)]
       [0.93, 0.91, 0.91]
 
@@ -239,7 +239,7 @@ def anchored_momentum(
     Example:
       >>> import jax.numpy as jnp
       >>> seen = NormStatistics(momentum=jnp.full(3, 0.7), mean=jnp.full(3, 0.3),
-      ...                       variance=jnp.full(3, 0.16), correction=jnp.array(1.0))
+      ...                       variance=jnp.full(3, 0.16), remainder=jnp.array(0.0))
       >>> [round(float(momentum), 3) for momentum in anchored_momentum(seen, 0.95, (None,) * 3)]
       [0.93, 0.91, 0.91]
     """
@@ -265,7 +265,7 @@ def relative_momentum(
     Example:
       >>> import jax.numpy as jnp
       >>> seen = NormStatistics(momentum=jnp.full(3, 0.7), mean=jnp.full(3, 0.3),
-      ...                       variance=jnp.full(3, 0.01), correction=jnp.array(1.0))
+      ...                       variance=jnp.full(3, 0.01), remainder=jnp.array(0.0))
       >>> [round(float(momentum), 3) for momentum in relative_momentum(seen, 0.95, (None,) * 3)]
       [0.867, 0.867, 0.867]
     """
@@ -306,7 +306,7 @@ def init_allocation(params: Any, scope: Scope | None, initial_momentum: Any) -> 
             momentum=jnp.full((*scopes.shape, 3), initial_momentum, dtype),
             mean=zeros(3),
             variance=zeros(3),
-            correction=jnp.zeros((), dtype),
+            remainder=jnp.ones((), dtype),
         ),
         geometry=Geometry(
             prediction_norm=zeros(),
@@ -346,14 +346,15 @@ def allocate(
     norms = jnp.minimum(norms, float(jnp.finfo(dtype).max) ** 0.5 / 2)
 
     old = previous.statistics
-    correction = statistics_decay * old.correction + (1 - statistics_decay)
-    share = (1 - statistics_decay) / correction
+    remainder = statistics_decay * old.remainder
+    # The newest norm's share of the mean: at the first step all of it, to the last bit.
+    share = jnp.where(old.remainder == 1, 1, (1 - statistics_decay) / (1 - remainder))
     change = norms - old.mean
     statistics = NormStatistics(
         momentum=old.momentum,
         mean=(old.mean + share * change).astype(dtype),
         variance=((1 - share) * (old.variance + share * change**2)).astype(dtype),
-        correction=correction.astype(dtype),
+        remainder=remainder.astype(dtype),
     )
     coefficients = jnp.clip(
         momentum(statistics, initial_momentum, sensitivity), minimum_momentum, maximum_momentum

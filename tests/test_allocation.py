@@ -69,7 +69,7 @@ def test_statistics_are_the_recursion_of_the_released_code(x64):
         np.testing.assert_allclose(
             row.deviation[jnp.array([0, 2])], np.sqrt(square - mean**2), rtol=1e-12
         )
-        np.testing.assert_allclose(row.mean[0] * row.correction, mean, rtol=1e-13)
+        np.testing.assert_allclose(row.mean[0] * (1 - row.remainder), mean, rtol=1e-13)
 
 
 def test_a_norm_that_does_not_vary_has_no_deviation_in_float32():
@@ -113,7 +113,7 @@ def test_sensitivities_replace_the_rules_own_one_by_one(rule):
         momentum=jnp.full(3, 0.9),
         mean=jnp.full(3, 1.0),
         variance=jnp.full(3, 0.04),
-        correction=jnp.array(1.0),
+        remainder=jnp.array(0.0),
     )
     default = rule(statistics, 0.9, (None, None, None))
     changed = rule(statistics, 0.9, (None, 0.5, None))
