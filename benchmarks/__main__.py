@@ -1,0 +1,128 @@
+"""Command line of the benchmarks."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import timing
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Ratios of things measured in turn in one run; medians with quartiles.",
+)
+
+Rounds = Annotated[int, typer.Option(help="How often each case runs.", min=1)]
+Threads = Annotated[int | None, typer.Option(help="Processors to use; all unless given.", min=1)]
+Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(float(part)) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas between, got {text!r}") from None
+
+
+def _names(text: str, known: list[str]) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"unknown name {name!r}; expected some of {', '.join(known)}")
+    return names
+
+
+@app.command()
+def update(
+    parameters: Annotated[float, typer.Option(help="How many, for example 1e7.", min=1)] = 1e6,
+    leaves: Annotated[str, typer.Option(help="In how many leaves, commas between.")] = "4,400",
+    dtype: Annotated[str, typer.Option(help="Of parameters and gradients.")] = "float32",
+    momentum_dtype: Annotated[str | None, typer.Option(help="Of the momenta.")] = None,
+    only: Annotated[str, typer.Option(help="Optimizers, commas between; all unless given.")] = "",
+    rounds: Rounds = 20,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """The optimizer's update alone, beside summed(optax.adamw) and a copy of as many bytes."""
+    timing.use_threads(threads)
+    from benchmarks import update as module
+
+    counts = _numbers(leaves)
+    if min(counts) < 1 or max(counts) > parameters:
+        raise typer.BadParameter(f"leaves must be from 1 to {int(parameters)}, got {leaves}")
+    chosen = _names(only, list(module.OPTIMIZERS))
+    rows = module.benchmark(int(parameters), counts, dtype, momentum_dtype, rounds, chosen)
+    timing.report(f"update, {parameters:g} parameters, {dtype}", rows, output)
+
+
+@app.command()
+def pair(
+    models: Annotated[str, typer.Option(help="Commas between.")] = "mlp,resnet,transformer",
+    batch: Annotated[int, typer.Option(help="Examples.", min=1)] = 64,
+    width: Annotated[int, typer.Option(help="Features of the layers.", min=8)] = 128,
+    rounds: Rounds = 20,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """Two gradients from one forward pass, beside one of the sum, PyTorch and TorchJD."""
+    timing.use_threads(threads)
+    from benchmarks import pair as module
+
+    rows = module.benchmark(_names(models, list(module.MODELS)), batch, width, rounds)
+    timing.report(f"pair, batch {batch}, width {width}", rows, output)
+
+
+@app.command()
+def step(
+    data: Annotated[str, typer.Option(help="Commas between.")] = "movie,emotion6",
+    steps: Annotated[int, typer.Option(help="In one measurement.", min=1)] = 20,
+    rounds: Rounds = 10,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """A training step of RDA, beside PyTorch as the released code is written."""
+    timing.use_threads(threads)
+    from benchmarks import step as module
+
+    rows = module.step(_names(data, list(module.SHAPES)), steps, rounds)
+    timing.report("step, batch 50, float32", rows, output)
+
+
+@app.command()
+def experiment(
+    data: Annotated[str, typer.Option(help="movie or emotion6.")] = "movie",
+    folds: Annotated[int, typer.Option(min=2)] = 2,
+    epochs: Annotated[int, typer.Option(min=1)] = 30,
+    rounds: Rounds = 1,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """A whole experiment, compilation included, beside the same in PyTorch."""
+    timing.use_threads(threads)
+    from benchmarks import step as module
+
+    (name,) = _names(data, list(module.SHAPES))
+    rows = module.whole(name, folds, epochs, rounds)
+    timing.report(f"experiment, {folds} folds, {epochs} epochs", rows, output)
+
+
+@app.command(name="compile")
+def compile_time(
+    leaves: Annotated[str, typer.Option(help="How many, commas between.")] = "10,100",
+    shape: Annotated[str, typer.Option(help="Of each leaf, commas between.")] = "64,64",
+    only: Annotated[str, typer.Option(help="Optimizers, commas between; all unless given.")] = "",
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """Time to the first step, and size of the program, over the number of leaves."""
+    timing.use_threads(threads)
+    from benchmarks import compilation as module
+
+    chosen = _names(only, list(module.OPTIMIZERS))
+    rows = module.benchmark(_numbers(leaves), _numbers(shape), chosen)
+    timing.report(f"compile, leaves of {shape}", rows, output)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

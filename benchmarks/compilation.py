@@ -1,0 +1,67 @@
+"""Time to the first step, and size of the compiled program, over the number of leaves."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gdmam_jax as gdmam
+from benchmarks.hlo import instructions
+from benchmarks.update import BASELINE, OPTIMIZERS
+
+
+def benchmark(
+    leaves: Sequence[int], shape: Sequence[int], only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Trace, compile and run one step of each optimizer, for every number of leaves.
+
+    Args:
+        leaves: how many.
+        shape: of each.
+        only: the optimizers beside the baseline; none given, all.
+
+    Returns:
+        One row for each; the ratio is of the seconds to the end of the first step. Compilation
+        cannot be repeated in one process, so there is one measurement, and no spread.
+    """
+    rows: list[dict[str, Any]] = []
+    for count in leaves:
+        base = None
+        for name in [BASELINE, *(only or [name for name in OPTIMIZERS if name != BASELINE])]:
+            # A new function and a cleared cache: everything is traced and compiled anew.
+            jax.clear_caches()
+            row = {"optimizer": name, "leaves": count} | _measure(
+                OPTIMIZERS[name](None), count, tuple(shape)
+            )
+            base = base or row["first step s"]
+            rows.append(row | {f"over {BASELINE}": row["first step s"] / base})
+    return rows
+
+
+def _measure(
+    optimizer: optax.GradientTransformation, leaves: int, shape: tuple[int, ...]
+) -> dict[str, float]:
+    params = {f"layer_{number}": jnp.full(shape, 1.0 + number) for number in range(leaves)}
+    pairs = jax.tree.map(lambda leaf: gdmam.GradientPair(1 / leaf, jnp.sqrt(leaf)), params)
+    state = jax.jit(optimizer.init)(params)
+
+    def step(params: Any, state: Any, pairs: Any) -> Any:
+        updates, state = optimizer.update(pairs, state, params)
+        return optax.apply_updates(params, updates), state
+
+    start = time.perf_counter()
+    traced = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, pairs)
+    lowered = time.perf_counter()
+    compiled = traced.compile()
+    done = time.perf_counter()
+    jax.block_until_ready(compiled(params, state, pairs))
+    first = time.perf_counter()
+    return {
+        "trace s": lowered - start,
+        "compile s": done - lowered,
+        "first step s": first - start,
+        "instructions": float(instructions(compiled.as_text())),
+    }

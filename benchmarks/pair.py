@@ -1,0 +1,279 @@
+"""Two gradients from one forward pass: beside the gradient of the sum, and beside PyTorch's ways.
+
+Three models, each in JAX and in PyTorch with the same sizes; each way's cost is given over the
+gradient of the summed loss in the same framework.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch import nn
+from torch.nn import functional
+from torchjd import autojac
+
+import gdmam_jax as gdmam
+from benchmarks.timing import Case, measure_in_turn, processors, ratio
+
+CLASSES = 10
+
+
+def benchmark(names: Sequence[str], batch: int, width: int, rounds: int) -> list[dict[str, Any]]:
+    """Time and memory of the paired gradient over those of the summed one.
+
+    Args:
+        names: of the models, see `MODELS`.
+        batch: examples.
+        width: features of the layers.
+        rounds: how often each case runs.
+
+    Returns:
+        One row for each model and way.
+    """
+    torch.set_num_threads(processors())
+    rows = []
+    for name in names:
+        make_jax, make_torch = MODELS[name]
+        cases, memory = _jax_cases(*make_jax(batch, width))
+        cases |= _torch_cases(*make_torch(batch, width))
+        measure_in_turn(list(cases.values()), rounds)
+        for way, case in cases.items():
+            base = cases["JAX summed" if way.startswith("JAX") else "PyTorch summed"]
+            rows.append(
+                {
+                    "model": name,
+                    "way": way,
+                    "milliseconds": case.milliseconds,
+                    "over summed": ratio(case, base),
+                    "memory over summed": memory.get(way, float("nan")),
+                    "first call s": case.first,
+                }
+            )
+    return rows
+
+
+def _jax_cases(losses: Callable[..., Any], params: Any, batch: Any) -> tuple[dict, dict]:
+    ways = {
+        "JAX summed": jax.value_and_grad(lambda *args: sum(losses(*args))),
+        "JAX paired": gdmam.value_and_paired_grad(losses),
+    }
+    cases, memory = {}, {}
+    for way, function in ways.items():
+        compiled = jax.jit(function).lower(params, *batch).compile()
+        # What the step needs beside parameters and batch: activations and gradients.
+        analysis = compiled.memory_analysis()
+        memory[way] = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        cases[way] = Case(way, lambda f=compiled: jax.block_until_ready(f(params, *batch)))
+    return cases, {way: size / memory["JAX summed"] for way, size in memory.items()}
+
+
+def _torch_cases(losses: Callable[..., Any], params: list, batch: Any) -> dict[str, Case]:
+    def summed() -> None:
+        torch.autograd.grad(sum(losses(*batch)), params)
+
+    def twice() -> None:
+        prediction, alignment = losses(*batch)
+        torch.autograd.grad(prediction, params, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(alignment, params, allow_unused=True)
+
+    def jacobian() -> None:
+        autojac.backward(list(losses(*batch)), inputs=params)
+        for param in params:
+            del param.jac
+
+    ways = {"PyTorch summed": summed, "PyTorch twice": twice, "TorchJD autojac": jacobian}
+    return {way: Case(way, function) for way, function in ways.items()}
+
+
+def _two_losses(xp: Any, logits: Any, hidden: Any, labels: Any, target: Any) -> tuple[Any, Any]:
+    """Cross entropy of the prediction, and distance of the representation from a target."""
+    if xp is jnp:
+        prediction = -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels])
+    else:
+        prediction = functional.cross_entropy(logits, labels)
+    return prediction, ((hidden - target) ** 2).mean()
+
+
+def _random_batch(key: int, *shape: int) -> tuple[jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(key))
+    labels = jax.random.randint(keys[1], shape[:1], 0, CLASSES)
+    return jax.random.normal(keys[0], shape), labels
+
+
+def _matrix(key: int, *shape: int) -> jax.Array:
+    fan_in = shape[0] if len(shape) == 2 else shape[0] * shape[1] * shape[2]
+    return jax.random.normal(jax.random.key(key), shape) * (2 / fan_in) ** 0.5
+
+
+MLP_LAYERS = 6
+
+
+def _mlp_jax(batch: int, width: int) -> tuple[Any, ...]:
+    params = [_matrix(i, width, width) for i in range(MLP_LAYERS)]
+    params.append(_matrix(99, width, CLASSES))
+    x, labels = _random_batch(0, batch, width)
+    target = jax.random.normal(jax.random.key(5), (batch, width))
+
+    def losses(params: Any, x: Any, labels: Any, target: Any) -> tuple[Any, Any]:
+        for weight in params[:-1]:
+            x = jax.nn.relu(x @ weight)
+        return _two_losses(jnp, x @ params[-1], x, labels, target)
+
+    return losses, params, (x, labels, target)
+
+
+def _mlp_torch(batch: int, width: int) -> tuple[Any, ...]:
+    layers = [
+        module
+        for _ in range(MLP_LAYERS)
+        for module in (nn.Linear(width, width, bias=False), nn.ReLU())
+    ]
+    return _torch_losses(nn.Sequential(*layers), width, (batch, width), (batch, width))
+
+
+def _torch_losses(
+    trunk: nn.Module, features: int, inputs: tuple[int, ...], hidden: tuple[int, ...]
+) -> tuple[Any, ...]:
+    head = nn.Linear(features, CLASSES, bias=False)
+    x, target = torch.randn(inputs), torch.randn(hidden)
+    labels = torch.randint(0, CLASSES, inputs[:1])
+
+    def losses(x: Any, labels: Any, target: Any) -> tuple[Any, Any]:
+        z = trunk(x)
+        return _two_losses(torch, head(z), z, labels, target)
+
+    return losses, [*trunk.parameters(), *head.parameters()], (x, labels, target)
+
+
+BLOCKS = 3
+SIDE = 16
+
+
+def _resnet_jax(batch: int, width: int) -> tuple[Any, ...]:
+    channels = max(4, width // 8)
+    params = {
+        "first": _matrix(0, 3, 3, 3, channels),
+        "blocks": [
+            [_matrix(10 * i + j, 3, 3, channels, channels) for j in (1, 2)] for i in range(BLOCKS)
+        ],
+        "head": _matrix(99, channels, CLASSES),
+    }
+    x, labels = _random_batch(0, batch, SIDE, SIDE, 3)
+    target = jax.random.normal(jax.random.key(5), (batch, channels))
+
+    def convolve(x: Any, kernel: Any) -> Any:
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", None, None, dimensions)
+
+    def losses(params: Any, x: Any, labels: Any, target: Any) -> tuple[Any, Any]:
+        x = jax.nn.relu(convolve(x, params["first"]))
+        for first, second in params["blocks"]:
+            x = x + convolve(jax.nn.relu(convolve(x, first)), second)
+        z = jax.nn.relu(x).mean((1, 2))
+        return _two_losses(jnp, z @ params["head"], z, labels, target)
+
+    return losses, params, (x, labels, target)
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)
+        )
+
+    def forward(self, x: Any) -> Any:
+        return x + self.second(torch.relu(self.first(x)))
+
+
+class _Mean(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return torch.relu(x).mean((2, 3))
+
+
+def _resnet_torch(batch: int, width: int) -> tuple[Any, ...]:
+    channels = max(4, width // 8)
+    trunk = nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1, bias=False),
+        nn.ReLU(),
+        *(_Residual(channels) for _ in range(BLOCKS)),
+        _Mean(),
+    )
+    return _torch_losses(trunk, channels, (batch, 3, SIDE, SIDE), (batch, channels))
+
+
+TRANSFORMER_LAYERS = 2
+LENGTH = 32
+HEADS = 4
+
+
+def _transformer_jax(batch: int, width: int) -> tuple[Any, ...]:
+    shapes = {
+        "qkv": (width, 3 * width),
+        "out": (width, width),
+        "up": (width, 4 * width),
+        "down": (4 * width, width),
+    }
+    params = {
+        "layers": [
+            {
+                name: 0.5 * _matrix(10 * i + j, *shape)
+                for j, (name, shape) in enumerate(shapes.items())
+            }
+            for i in range(TRANSFORMER_LAYERS)
+        ],
+        "head": _matrix(99, width, CLASSES),
+    }
+    x, labels = _random_batch(0, batch, LENGTH, width)
+    target = jax.random.normal(jax.random.key(5), (batch, width))
+
+    def losses(params: Any, x: Any, labels: Any, target: Any) -> tuple[Any, Any]:
+        for layer in params["layers"]:
+            parts = (jax.nn.standardize(x) @ layer["qkv"]).reshape(batch, LENGTH, 3, HEADS, -1)
+            attended = jax.nn.dot_product_attention(*(parts[:, :, i] for i in range(3)))
+            x = x + attended.reshape(x.shape) @ layer["out"]
+            x = x + jax.nn.gelu(jax.nn.standardize(x) @ layer["up"]) @ layer["down"]
+        z = x.mean(1)
+        return _two_losses(jnp, z @ params["head"], z, labels, target)
+
+    return losses, params, (x, labels, target)
+
+
+class _TransformerLayer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        normal = functional.layer_norm(x, x.shape[-1:])
+        parts = self.qkv(normal).reshape(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        # Written out: TorchJD's batched pull-back has no rule for the fused CPU kernel.
+        query, key, value = parts
+        scores = torch.softmax(query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5, -1)
+        x = x + self.out((scores @ value).transpose(1, 2).reshape(x.shape))
+        hidden = functional.gelu(self.up(functional.layer_norm(x, x.shape[-1:])))
+        return x + self.down(hidden)
+
+
+class _MeanOverPositions(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x.mean(1)
+
+
+def _transformer_torch(batch: int, width: int) -> tuple[Any, ...]:
+    layers = [_TransformerLayer(width) for _ in range(TRANSFORMER_LAYERS)]
+    trunk = nn.Sequential(*layers, _MeanOverPositions())
+    return _torch_losses(trunk, width, (batch, LENGTH, width), (batch, width))
+
+
+MODELS = {
+    "mlp": (_mlp_jax, _mlp_torch),
+    "resnet": (_resnet_jax, _resnet_torch),
+    "transformer": (_transformer_jax, _transformer_torch),
+}
+"""By name: functions of (batch, width) that make the model in JAX and in PyTorch."""

@@ -1,0 +1,186 @@
+"""A whole training step, and a whole experiment, of RDA under GDMAM: beside the same in PyTorch."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from flax import nnx
+
+import gdmam_jax as gdmam
+from benchmarks import rda_torch
+from benchmarks.timing import Case, Ratio, measure_in_turn, processors, ratio
+from gdmam_jax.ldl import data, experiment, imbalance, losses, methods
+from gdmam_jax.ldl.models import RDA, draw_noise, rda_losses
+
+SHAPES = {"movie": (7755, 1869, 5), "emotion6": (1980, 168, 7)}
+"""Rows, features and labels of the two public data sets."""
+
+FILES = {"movie": "Movie", "emotion6": "emotion6"}
+
+
+def load(name: str) -> tuple[data.Dataset, str]:
+    """The data set beside the checkout, or one made up in its shape, and which of the two it is."""
+    folder = Path(__file__).parents[2] / "shared" / "data" / "ldl"
+    if (folder / f"{FILES[name]}.mat").is_file():
+        return data.load(folder / f"{FILES[name]}.mat"), "real"
+    rows, features, labels = SHAPES[name]
+    generator = np.random.default_rng(0)
+    return data.from_arrays(
+        generator.random((rows, features)),
+        generator.dirichlet(np.ones(labels), rows),
+        name=name,
+        sampler=imbalance.RELEASED_THRESHOLDS["Movie" if name == "movie" else "Emotion6"],
+    ), "synthetic"
+
+
+def step(names: Sequence[str], steps: int, rounds: int) -> list[dict[str, Any]]:
+    """One step in float32, batch 50: the released form in both, then this library's own form.
+
+    Args:
+        names: of the data sets.
+        steps: how many a measurement is made of.
+        rounds: how often each case runs.
+
+    Returns:
+        One row for each data set and way to run it.
+    """
+    torch.set_num_threads(processors())
+    rows = []
+    for name in names:
+        dataset, origin = load(name)
+        x, y = dataset.features[:50], dataset.labels[:50]
+        frequency = dataset.labels.sum(0)
+        released = gdmam.gdmam_released()
+        base = _torch_case(x, y, frequency, len(dataset.labels), steps)
+        cases = [
+            base,
+            _jax_case("JAX, a call for each step", released, x, y, frequency, steps, False),
+            _jax_case("JAX, steps in lax.scan", released, x, y, frequency, steps, True),
+            _jax_case("JAX, gdmam, in lax.scan", gdmam.gdmam(1e-3), x, y, frequency, steps, True),
+        ]
+        measure_in_turn(cases, rounds)
+        for case in cases:
+            row = {"data": f"{name} ({origin})", "way": case.name}
+            row |= {"milliseconds a step": case.milliseconds / steps}
+            rows.append(row | {"times as fast": ratio(base, case), "first call s": case.first})
+    return rows
+
+
+def _torch_case(x: Any, y: Any, frequency: Any, samples: int, steps: int) -> Case:
+    model = rda_torch.RDA(x.shape[1], y.shape[1])
+    trainer = rda_torch.Trainer(model, torch.from_numpy(frequency), samples)
+    tensors = torch.from_numpy(x), torch.from_numpy(y)
+
+    def run() -> None:
+        for _ in range(steps):
+            trainer.step(*tensors)
+
+    return Case("PyTorch, as released", run)
+
+
+def _jax_case(
+    name: str,
+    optimizer: optax.GradientTransformation,
+    x: Any,
+    y: Any,
+    frequency: Any,
+    steps: int,
+    scan: bool,
+) -> Case:
+    graph, params = nnx.split(RDA(x.shape[1], y.shape[1], rngs=nnx.Rngs(0)))
+    prediction_loss = partial(
+        _in_order, frequency=jnp.asarray(frequency), samples=jnp.asarray(len(x) * 100)
+    )
+
+    def train(params: Any, state: Any, key: Any, x: Any, y: Any) -> Any:
+        noise = draw_noise(key, len(x), 100)
+
+        def objective(params: Any) -> Any:
+            model = nnx.merge(graph, params)
+            return rda_losses(model, x, y, noise, prediction_loss, similarity="sum")
+
+        _, pairs = gdmam.value_and_paired_grad(objective)(params)
+        updates, state = optimizer.update(pairs, state, params)
+        return optax.apply_updates(params, updates), state
+
+    @partial(jax.jit, donate_argnums=(0, 1, 2))
+    def train_once(params: Any, state: Any, key: Any, x: Any, y: Any) -> Any:
+        key, used = jax.random.split(key)
+        return *train(params, state, used, x, y), key
+
+    @partial(jax.jit, donate_argnums=(0, 1, 2))
+    def train_often(params: Any, state: Any, key: Any, x: Any, y: Any) -> Any:
+        def body(carry: Any, _: None) -> Any:
+            return train_once(*carry, x, y), None
+
+        return jax.lax.scan(body, (params, state, key), length=steps)[0]
+
+    held = [params, jax.jit(optimizer.init)(params), jax.random.key(0)]
+    batch = jnp.asarray(x), jnp.asarray(y)
+
+    def run() -> None:
+        if scan:
+            held[:] = train_often(*held, *batch)
+        else:
+            for _ in range(steps):
+                held[:] = train_once(*held, *batch)
+        jax.block_until_ready(held[0])
+
+    return Case(name, run)
+
+
+def _in_order(
+    logits: jax.Array, y: jax.Array, weights: Any, *, frequency: jax.Array, samples: jax.Array
+) -> jax.Array:
+    return losses.distribution_balanced(logits, y, frequency, samples, weights)
+
+
+def whole(name: str, folds: int, epochs: int, rounds: int) -> list[dict[str, Any]]:
+    """An experiment from start to end, compilation included, in both: train, select, test.
+
+    Args:
+        name: of the data set.
+        folds: of the cross-validation.
+        epochs: of every fold.
+        rounds: how often; JAX compiles anew in each.
+
+    Returns:
+        One row for each.
+    """
+    torch.set_num_threads(processors())
+    dataset, origin = load(name)
+    configuration = experiment.Configuration(folds=folds, seeds=1, epochs=epochs, chunk=epochs)
+    prepared = data.make_folds(dataset, folds=folds, validation_size=20)
+    method = methods.find("gdmam-released")
+    times: dict[str, list[float]] = {"PyTorch, as released": [], "JAX": []}
+    scores = {}
+    for _ in range(rounds):
+        start = time.perf_counter()
+        scores["PyTorch, as released"] = rda_torch.train_folds(prepared, epochs)
+        middle = time.perf_counter()
+        jax.clear_caches()
+        program = experiment.build(method, prepared, configuration)
+        trained = experiment.train(program, 0, 1e-3, configuration)
+        end = time.perf_counter()
+        scores["JAX"] = trained.results["validation"]["measures"]["kld"]
+        times["PyTorch, as released"].append(middle - start)
+        times["JAX"].append(end - middle)
+    quotients = np.array(times["PyTorch, as released"]) / np.array(times["JAX"])
+    low, median, high = np.percentile(quotients, (25, 50, 75))
+    return [
+        {
+            "data": f"{name} ({origin})",
+            "way": way,
+            "seconds": float(np.median(seconds)),
+            "times as fast": Ratio(median, low, high) if way == "JAX" else Ratio(1, 1, 1),
+            "test KLD": float(np.mean(scores[way])),
+        }
+        for way, seconds in times.items()
+    ]
