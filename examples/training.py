@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -48,7 +47,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--fsdp", action="store_true", help="shard parameters and optimizer state over all devices"
     )
     scale.add_argument(
-        "--checkpoints", type=Path, help="folder to save in, and to go on from if anything is there"
+        "--checkpoints",
+        help="folder or gs:// address to save in, and to go on from if saved before",
     )
     scale.add_argument("--save-every", type=int, default=100, help="steps between them (100)")
     scale.add_argument(
@@ -89,10 +89,12 @@ def start(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Mesh]:
 
 def give_up(arguments):
     """Ends this process, which is waiting for others."""
-    others = "" if arguments.num_processes is None else f" of {arguments.num_processes}"
+    me = "A process"
+    if arguments.num_processes is not None:
+        me = f"Process {arguments.process_id} of {arguments.num_processes}"
     where = arguments.coordinator or "the coordinator"
     sys.stderr.write(
-        f"Process {arguments.process_id}{others}: not all processes met at {where} within "
+        f"{me}: not all processes met at {where} within "
         f"{arguments.wait} s. Is every one of them started, with a --process-id of its own and the "
         "same --num-processes, and can each reach that address?\n"
     )
@@ -134,8 +136,9 @@ def checkpoints(name, arguments, state):
         yield state, 0, lambda step, state: None
         return
     options = ocp.CheckpointManagerOptions(save_interval_steps=arguments.save_every, max_to_keep=2)
-    folder = arguments.checkpoints / name.replace(", ", "-").replace(" ", "-")
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    folder = f"{arguments.checkpoints}/{name.replace(',', '').replace(' ', '-')}"
+    folder = folder if "://" in folder else os.path.abspath(folder)
+    with ocp.CheckpointManager(folder, options=options) as manager:
         first = manager.latest_step() or 0
         if first:
             report(f"{name}: going on from step {first}")
