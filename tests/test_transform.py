@@ -1,0 +1,351 @@
+"""The update rules of both forms inside JAX's and Optax's machinery, and what they refuse."""
+
+import functools
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdmam_jax as gdmam
+
+FORMS = {
+    "momentum": lambda: gdmam.scale_by_gdmam(),
+    "allocated": lambda: gdmam.gdmam(0.05, amsgrad=True),
+    "released": lambda: gdmam.gdmam_released(0.05),
+}
+WEIGHTINGS = (gdmam.norm_weighting, gdmam.balanced_weighting, gdmam.constant_weighting(1, 0.5))
+GATES = (gdmam.cosine_gate, gdmam.conflict_gate, gdmam.open_gate)
+MOMENTA = (gdmam.ratcheted_momentum, gdmam.anchored_momentum, gdmam.relative_momentum)
+
+EVERY_FORM = pytest.mark.parametrize("form", FORMS)
+PARAMS = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+
+
+def losses(params, x):
+    output = x @ params["dense"]["kernel"] + params["dense"]["bias"]
+    return jnp.mean((output - 1) ** 2), jnp.mean(jnp.sin(3 * output))
+
+
+def step(optimizer, params, state, x):
+    _, pairs = gdmam.value_and_paired_grad(losses)(params, x)
+    updates, state = optimizer.update(pairs, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def batches(count):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(count, 4, 3)), jnp.float32)
+
+
+def all_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+@EVERY_FORM
+def test_one_compilation_serves_all_steps_and_buffers_can_be_donated(form):
+    optimizer, traces = FORMS[form](), []
+
+    def traced(params, state, x):
+        traces.append(1)
+        return step(optimizer, params, state, x)
+
+    compiled = jax.jit(traced, donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.copy, PARAMS)
+    state = optimizer.init(params)
+    # Parameters and moments; the scalars that only report the last step are not read again.
+    buffers = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.shape == (3, 2)]
+    for x in batches(3):
+        params, state = compiled(params, state, x)
+    assert (len(traces), compiled._cache_size()) == (1, 1)
+    assert len(buffers) >= 4
+    assert all(leaf.is_deleted() for leaf in buffers)
+    assert all_finite(params)
+
+
+@EVERY_FORM
+def test_scan_and_steps_one_by_one_agree_and_state_keeps_its_types(form):
+    optimizer = FORMS[form]()
+    carry = PARAMS, optimizer.init(PARAMS)
+    xs = batches(4)
+    scanned, _ = jax.lax.scan(lambda c, x: (step(optimizer, *c, x), None), carry, xs)
+    one_step = jax.jit(functools.partial(step, optimizer))
+    for x in xs:
+        after = one_step(*carry, x)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, carry)
+        carry = after
+    chex.assert_trees_all_close(scanned, carry, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_FORM
+def test_vmap_trains_each_model_as_alone(form):
+    optimizer = FORMS[form]()
+    models = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf + 0.3, 0 * leaf]), PARAMS)
+    states = jax.vmap(optimizer.init)(models)
+    x = batches(1)[0]
+    together, _ = jax.jit(jax.vmap(functools.partial(step, optimizer), in_axes=(0, 0, None)))(
+        models, states, x
+    )
+    alone = jax.jit(functools.partial(step, optimizer))
+    for row in range(3):
+        model = jax.tree.map(lambda leaf, row=row: leaf[row], models)
+        expected, _ = alone(model, optimizer.init(model), x)
+        found = jax.tree.map(lambda leaf, row=row: leaf[row], together)
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_FORM
+def test_the_step_lowers_for_cpu_cuda_and_tpu(form):
+    optimizer = FORMS[form]()
+    state = jax.eval_shape(optimizer.init, PARAMS)
+    leaves, structure = jax.tree.flatten((PARAMS, state, batches(1)[0]))
+
+    def on_leaves(*leaves):
+        return jax.tree.leaves(step(optimizer, *structure.unflatten(leaves)))
+
+    exported = jax.export.export(jax.jit(on_leaves), platforms=("cpu", "cuda", "tpu"))(*leaves)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_updates_and_momenta_have_the_parameters_dtype_and_statistics_are_wider(form, dtype, x64):
+    optimizer = FORMS[form]()
+    params = {"w": jnp.ones(3, dtype), "b": jnp.ones(2, dtype)}
+
+    def one(params):
+        state = optimizer.init(params)
+        pairs = gdmam.pair_gradients(params, params)
+        return optimizer.update(pairs, state, params)
+
+    updates, state = jax.eval_shape(one, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    wide = jnp.promote_types(dtype, jnp.float32)
+    own = state if form == "momentum" else state[0]
+    momentum = own.first_moment if form == "released" else own.orthogonal
+    assert momentum["w"].dtype == dtype
+    assert own.allocation.statistics.mean.dtype == wide
+    if form != "momentum":
+        assert own.second_moment["w"].dtype == wide
+
+
+def zero_cases():
+    one, zero = jnp.array([0.5, -1.0, 0.0]), jnp.zeros(3)
+    return jnp.stack([zero, one, zero]), jnp.stack([zero, zero, one])
+
+
+# With the reference's choices in FORMS, every weighting, gate and momentum rule once.
+OTHER_CHOICES = {
+    f"choice {k}": functools.partial(
+        gdmam.gdmam, 0.05, weighting=WEIGHTINGS[k], gate=GATES[k], momentum=MOMENTA[k]
+    )
+    for k in (1, 2)
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS, *OTHER_CHOICES])
+def test_zero_gradients_give_finite_updates_and_derivatives(form):
+    def two_steps(prediction, alignment):
+        optimizer, params = (FORMS | OTHER_CHOICES)[form](), jnp.ones(3)
+        state = optimizer.init(params)
+        for _ in range(2):
+            update, state = optimizer.update(
+                gdmam.GradientPair(prediction, alignment), state, params
+            )
+            params = optax.apply_updates(params, update)
+        return jnp.sum(params * jnp.arange(1.0, 4.0))
+
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(two_steps, argnums=(0, 1))))(
+        *zero_cases()
+    )
+    assert all_finite((values, gradients))
+
+
+def test_derivatives_through_a_step_are_right(x64):
+    """Against central differences, where nothing is zero: what meta-learning relies on."""
+
+    def two_steps(prediction):
+        optimizer = gdmam.gdmam(0.1, amsgrad=True)
+        params = jnp.ones(3)
+        state = optimizer.init(params)
+        for scale in (1.0, 1.5):
+            pair = gdmam.GradientPair(scale * prediction, jnp.array([0.3, 1.0, -0.7]))
+            update, state = optimizer.update(pair, state, params)
+            params = params + update
+        return jnp.sum(params * jnp.arange(1.0, 4.0))
+
+    compiled, at, h = jax.jit(two_steps), jnp.array([0.5, 0.8, 0.4]), 1e-6
+    found = jax.jit(jax.grad(two_steps))(at)
+    for row, unit in enumerate(jnp.eye(3)):
+        expected = (compiled(at + h * unit) - compiled(at - h * unit)) / (2 * h)
+        np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-8)
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e18, 1e30])
+def test_updates_are_finite_at_every_scale(form, scale):
+    """1e30 is beyond what float32 can square: finite, and parameters with b2 then stand still."""
+    optimizer = FORMS[form]()
+    params = jnp.ones(3)
+    state = optimizer.init(params)
+    update_once = jax.jit(optimizer.update)
+    for other in (1.0, scale, 0.0):
+        pair = gdmam.GradientPair(scale * jnp.array([1.0, -2, 0.5]), other * jnp.array([1.0, 1, 2]))
+        update, state = update_once(pair, state, params)
+        assert all_finite(update)
+        if form == "allocated":
+            assert np.max(np.abs(update)) < 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_depends_on_the_split_into_leaves(form, x64):
+    random = np.random.default_rng(1)
+    prediction, alignment = random.normal(size=(2, 5, 12))
+    optimizer = FORMS[form]()
+
+    def run(to_tree):
+        params = to_tree(jnp.ones(12))
+        state = optimizer.init(params)
+        update_once = jax.jit(optimizer.update)
+        for g_p, g_a in zip(prediction, alignment, strict=True):
+            pairs = gdmam.pair_gradients(to_tree(jnp.asarray(g_p)), to_tree(jnp.asarray(g_a)))
+            updates, state = update_once(pairs, state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
+
+    whole = run(lambda vector: [vector])
+    parts = run(lambda vector: {"a": vector[:5], "b": [vector[5:6], vector[6:].reshape(2, 3)]})
+    np.testing.assert_allclose(parts, whole, rtol=1e-13)
+
+
+def test_momentum_is_unbiased_for_a_constant_gradient():
+    """However the decays change, the average of equal gradients is that gradient."""
+    optimizer = gdmam.scale_by_gdmam(gate=gdmam.open_gate, weighting=gdmam.constant_weighting(1, 1))
+    g_p, g_a = jnp.array([3.0, -40.0, 0.5]), jnp.array([1.0, 2.0, -3.0])
+    state = optimizer.init(g_p)
+    update_once = jax.jit(optimizer.update)
+    for _ in range(20):
+        update, state = update_once(gdmam.GradientPair(g_p, g_a), state)
+        np.testing.assert_allclose(update, g_p + g_a, rtol=1e-6)
+
+
+def test_hyperparameters_can_be_injected_scheduled_and_traced():
+    optimizer = optax.inject_hyperparams(gdmam.scale_by_gdmam)(
+        initial_momentum=0.9, minimum_momentum=0.5, b2=optax.linear_schedule(0.9, 0.99, 10)
+    )
+    state = optimizer.init(PARAMS)
+    pairs = gdmam.pair_gradients(PARAMS, PARAMS)
+    update_once = jax.jit(optimizer.update)
+    for _ in range(2):
+        updates, state = update_once(pairs, state, PARAMS)
+    assert all_finite(updates)
+    np.testing.assert_allclose(state.hyperparams["b2"], 0.909, rtol=1e-6)
+
+
+PAIRS = gdmam.pair_gradients(PARAMS, PARAMS)
+KERNEL, BIAS = PAIRS["dense"]["kernel"], PAIRS["dense"]["bias"]
+WRONG_UPDATES = {
+    "not pairs": (
+        PARAMS,
+        TypeError,
+        r"dense/bias is float32\[2\]; expected a GradientPair",
+    ),
+    "one leaf is no pair": (
+        {"dense": {"kernel": KERNEL, "bias": jnp.zeros(2)}},
+        TypeError,
+        r"dense/bias is float32\[2\]; expected a GradientPair",
+    ),
+    "halves of two shapes": (
+        {"dense": {"kernel": gdmam.GradientPair(jnp.ones((3, 2)), jnp.ones((2, 3))), "bias": BIAS}},
+        ValueError,
+        r"dense/kernel must agree in shape and dtype.*float32\[3, 2\].*float32\[2, 3\]",
+    ),
+    "halves of two dtypes": (
+        {
+            "dense": {
+                "kernel": KERNEL,
+                "bias": gdmam.GradientPair(jnp.ones(2), jnp.ones(2, "bfloat16")),
+            }
+        },
+        ValueError,
+        r"dense/bias must agree.*float32.*bfloat16",
+    ),
+    "integer gradients": (
+        {"dense": {"kernel": KERNEL, "bias": gdmam.GradientPair(jnp.arange(2), jnp.arange(2))}},
+        TypeError,
+        r"dense/bias.*int32; expected a real floating-point",
+    ),
+    "a leaf is missing": (
+        {"dense": {"kernel": KERNEL}},
+        ValueError,
+        r"structure of the parameters.*missing: dense/bias",
+    ),
+    "a leaf is unknown": (
+        {"dense": {"kernel": KERNEL, "bias": BIAS, "scale": BIAS}},
+        ValueError,
+        r"structure of the parameters.*unknown: dense/scale",
+    ),
+    "another shape than the parameter": (
+        {"dense": {"kernel": KERNEL, "bias": gdmam.GradientPair(jnp.ones(5), jnp.ones(5))}},
+        ValueError,
+        r"dense/bias has gradients of shape \(5,\); expected the parameter's \(2,\)",
+    ),
+}
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("case", WRONG_UPDATES)
+def test_wrong_updates_are_refused_while_tracing(form, case):
+    updates, error, message = WRONG_UPDATES[case]
+    optimizer = FORMS[form]()
+    state = jax.eval_shape(optimizer.init, PARAMS)
+    with pytest.raises(error, match=message):
+        jax.eval_shape(optimizer.update, updates, state, PARAMS)
+
+
+@EVERY_FORM
+def test_integer_parameters_are_refused(form):
+    params = {"w": jnp.ones(2), "table": {"index": jnp.arange(3)}}
+    with pytest.raises(TypeError, match=r"table/index has dtype int32; expected.*floating"):
+        jax.eval_shape(FORMS[form]().init, params)
+
+
+COMMON = [
+    ({"initial_momentum": 1.0}, "initial_momentum"),
+    ({"initial_momentum": -0.1}, "initial_momentum"),
+    ({"minimum_momentum": 0.9, "maximum_momentum": 0.8}, "minimum_momentum.*maximum_momentum"),
+    ({"maximum_momentum": 1.0}, "maximum_momentum"),
+    ({"minimum_momentum": -0.5}, "minimum_momentum"),
+    ({"statistics_decay": 1.0}, "statistics_decay"),
+    ({"prediction_sensitivity": -1.0}, "prediction_sensitivity"),
+    ({"parallel_sensitivity": float("nan")}, "parallel_sensitivity"),
+    ({"orthogonal_sensitivity": -1e-9}, "orthogonal_sensitivity"),
+    ({"b2": 1.0}, "b2"),
+    ({"b2": -0.1}, "b2"),
+    ({"eps": 0.0}, "eps"),
+]
+DECAY = [({"weight_decay": -1e-4}, "weight_decay")]
+RELEASED = [
+    ({"bias_weight_decay": -0.1}, "bias_weight_decay"),
+    ({"clip_factor": 0.0}, "factor"),
+    ({"clip_window": 0}, "window"),
+]
+ALLOCATED = [
+    ({"amsgrad": True, "b2": None}, "amsgrad"),
+    ({"momentum_dtype": jnp.int32}, "momentum_dtype"),
+]
+OUT_OF_RANGE = [
+    *((gdmam.scale_by_gdmam, *case) for case in COMMON + ALLOCATED),
+    *((functools.partial(gdmam.gdmam, 0.1), *case) for case in COMMON + DECAY + ALLOCATED),
+    *((gdmam.gdmam_released, *case) for case in COMMON + DECAY + RELEASED),
+    (gdmam.clip_by_recent_norm, {"factor": -1.0}, "factor"),
+    (functools.partial(gdmam.summed, optax.sgd(1.0)), {"alignment_weight": -1.0}, "alignment"),
+]
+
+
+@pytest.mark.parametrize(("make", "arguments", "name"), OUT_OF_RANGE)
+def test_hyperparameters_out_of_range_are_refused_by_name(make, arguments, name):
+    with pytest.raises(ValueError, match=name):
+        make(**arguments)
