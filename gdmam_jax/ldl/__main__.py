@@ -102,8 +102,8 @@ def run(
         experiment.run(dataset, chosen, configuration, folder=out, progress=progress)
     if report_too:
         page = report.write(out)
-        console.print(report.summary(out), markup=False)
-        console.print(f"page: {page}")
+        console.print(report.summary(out), markup=False, soft_wrap=True)
+        console.print(f"page: {page}", soft_wrap=True)
 
 
 @app.command("report")
@@ -114,8 +114,27 @@ def report_command(
     from gdmam_jax.ldl import report
 
     page = report.write(folder)
-    console.print(report.summary(folder), markup=False)
-    console.print(f"page: {page}")
+    console.print(report.summary(folder), markup=False, soft_wrap=True)
+    console.print(f"page: {page}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Experiments' folders, one a data set.")],
+    method: Annotated[str, typer.Option(help="Which the others are compared with.")] = (
+        "gdmam-balanced"
+    ),
+    csv: Annotated[
+        Path | None, typer.Option(help="Also write the runs of all of them here.")
+    ] = None,
+) -> None:
+    """Print test KLDs of several experiments side by side, as Markdown."""
+    from gdmam_jax.ldl import report
+
+    print(report.compare(folders, method=method))
+    if csv is not None:
+        records = [record for folder in folders for record in report.load(folder)]
+        report.write_csv(records, csv, measures=("kld", "chebyshev", "intersection"), digits=4)
 
 
 @data_app.command("list")

@@ -106,7 +106,7 @@ def table(records: Sequence[Record], selection: str) -> dict[str, dict[str, Cell
         means = {name: float(column.mean()) for name, column in columns.items()}
         order = sorted(means, key=lambda name: np.nan_to_num(sign * means[name], nan=np.inf))
         for name, column in columns.items():
-            p_runs, p_folds = compare(column, columns[order[0]])
+            p_runs, p_folds = compare_runs(column, columns[order[0]])
             cells[name][measure] = Cell(
                 mean=means[name],
                 deviation=float(column.std()),
@@ -117,7 +117,7 @@ def table(records: Sequence[Record], selection: str) -> dict[str, dict[str, Cell
     return cells
 
 
-def compare(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[float, float]:
+def compare_runs(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[float, float]:
     """Two paired tests of whether two methods differ.
 
     Args:
@@ -128,7 +128,7 @@ def compare(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[floa
         `(p_runs, p_folds)`, see `Cell`; NaN where a value is not finite.
 
     >>> import numpy as np
-    >>> compare(np.zeros((2, 3)), np.zeros((2, 3)))
+    >>> compare_runs(np.zeros((2, 3)), np.zeros((2, 3)))
     (1.0, 1.0)
     """
     import scipy.stats
@@ -212,23 +212,26 @@ def latex(records: Sequence[Record], selection: str) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def write_csv(records: Sequence[Record], path: Path) -> None:
-    """Every run and selection as one line: method, fold, seed, selection, epoch, measures.
+def write_csv(
+    records: Sequence[Record], path: Path, *, measures: Sequence[str] = COLUMNS, digits: int = 6
+) -> None:
+    """Every run and selection as one line: data set, method, fold, seed, selection, measures.
 
     Args:
         records: from `load`.
         path: of the file.
+        measures: which.
+        digits: of each.
     """
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "fold", "seed", "selection", "epoch", *COLUMNS])
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["data", "method", "fold", "seed", "selection", "epoch", *measures])
         for record in records:
             for run in record["runs"]:
                 for selection, found in run["selections"].items():
-                    writer.writerow(
-                        [record["method"], run["fold"], run["seed"], selection, found["epoch"]]
-                        + [f"{found[measure]:.6g}" for measure in COLUMNS]
-                    )
+                    place = [record["data"]["name"], record["method"], run["fold"], run["seed"]]
+                    numbers = [f"{found[measure]:.{digits}g}" for measure in measures]
+                    writer.writerow([*place, selection, found["epoch"], *numbers])
 
 
 def summary(folder: str | os.PathLike[str]) -> str:
@@ -249,6 +252,73 @@ def summary(folder: str | os.PathLike[str]) -> str:
         texts = "".join(f"{c.mean():>10.4f} ±{c.std():.4f}" for c in columns)
         lines.append(f"{record['label']:<{width}}{texts}")
     return "\n".join(lines)
+
+
+def compare(folders: Sequence[str | os.PathLike[str]], *, method: str = "gdmam-balanced") -> str:
+    """Several experiments side by side, and one method against all others.
+
+    Args:
+        folders: of experiments, one a data set.
+        method: which one the others are compared with.
+
+    Returns:
+        Markdown: for every selection a table of test KLDs by method and data set. Behind each in
+        brackets `(p_runs, p_folds)`, see `Cell`, of the difference from `method`. A last table says
+        in which epoch each method's validation KLD, mean over all runs, is best, and in which that
+        of `method` gets as low.
+    """
+    experiments = [{record["method"]: record for record in load(folder)} for folder in folders]
+    found = [next(iter(experiment.values())) for experiment in experiments]
+    labels = {
+        name: record["label"] for experiment in experiments for name, record in experiment.items()
+    }
+    head = ["method", *(record["data"]["name"] for record in found)]
+    rule = "|" + " --- |" * len(head)
+    parts = []
+    for selection, meaning in SELECTIONS.items():
+        columns = [
+            {name: values(record, selection, "kld") for name, record in experiment.items()}
+            for experiment in experiments
+        ]
+        lines = [f"Selection `{selection}`: {meaning}", "", f"| {' | '.join(head)} |", rule]
+        for name, label in labels.items():
+            cells = [label]
+            for column in columns:
+                if name not in column:
+                    cells.append("")
+                    continue
+                text = f"{column[name].mean():.4f} ± {column[name].std():.4f}"
+                if min(column, key=lambda other: column[other].mean()) == name:
+                    text = f"**{text}**"
+                if name != method and method in column:
+                    text += " ({:.1g}, {:.1g})".format(*compare_runs(column[name], column[method]))
+                cells.append(text)
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+
+    lines = [f"Epoch of the best validation KLD, and the one in which {labels[method]} gets there"]
+    lines += ["", f"| {' | '.join(head)} |", rule]
+    curves = [
+        {name: _validation(Path(folder), name) for name in experiment}
+        for folder, experiment in zip(folders, experiments, strict=True)
+    ]
+    for name, label in labels.items():
+        cells = [label]
+        for curve in curves:
+            if name not in curve or method not in curve:
+                cells.append("")
+                continue
+            best = float(curve[name].min())
+            there = np.flatnonzero(curve[method] <= best)
+            when = f"{there[0] + 1}" if len(there) else "never"
+            cells.append(f"{best:.4f} in {curve[name].argmin() + 1}; {when}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+
+
+def _validation(folder: Path, name: str) -> NDArray[np.float64]:
+    with np.load(folder / f"{name}.npz", allow_pickle=False) as stored:
+        return np.asarray(stored["validation_kld"], np.float64).mean(0)
 
 
 PICTURES = {
@@ -415,8 +485,11 @@ def _diagnostics(
     ]
     if not chosen:
         return None
-    figure, axes = _figure(1, len(keys), 3 * len(keys) + 1.5, 2.8)
-    for axis, (key, title) in zip(axes[0], keys.items(), strict=True):
+    rows = -(-len(keys) // 3)
+    figure, axes = _figure(rows, 3, 10, 2.8 * rows)
+    for axis in axes.ravel()[len(keys) :]:
+        axis.set_visible(False)
+    for axis, (key, title) in zip(axes.ravel(), keys.items(), strict=False):
         for number, record in chosen:
             column = curves[record["method"]].get(key)
             if column is None:

@@ -122,14 +122,21 @@ def test_selections_test_the_parameters_they_name(finished):
         np.testing.assert_allclose(curves["shown_last"].sum(-1), 1, rtol=1e-5)
 
 
-def test_report(finished):
-    folder, *_ = finished
+def test_report(finished, tmp_path):
+    folder, records, _ = finished
     page = report.write(folder).read_text()
     assert page.count("data:image/png;base64,") == len(report.PICTURES)
     assert "GDMAM" in (folder / "table.md").read_text()
     assert r"\toprule" in (folder / "table.tex").read_text()
     assert len((folder / "runs.csv").read_text().splitlines()) == 1 + 4 * 4
     assert "GDMAM" in report.summary(folder)
+    compared = tmp_path / "runs.csv"
+    result = CliRunner().invoke(
+        app, ["compare", str(folder), "--method", "gdmam", "--csv", str(compared)]
+    )
+    last = np.mean([run["selections"]["last"]["kld"] for run in records[0]["runs"]])
+    assert f"**{last:.4f} ± " in result.output
+    assert len(compared.read_text().splitlines()) == 1 + 4 * 4
     with pytest.raises(FileNotFoundError, match="no results in"):
         report.load(folder / "nothing")
 
