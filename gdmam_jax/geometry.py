@@ -78,12 +78,12 @@ class Scopes:
         """Shape of a scalar of every scope: ``()`` for one scope, else ``(scopes,)``."""
         return (len(self.labels),) if self.labels else ()
 
-    def reduce(self, terms: Sequence[Any], combine: Callable[[Any, Any], Any]) -> jax.Array:
-        """Combines one scalar per leaf to one scalar per scope."""
-        groups: list[list[Any]] = [[] for _ in range(max(1, len(self.labels)))]
+    def total(self, terms: Sequence[jax.Array]) -> jax.Array:
+        """Adds one scalar per leaf up to one scalar per scope."""
+        groups: list[list[jax.Array]] = [[] for _ in range(max(1, len(self.labels)))]
         for position, term in enumerate(terms):
             groups[self.index[position] if self.index else 0].append(term)
-        totals = [_tree_combine(group, combine) for group in groups]
+        totals = [_sum_in_pairs(group) for group in groups]
         return jnp.stack(totals) if self.labels else totals[0]
 
     def at(self, scalars: jax.Array, leaf: int) -> jax.Array:
@@ -91,13 +91,15 @@ class Scopes:
         return scalars[self.index[leaf]] if self.index else scalars
 
 
-def _tree_combine(terms: Sequence[Any], combine: Callable[[Any, Any], Any]) -> Any:
-    """Combines in pairs: rounding and the depth of the program grow with the logarithm."""
-    terms = list(terms) or [jnp.float32(0)]
-    while len(terms) > 1:
-        paired = [combine(*terms[i : i + 2]) for i in range(0, len(terms) - 1, 2)]
-        terms = paired + terms[len(terms) - len(terms) % 2 :]
-    return terms[0]
+def _sum_in_pairs(terms: Sequence[jax.Array]) -> jax.Array:
+    """Adds in pairs: rounding and the length of the program grow with the logarithm."""
+    if len(terms) < 2:
+        return terms[0] if terms else jnp.float32(0)
+    total = jnp.stack(terms)
+    while len(total) > 1:
+        half = len(total) // 2
+        total = jnp.append(total[:half] + total[half : 2 * half], total[2 * half :])
+    return total[0]
 
 
 @pytree_dataclass
@@ -178,10 +180,10 @@ def measure(
 ) -> Geometry:
     """The geometry of a list of pairs, in one pass over memory where that is accurate.
 
-    Three sums of products over both gradients give everything, unless some scope's gradients are
-    parallel to within six degrees, where the orthogonal norm would come from a difference of
-    nearly equal numbers, or a sum overflows. Only then a second branch runs: it divides the
-    gradients by their largest element and takes the orthogonal norm from the residual itself.
+    Three sums of products over both gradients give everything. Two cases are branches of the
+    compiled step: where a sum overflows, the products are taken again of gradients scaled by a
+    power of two; where some scope's gradients are parallel to within six degrees, the orthogonal
+    norm would come from a difference of nearly equal numbers, and is taken from the residual.
 
     Args:
       leaves: the pairs, in the order of ``scopes``.
@@ -201,60 +203,40 @@ def measure(
         return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())(list(leaves))
 
     across = _Across(leaves, axis_name)
-    predictions = [pair.prediction for pair in leaves]
-    alignments = [pair.alignment for pair in leaves]
 
-    def inner(xs: Sequence[Any], ys: Sequence[Any]) -> jax.Array:
-        sums = [jnp.sum(widen(x) * widen(y)) for x, y in zip(xs, ys, strict=True)]
-        return scopes.reduce([across.share(term) for term in sums], jnp.add)
-
-    def all_sum(*totals: jax.Array) -> jax.Array:
-        stacked = jnp.stack(totals)
-        return jax.lax.psum(stacked, across.axes) if across.axes else stacked
-
-    squared_p, squared_a, product = all_sum(
-        inner(predictions, predictions),
-        inner(alignments, alignments),
-        inner(alignments, predictions),
-    )
-    norm_p, norm_a = safe_sqrt(squared_p), safe_sqrt(squared_a)
-    along = _divide(product, norm_p)
-    squared_orthogonal = squared_a - along**2
-    accurate = (squared_p == 0) | (squared_orthogonal > _NEARLY_PARALLEL * squared_a)
-    accurate |= squared_a == 0
-    accurate &= jnp.isfinite(squared_p + squared_a)
-
-    def directly() -> tuple[jax.Array, ...]:
-        return norm_p, norm_a, _divide(along, norm_a), safe_sqrt(squared_orthogonal)
-
-    def carefully() -> tuple[jax.Array, ...]:
-        def scaled(xs: Sequence[Any]) -> tuple[jax.Array, list[jax.Array]]:
-            largest = scopes.reduce(
-                [jnp.max(jnp.abs(widen(x)), initial=0) for x in xs], jnp.maximum
-            )
-            if across.axes:
-                largest = jax.lax.pmax(across.spread(largest), across.axes)
-            largest = jnp.maximum(largest, jnp.finfo(largest.dtype).tiny)
-            return largest, [widen(x) / scopes.at(largest, i) for i, x in enumerate(xs)]
-
-        largest_p, ps = scaled(predictions)
-        largest_a, ys = scaled(alignments)
-        squared_p, squared_a, product = all_sum(inner(ps, ps), inner(ys, ys), inner(ys, ps))
-        ratio = _divide(product, squared_p)
-        residuals = [
-            y - scopes.at(ratio, i) * p for i, (y, p) in enumerate(zip(ys, ps, strict=True))
-        ]
-        (squared_residual,) = all_sum(inner(residuals, residuals))
-        norm_p, norm_a = safe_sqrt(squared_p), safe_sqrt(squared_a)
-        limit = jnp.finfo(norm_p.dtype).max / 8
-        return (
-            jnp.minimum(largest_p * norm_p, limit),
-            jnp.minimum(largest_a * norm_a, limit),
-            _divide(product, norm_p * norm_a),
-            jnp.minimum(largest_a * safe_sqrt(squared_residual), limit),
+    def all_sum(terms: Sequence[tuple[jax.Array, ...]], count: int) -> jax.Array:
+        columns = zip(*terms, strict=True) if terms else [()] * count
+        totals = jnp.stack(
+            [scopes.total([across.share(term) for term in column]) for column in columns]
         )
+        return jax.lax.psum(totals, across.axes) if across.axes else totals
 
-    norm_p, norm_a, cosine, norm_orthogonal = jax.lax.cond(jnp.all(accurate), directly, carefully)
+    sums = all_sum([_products(pair) for pair in leaves], 3)
+    finite = jnp.isfinite(sums[:2])
+    scale_p, scale_a = jnp.where(finite, 1, _scale_down(sums.dtype)).astype(sums.dtype)
+
+    def scaled(number: int) -> GradientPair:
+        return _scaled(leaves[number], scopes.at(scale_p, number), scopes.at(scale_a, number))
+
+    numbers = range(len(leaves))
+    squared_p, squared_a, product = jax.lax.cond(
+        jnp.all(finite),
+        lambda: sums,
+        lambda: all_sum([_products(scaled(number)) for number in numbers], 3),
+    )
+    root_p, root_a = safe_sqrt(squared_p), safe_sqrt(squared_a)
+    along = _divide(product, root_p)
+    difference = squared_a - along**2
+
+    def residual() -> jax.Array:
+        ratio = _divide(product, squared_p)
+        terms = [_squared_residual(scaled(i), scopes.at(ratio, i)) for i in numbers]
+        return all_sum([(term,) for term in terms], 1)[0]
+
+    accurate = (squared_p == 0) | (squared_a == 0) | (difference > _NEARLY_PARALLEL * squared_a)
+    root_orthogonal = safe_sqrt(jax.lax.cond(jnp.all(accurate), lambda: difference, residual))
+    cosine = _divide(along, root_a)
+    norm_p, norm_a = _scale_up(root_p, scale_p), _scale_up(root_a, scale_a)
     n_p, n_a = norm_p + EPS, norm_a + EPS
     limit = jnp.finfo(n_p.dtype).max / 8
     projection = cosine * (norm_p / n_p) * jnp.minimum(norm_a / n_p, limit)
@@ -262,10 +244,44 @@ def measure(
         prediction_norm=n_p,
         alignment_norm=n_a,
         parallel_norm=jnp.abs(projection) * norm_p + EPS,
-        orthogonal_norm=norm_orthogonal + EPS,
+        orthogonal_norm=_scale_up(root_orthogonal, scale_a) + EPS,
         projection=projection,
         cosine=jnp.clip(cosine * (norm_a / n_a) * (norm_p / n_p), -1, 1),
     )
+
+
+# What is done to each leaf is a compiled function: leaves of one shape are traced once.
+
+
+@jax.jit
+def _products(pair: GradientPair) -> tuple[jax.Array, jax.Array, jax.Array]:
+    prediction, alignment = widen(pair.prediction), widen(pair.alignment)
+    return (
+        jnp.sum(prediction * prediction),
+        jnp.sum(alignment * alignment),
+        jnp.sum(alignment * prediction),
+    )
+
+
+@jax.jit
+def _scaled(pair: GradientPair, prediction: jax.Array, alignment: jax.Array) -> GradientPair:
+    return GradientPair(prediction * widen(pair.prediction), alignment * widen(pair.alignment))
+
+
+@jax.jit
+def _squared_residual(pair: GradientPair, ratio: jax.Array) -> jax.Array:
+    return jnp.sum(split(pair, ratio)[1] ** 2)
+
+
+def _scale_down(dtype: Any) -> float:
+    """A power of two that brings all numbers of ``dtype`` within reach of a sum of squares."""
+    return 2.0 ** -(3 * jnp.finfo(dtype).maxexp // 4)
+
+
+def _scale_up(norm: jax.Array, scale: jax.Array) -> jax.Array:
+    """``norm / scale``, cut at an eighth of the dtype's largest number; no number stays none."""
+    limit = jnp.finfo(norm.dtype).max / 8
+    return jnp.where(jnp.isfinite(norm), jnp.minimum(norm, limit * scale) / scale, jnp.nan)
 
 
 def _explicit_mesh(leaves: Sequence[GradientPair]) -> Any:
@@ -314,17 +330,17 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 
 def norm(leaves: Sequence[Any]) -> jax.Array:
     """The Euclidean norm over all leaves together, also where a sum of squares would overflow."""
-    wide = [widen(leaf) for leaf in leaves]
-    squared = _tree_combine([jnp.sum(leaf**2) for leaf in wide], jnp.add)
 
-    def scaled() -> jax.Array:
-        largest = _tree_combine([jnp.max(jnp.abs(leaf), initial=0) for leaf in wide], jnp.maximum)
-        parts = [jnp.sum((leaf / largest) ** 2) for leaf in wide]
-        return jnp.minimum(
-            largest * jnp.sqrt(_tree_combine(parts, jnp.add)), jnp.finfo(squared.dtype).max / 8
-        )
+    def squared(scale: Any) -> jax.Array:
+        return _sum_in_pairs([jnp.sum((scale * widen(leaf)) ** 2) for leaf in leaves])
 
-    return jax.lax.cond(jnp.isfinite(squared), lambda: safe_sqrt(squared), scaled)
+    total = squared(1)
+    scale = jnp.asarray(_scale_down(total.dtype), total.dtype)
+    return jax.lax.cond(
+        jnp.isfinite(total),
+        lambda: safe_sqrt(total),
+        lambda: _scale_up(safe_sqrt(squared(scale)), scale),
+    )
 
 
 def narrow(x: jax.Array, dtype: Any) -> jax.Array:
@@ -372,7 +388,7 @@ def decompose(
       A `Decomposition`. Its parts add up to the alignment gradient to rounding, and the
       orthogonal part's inner product with the prediction gradient is 0 to rounding of
       $|g_a| |g_p|$. Inner products accumulate in float32 or better. Elements below about
-      1e-19 (in float32) do not count in a norm; norms beyond a quarter of the dtype's largest
+      1e-19 (in float32) do not count in a norm; norms beyond an eighth of the dtype's largest
       number are cut there.
 
     Raises:

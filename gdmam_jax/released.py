@@ -1,5 +1,6 @@
 """The released form: one AdamW with AMSGrad whose first decay is steered, and its clipping."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ from gdmam_jax.allocation import (
     norm_weighting,
     ratcheted_momentum,
 )
-from gdmam_jax.geometry import norm, safe_sqrt, widen, zeros_like
-from gdmam_jax.pairs import KeyPath, as_pairs, check_floating, check_pairs, is_pair
+from gdmam_jax.geometry import EPS, Geometry, norm, safe_sqrt, widen, zeros_like
+from gdmam_jax.pairs import GradientPair, KeyPath, as_pairs, check_floating, check_pairs, is_pair
 from gdmam_jax.transform import check_momentum_hyperparameters
 
 
@@ -102,18 +103,27 @@ def clip_by_recent_norm(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RecentNormState]:
         del params, extra_args
-        norms = state.norms
-        size = norm(jax.tree.leaves(updates)).astype(norms.dtype)
-        largest = jnp.max(norms)
-        # Infinity is kept out of the quotient, whose derivative would not be a number.
-        started = jnp.isfinite(largest)
-        quotient = factor * jnp.where(started, largest, 1) / (size + 1e-6)
-        scale = jnp.where(started, jnp.minimum(1, quotient), 1)
-        accepted = jnp.minimum(jnp.minimum(size, 2 * largest), 1)
+        size = norm(jax.tree.leaves(updates))
+        scale, state = _accept(state, size, factor)
         scaled = jax.tree.map(lambda leaf: (scale * widen(leaf)).astype(leaf.dtype), updates)
-        return scaled, RecentNormState(norms=jnp.append(norms[1:], accepted))
+        return scaled, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _accept(
+    state: RecentNormState, size: jax.Array, factor: Any
+) -> tuple[jax.Array, RecentNormState]:
+    """The scale of an update of norm ``size``, and the state behind it."""
+    norms = state.norms
+    size = size.astype(norms.dtype)
+    largest = jnp.max(norms)
+    # Infinity is kept out of the quotient, whose derivative would not be a number.
+    started = jnp.isfinite(largest)
+    quotient = factor * jnp.where(started, largest, 1) / (size + 1e-6)
+    scale = jnp.where(started, jnp.minimum(1, quotient), 1)
+    accepted = jnp.minimum(jnp.minimum(size, 2 * largest), 1)
+    return scale, RecentNormState(norms=jnp.append(norms[1:], accepted))
 
 
 def gdmam_released(
@@ -199,7 +209,8 @@ def gdmam_released(
             statistics_decay=statistics_decay,
             b2=b2,
             eps=eps,
-            clipping=clip_by_recent_norm(clip_factor, clip_window),
+            clip_factor=clip_factor,
+            clip_window=clip_window,
         ),
         optax.add_decayed_weights(weight_decay, mask=lambda tree: _bias_mask(tree, False)),
         optax.add_decayed_weights(bias_weight_decay, mask=lambda tree: _bias_mask(tree, True)),
@@ -234,7 +245,8 @@ def _scale_by_released(
     statistics_decay: Any,
     b2: Any,
     eps: Any,
-    clipping: optax.GradientTransformationExtraArgs,
+    clip_factor: Any,
+    clip_window: int,
 ) -> optax.GradientTransformationExtraArgs:
     """The released form's direction, before weight decay and learning rate."""
     check_momentum_hyperparameters(
@@ -242,6 +254,7 @@ def _scale_by_released(
     )
     check_range("b2", b2, 0, 1, below_maximum=True)
     check_range("eps", eps, above_minimum=True)
+    clipping = clip_by_recent_norm(clip_factor, clip_window)
 
     def init(params: optax.Params) -> ReleasedState:
         check_floating(params, "parameter")
@@ -268,8 +281,9 @@ def _scale_by_released(
         del extra_args
         pairs = as_pairs(updates, alignment)
         check_pairs(pairs, like=state.first_moment)
+        leaves = jax.tree.leaves(pairs, is_leaf=is_pair)
         allocation = allocate(
-            jax.tree.leaves(pairs, is_leaf=is_pair),
+            leaves,
             state.allocation,
             weighting=norm_weighting,
             gate=cosine_gate,
@@ -287,34 +301,31 @@ def _scale_by_released(
             minimum_momentum,
             maximum_momentum,
         ).astype(weights.dtype)
-        gradients = jax.tree.map(
-            lambda pair: weights[0] * widen(pair.prediction) + weights[1] * widen(pair.alignment),
-            pairs,
-            is_leaf=is_pair,
-        )
-        gradients, clipped = clipping.update(gradients, state.clipping)
+        size = _weighted_norm(allocation.geometry, weights)
+        scale, clipped = _accept(state.clipping, size, clip_factor)
         count = optax.safe_increment(state.count)
-        first = jax.tree.map(
-            lambda m, g: (b1 * widen(m) + (1 - b1) * g).astype(m.dtype),
-            state.first_moment,
-            gradients,
-        )
-        second = jax.tree.map(
-            lambda v, g: (b2 * v + (1 - b2) * g**2).astype(v.dtype), state.second_moment, gradients
-        )
-        largest = jax.tree.map(jnp.maximum, state.second_moment_maximum, second)
         steps = count.astype(weights.dtype)
-        first_correction = _correction(b1, steps)
-        second_correction = jnp.sqrt(_correction(b2, steps))
-        like = state.first_moment if params is None else params
-        directions = jax.tree.map(
-            lambda m, v, leaf: (
-                widen(m) / first_correction / (safe_sqrt(v) / second_correction + eps)
-            ).astype(leaf.dtype),
-            first,
-            largest,
-            like,
-        )
+        corrections = _correction(b1, steps), jnp.sqrt(_correction(b2, steps))
+        structure: Any = jax.tree.structure(state.first_moment)
+        moments = (state.first_moment, state.second_moment, state.second_moment_maximum)
+        columns = [structure.flatten_up_to(tree) for tree in moments]
+        like = jax.tree.leaves(state.first_moment if params is None else params)
+        results = [
+            _leaf_step(
+                pair,
+                scale * weights,
+                *buffers,
+                b1=b1,
+                b2=(b2, 1 - b2),
+                corrections=corrections,
+                eps=eps,
+                dtype=leaf.dtype,
+            )
+            for pair, leaf, *buffers in zip(leaves, like, *columns, strict=True)
+        ]
+        directions, first, second, largest = [
+            structure.unflatten(column) for column in zip(*results, strict=True)
+        ] or [structure.unflatten([])] * 4
         return directions, ReleasedState(
             count=count,
             allocation=allocation,
@@ -326,3 +337,50 @@ def _scale_by_released(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# One compiled function for a leaf's step: leaves of one shape are traced once.
+@partial(jax.jit, static_argnames="dtype")
+def _leaf_step(
+    pair: GradientPair,
+    factors: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    largest: jax.Array,
+    *,
+    b1: jax.Array,
+    b2: tuple[Any, Any],
+    corrections: tuple[jax.Array, jax.Array],
+    eps: Any,
+    dtype: Any,
+) -> tuple[jax.Array, ...]:
+    """A leaf's update and its new moments; ``b2`` is (b2, 1 - b2)."""
+    gradient = factors[0] * widen(pair.prediction) + factors[1] * widen(pair.alignment)
+    first = (b1 * widen(first) + (1 - b1) * gradient).astype(first.dtype)
+    second = (b2[0] * second + b2[1] * gradient**2).astype(second.dtype)
+    largest = jnp.maximum(largest, second)
+    root = safe_sqrt(largest) / corrections[1]
+    direction = widen(first) / corrections[0] / (root + eps)
+    return direction.astype(dtype), first, second, largest
+
+
+def _weighted_norm(geometry: Geometry, weights: jax.Array) -> jax.Array:
+    """The norm of the weighted gradient, from its parts along and across the prediction gradient.
+
+    No pass over the gradients is needed, and where they cancel, this does not.
+    """
+    n_p = geometry.prediction_norm
+    length = n_p - EPS
+    # The projection divides by n_p, which is longer by EPS than the gradient.
+    product = (
+        geometry.projection * n_p * jnp.where(length > 0, n_p / jnp.where(length > 0, length, 1), 0)
+    )
+    along = weights[0] * length + weights[1] * product
+    return _hypotenuse(along, weights[1] * (geometry.orthogonal_norm - EPS))
+
+
+def _hypotenuse(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The root of ``x**2 + y**2``, also where a square would overflow; its derivative at 0 is 0."""
+    largest = jnp.maximum(jnp.abs(x), jnp.abs(y))
+    unit = jnp.where(largest > 0, largest, 1)
+    return largest * safe_sqrt((x / unit) ** 2 + (y / unit) ** 2)

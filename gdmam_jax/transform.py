@@ -1,6 +1,7 @@
 """The allocated form: three momenta, weighed, as an Optax transformation."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from gdmam_jax.allocation import (
     ratcheted_momentum,
 )
 from gdmam_jax.geometry import Scope, narrow, safe_sqrt, split, widen, zeros_like
-from gdmam_jax.pairs import as_pairs, check_floating, check_pairs, is_pair
+from gdmam_jax.pairs import GradientPair, as_pairs, check_floating, check_pairs, is_pair
 
 
 @pytree_dataclass
@@ -222,7 +223,6 @@ def scale_by_gdmam(
             statistics_decay=statistics_decay,
             axis_name=axis_name,
         )
-        scopes = allocation.scopes
         decays = allocation.statistics.momentum
         momentum_correction = decays * state.momentum_correction + (1 - decays)
         # The factors of (prediction, parallel, orthogonal) in the raw step and in the direction.
@@ -230,32 +230,14 @@ def scale_by_gdmam(
             [allocation.weights[..., :1], allocation.weights[..., 1:] * allocation.gate], axis=-1
         )
         factors = raw_factors / momentum_correction
+        second_moment_correction = root_correction = None
         if b2 is not None:
             second_moment_correction = (b2 * state.second_moment_correction + (1 - b2)).astype(
                 decays.dtype
             )
-            correction = jnp.sqrt(second_moment_correction)
-
-        def step(number: int, pair: Any, dtype: Any, *buffers: Any) -> tuple[Any, ...]:
-            *momenta, second, largest = buffers
-            beta, raw, factor = (scopes.at(x, number) for x in (decays, raw_factors, factors))
-            projection = scopes.at(allocation.geometry.projection, number)
-            components = (widen(pair.prediction), *split(pair, projection))
-            momenta = [
-                beta[k] * widen(old) + (1 - beta[k]) * new
-                for k, (old, new) in enumerate(zip(momenta, components, strict=True))
-            ]
-            direction = sum(factor[k] * new for k, new in enumerate(momenta))
-            if b2 is not None:
-                squared = sum(raw[k] * new for k, new in enumerate(components)) ** 2
-                second = (b2 * second + (1 - b2) * squared).astype(second.dtype)
-                largest = jnp.maximum(largest, second) if amsgrad else None
-                divisor: Any = largest if amsgrad else second
-                root = safe_sqrt(divisor) / correction
-                direction = direction / (root + eps)
-            stored = [narrow(new, old.dtype) for new, old in zip(momenta, buffers[:3], strict=True)]
-            return narrow(direction, dtype), *stored, second, largest
-
+            root_correction = jnp.sqrt(second_moment_correction)
+        scopes = allocation.scopes
+        per_scope = (decays, raw_factors, factors, allocation.geometry.projection)
         trees = (
             state.prediction,
             state.parallel,
@@ -271,7 +253,15 @@ def scale_by_gdmam(
             pair.prediction.dtype for pair in leaves
         ]
         results = [
-            step(number, pair, dtype, *buffers)
+            _leaf_step(
+                pair,
+                *(scopes.at(scalars, number) for scalars in per_scope),
+                *buffers,
+                b2=None if b2 is None else (b2, 1 - b2),
+                root_correction=root_correction,
+                eps=eps,
+                dtype=jnp.dtype(dtype),
+            )
             for number, (pair, dtype, *buffers) in enumerate(
                 zip(leaves, dtypes, *columns, strict=True)
             )
@@ -288,7 +278,44 @@ def scale_by_gdmam(
             orthogonal=new_trees[3],
             second_moment=None if b2 is None else new_trees[4],
             second_moment_maximum=new_trees[5] if amsgrad else None,
-            second_moment_correction=None if b2 is None else second_moment_correction,
+            second_moment_correction=second_moment_correction,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# One compiled function for a leaf's step: leaves of one shape are traced once.
+@partial(jax.jit, static_argnames="dtype")
+def _leaf_step(
+    pair: GradientPair,
+    decay: jax.Array,
+    raw_factor: jax.Array,
+    factor: jax.Array,
+    projection: jax.Array,
+    prediction: jax.Array,
+    parallel: jax.Array,
+    orthogonal: jax.Array,
+    second: jax.Array | None,
+    largest: jax.Array | None,
+    *,
+    b2: tuple[Any, Any] | None,
+    root_correction: Any,
+    eps: Any,
+    dtype: Any,
+) -> tuple[jax.Array | None, ...]:
+    """A leaf's update and its new buffers; ``b2`` is (b2, 1 - b2)."""
+    components = (widen(pair.prediction), *split(pair, projection))
+    buffers = (prediction, parallel, orthogonal)
+    momenta = [
+        decay[k] * widen(old) + (1 - decay[k]) * new
+        for k, (old, new) in enumerate(zip(buffers, components, strict=True))
+    ]
+    direction: Any = sum(factor[k] * new for k, new in enumerate(momenta))
+    if second is not None and b2 is not None:
+        squared = sum(raw_factor[k] * new for k, new in enumerate(components)) ** 2
+        second = (b2[0] * second + b2[1] * squared).astype(second.dtype)
+        largest = None if largest is None else jnp.maximum(largest, second)
+        root = safe_sqrt(second if largest is None else largest) / root_correction
+        direction = direction / (root + eps)
+    stored = [narrow(new, old.dtype) for new, old in zip(momenta, buffers, strict=True)]
+    return narrow(direction, dtype), *stored, second, largest
