@@ -295,7 +295,7 @@ class Allocation:
 
 def init_allocation(params: Any, scope: Scope | None, initial_momentum: Any) -> Allocation:
     """The allocation before the first step."""
-    scopes = Scopes(params, scope)
+    scopes = Scopes.of(params, scope)
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
 
     def zeros(*last: int) -> jax.Array:

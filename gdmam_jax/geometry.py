@@ -48,16 +48,20 @@ class Scopes:
       index: for each leaf, the position of its label; empty for one scope over all leaves.
     """
 
-    def __init__(self, tree: Any, scope: Scope | None, is_leaf: Any = None):
+    def __init__(self, labels: tuple[str, ...] = (), index: tuple[int, ...] = ()):
+        self.labels = labels
+        self.index = index
+
+    @classmethod
+    def of(cls, tree: Any, scope: Scope | None, is_leaf: Any = None) -> "Scopes":
         """Labels the leaves of ``tree`` by ``scope`` of their paths."""
-        self.labels: tuple[str, ...] = ()
-        self.index: tuple[int, ...] = ()
-        if scope is not None:
-            paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-            names = [str(scope(path_string(path))) for path, _ in paths]
-            numbers: dict[str, int] = {}
-            self.index = tuple(numbers.setdefault(name, len(numbers)) for name in names)
-            self.labels = tuple(numbers)
+        if scope is None:
+            return cls()
+        paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+        names = [str(scope(path_string(path))) for path, _ in paths]
+        numbers: dict[str, int] = {}
+        index = tuple(numbers.setdefault(name, len(numbers)) for name in names)
+        return cls(tuple(numbers), index)
 
     # optax.tree.map_params initialises a state without parameters and matches it with a real one:
     # scopes without leaves equal any others.
@@ -201,8 +205,20 @@ def measure(
         specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, list(leaves))
         local = functools.partial(measure, scopes=scopes, axis_name=mesh.axis_names)
         return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())(list(leaves))
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    return _measure(list(leaves), scopes.labels, scopes.index, names)
 
-    across = _Across(leaves, axis_name)
+
+# Compiled, so that a step that is not pays for tracing and compiling the branches only once.
+@jax.jit(static_argnames=("labels", "index", "axis_names"))
+def _measure(
+    leaves: list[GradientPair],
+    labels: tuple[str, ...],
+    index: tuple[int, ...],
+    axis_names: tuple[str, ...],
+) -> Geometry:
+    scopes = Scopes(labels, index)
+    across = _Across(leaves, axis_names)
 
     def all_sum(terms: Sequence[tuple[jax.Array, ...]], count: int) -> jax.Array:
         columns = zip(*terms, strict=True) if terms else [()] * count
@@ -295,8 +311,7 @@ def _explicit_mesh(leaves: Sequence[GradientPair]) -> Any:
 class _Across:
     """Sums over shards inside `jax.shard_map`, in which what several shards hold counts once."""
 
-    def __init__(self, leaves: Sequence[GradientPair], axis_name: str | Sequence[str] | None):
-        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    def __init__(self, leaves: Sequence[GradientPair], names: tuple[str, ...]):
         # check_vma=False: nothing is known to vary, not even the index along the axis itself.
         self.known = {name for name in names if name in _varying(jax.lax.axis_index(name))}
         varied = frozenset().union(*map(_varying, jax.tree.leaves(list(leaves)))) if names else ()
@@ -328,7 +343,8 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(x), x, root)
 
 
-def norm(leaves: Sequence[Any]) -> jax.Array:
+@jax.jit
+def norm(leaves: list[Any]) -> jax.Array:
     """The Euclidean norm over all leaves together, also where a sum of squares would overflow."""
 
     def squared(scale: Any) -> jax.Array:
@@ -415,7 +431,7 @@ def _decompose(
     leaves: list[GradientPair]
     structure: Any
     leaves, structure = jax.tree.flatten(pairs, is_leaf=is_pair)
-    scopes = Scopes(pairs, scope, is_leaf=is_pair)
+    scopes = Scopes.of(pairs, scope, is_leaf=is_pair)
     geometry = measure(leaves, scopes, axis_name)
     parts = [
         [
