@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import PartitionSpec as P
 
 from gdmam_jax._dataclass import pytree_dataclass
@@ -169,12 +168,14 @@ def widen(x: Any) -> jax.Array:
 def zeros_like(tree: Any, dtype: Any = None) -> Any:
     """Zeros of the leaves' shapes and shardings, the latter also where a compiled ``init`` runs.
 
-    There zeros depend on nothing, and XLA would leave them all on one device.
+    There zeros that depend on nothing would be left on one device by XLA; a comparison that no
+    number passes depends on the leaf.
     """
 
     def zeros(leaf: Any) -> jax.Array:
-        made = jnp.zeros_like(leaf, dtype=dtype)
-        return shard_alike(leaf, made)[1] if isinstance(leaf, jax.core.Tracer) else made
+        if isinstance(leaf, jax.core.Tracer):
+            return (leaf > jnp.inf).astype(dtype or leaf.dtype)
+        return jnp.zeros_like(leaf, dtype=dtype)
 
     return jax.tree.map(zeros, tree)
 
