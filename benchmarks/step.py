@@ -36,7 +36,7 @@ def load(name: str) -> tuple[data.Dataset, str]:
         generator.random((rows, features)),
         generator.dirichlet(np.ones(labels), rows),
         name=name,
-        sampler=imbalance.RELEASED_THRESHOLDS["Movie" if name == "movie" else "Emotion6"],
+        sampler=imbalance.RELEASED_THRESHOLDS["Movie" if name == "movie" else "emotion6"],
     ), "synthetic"
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gdmam_jax._dataclass import pytree_dataclass
-from gdmam_jax.geometry import EPS, Geometry, Scope, Scopes, measure, safe_sqrt
+from gdmam_jax.geometry import EPS, Geometry, Scope, Scopes, floored_sqrt, measure
 from gdmam_jax.pairs import GradientPair
 
 COMPONENTS = ("prediction", "parallel", "orthogonal")
@@ -42,7 +42,7 @@ class NormStatistics:
         $\sigma^2 = square - mean^2 = (1 - r) (s^2 + r \mu^2)$: as if norms of 0 had come before.
         """
         r = self.remainder
-        return safe_sqrt((1 - r) * (self.variance + r * self.mean**2))
+        return floored_sqrt((1 - r) * (self.variance + r * self.mean**2))
 
 
 Weighting = Callable[[jax.Array, jax.Array], tuple[Any, Any]]
@@ -270,7 +270,7 @@ def relative_momentum(
       [0.867, 0.867, 0.867]
     """
     kappa = _filled(sensitivity, (0.25, 0.25, 0.25), statistics.mean)
-    noise = safe_sqrt(statistics.variance) / jnp.where(statistics.mean > 0, statistics.mean, EPS)
+    noise = floored_sqrt(statistics.variance) / jnp.where(statistics.mean > 0, statistics.mean, EPS)
     return initial - kappa * noise
 
 

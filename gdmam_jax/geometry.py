@@ -185,10 +185,10 @@ def measure(
 ) -> Geometry:
     """The geometry of a list of pairs, in one pass over memory where that is accurate.
 
-    Three sums of products over both gradients give everything. Two cases are branches of the
-    compiled step: where a sum overflows, the products are taken again of gradients scaled by a
-    power of two; where some scope's gradients are parallel to within six degrees, the orthogonal
-    norm would come from a difference of nearly equal numbers, and is taken from the residual.
+    Three sums of products over both gradients give everything, in the usual case. A branch of the
+    compiled step is for the rest: where some scope's gradients are parallel to within six degrees,
+    the orthogonal norm would come from a difference of nearly equal numbers, and is taken from the
+    residual; where a sum overflows, all are taken again, of gradients scaled by a power of two.
 
     Args:
       leaves: the pairs, in the order of ``scopes``.
@@ -229,29 +229,39 @@ def _measure(
         return jax.lax.psum(totals, across.axes) if across.axes else totals
 
     sums = all_sum([_products(pair) for pair in leaves], 3)
-    finite = jnp.isfinite(sums[:2])
-    scale_p, scale_a = jnp.where(finite, 1, _scale_down(sums.dtype)).astype(sums.dtype)
 
-    def scaled(number: int) -> GradientPair:
-        return _scaled(leaves[number], scopes.at(scale_p, number), scopes.at(scale_a, number))
+    def orthogonal(sums: jax.Array) -> jax.Array:
+        squared_p, squared_a, product = sums
+        return squared_a - _divide(product, safe_sqrt(squared_p)) ** 2
 
-    numbers = range(len(leaves))
-    squared_p, squared_a, product = jax.lax.cond(
-        jnp.all(finite),
-        lambda: sums,
-        lambda: all_sum([_products(scaled(number)) for number in numbers], 3),
+    def careful() -> tuple[jax.Array, jax.Array, jax.Array]:
+        finite = jnp.isfinite(sums[:2])
+        scales = jnp.where(finite, 1, _scale_down(sums.dtype)).astype(sums.dtype)
+        numbers = range(len(leaves))
+
+        def scaled(number: int) -> GradientPair:
+            return _scaled(leaves[number], *(scopes.at(scale, number) for scale in scales))
+
+        products = jax.lax.cond(
+            jnp.all(finite),
+            lambda: sums,
+            lambda: all_sum([_products(scaled(number)) for number in numbers], 3),
+        )
+        ratio = _divide(products[2], products[0])
+        terms = [_squared_residual(scaled(i), scopes.at(ratio, i)) for i in numbers]
+        return products, all_sum([(term,) for term in terms], 1)[0], scales
+
+    squared_p, squared_a, _ = sums
+    accurate = (squared_p == 0) | (squared_a == 0)
+    accurate |= orthogonal(sums) > _NEARLY_PARALLEL * squared_a
+    (squared_p, squared_a, product), squared_orthogonal, (scale_p, scale_a) = jax.lax.cond(
+        jnp.all(accurate & jnp.isfinite(sums)),
+        lambda: (sums, orthogonal(sums), jnp.ones_like(sums[:2])),
+        careful,
     )
     root_p, root_a = safe_sqrt(squared_p), safe_sqrt(squared_a)
+    root_orthogonal = safe_sqrt(squared_orthogonal)
     along = _divide(product, root_p)
-    difference = squared_a - along**2
-
-    def residual() -> jax.Array:
-        ratio = _divide(product, squared_p)
-        terms = [_squared_residual(scaled(i), scopes.at(ratio, i)) for i in numbers]
-        return all_sum([(term,) for term in terms], 1)[0]
-
-    accurate = (squared_p == 0) | (squared_a == 0) | (difference > _NEARLY_PARALLEL * squared_a)
-    root_orthogonal = safe_sqrt(jax.lax.cond(jnp.all(accurate), lambda: difference, residual))
     cosine = _divide(along, root_a)
     norm_p, norm_a = _scale_up(root_p, scale_p), _scale_up(root_a, scale_a)
     n_p, n_a = norm_p + EPS, norm_a + EPS
@@ -342,6 +352,15 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     positive = x > 0
     root = jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
     return jnp.where(jnp.isnan(x), x, root)
+
+
+def floored_sqrt(x: jax.Array) -> jax.Array:
+    """Square root of the larger of ``x`` and the smallest normal number: 1e-19 at 0, in float32.
+
+    Its derivative at 0 is 0 too. XLA repeats what precedes a loop's scalars in every loop, but
+    nothing from before a root: `safe_sqrt`, which looks at ``x`` again, would let it through.
+    """
+    return jnp.sqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
 
 
 @jax.jit

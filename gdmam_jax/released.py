@@ -1,5 +1,6 @@
 """The released form: one AdamW with AMSGrad whose first decay is steered, and its clipping."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,24 @@ from gdmam_jax.allocation import (
     norm_weighting,
     ratcheted_momentum,
 )
-from gdmam_jax.geometry import EPS, Geometry, norm, safe_sqrt, widen, zeros_like
-from gdmam_jax.pairs import GradientPair, KeyPath, as_pairs, check_floating, check_pairs, is_pair
+from gdmam_jax.geometry import (
+    EPS,
+    Geometry,
+    floored_sqrt,
+    norm,
+    safe_sqrt,
+    widen,
+    zeros_like,
+)
+from gdmam_jax.pairs import (
+    GradientPair,
+    KeyPath,
+    as_pairs,
+    check_floating,
+    check_pairs,
+    is_pair,
+    path_string,
+)
 from gdmam_jax.transform import check_momentum_hyperparameters
 
 
@@ -142,6 +159,7 @@ def gdmam_released(
     clip_window: int = 5,
     weight_decay: Any = 1e-4,
     bias_weight_decay: Any = 0.01,
+    axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GDMAM as its released PyTorch code computes it, for reproducing its results.
 
@@ -175,6 +193,8 @@ def gdmam_released(
       clip_window: see `clip_by_recent_norm`.
       weight_decay: decay of all parameters but biases, at least 0.
       bias_weight_decay: decay of biases, at least 0.
+      axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded: the inner
+        products are summed over them.
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair` and the parameters.
@@ -211,6 +231,7 @@ def gdmam_released(
             eps=eps,
             clip_factor=clip_factor,
             clip_window=clip_window,
+            axis_name=axis_name,
         ),
         optax.add_decayed_weights(weight_decay, mask=lambda tree: _bias_mask(tree, False)),
         optax.add_decayed_weights(bias_weight_decay, mask=lambda tree: _bias_mask(tree, True)),
@@ -219,11 +240,7 @@ def gdmam_released(
 
 
 def _is_bias(path: KeyPath) -> bool:
-    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    # Flax NNX variables hold their array under a last key of their own.
-    if len(names) > 1 and names[-1] == "value":
-        names.pop()
-    return bool(names) and "bias" in names[-1]
+    return "bias" in path_string(path).rsplit("/", 1)[-1]
 
 
 def _bias_mask(tree: Any, biases: bool) -> Any:
@@ -247,6 +264,7 @@ def _scale_by_released(
     eps: Any,
     clip_factor: Any,
     clip_window: int,
+    axis_name: str | Sequence[str] | None,
 ) -> optax.GradientTransformationExtraArgs:
     """The released form's direction, before weight decay and learning rate."""
     check_momentum_hyperparameters(
@@ -293,7 +311,7 @@ def _scale_by_released(
             maximum_momentum=maximum_momentum,
             sensitivity=sensitivity,
             statistics_decay=statistics_decay,
-            axis_name=None,
+            axis_name=axis_name,
         )
         weights = allocation.weights
         b1 = jnp.clip(
@@ -359,7 +377,7 @@ def _leaf_step(
     first = (b1 * widen(first) + (1 - b1) * gradient).astype(first.dtype)
     second = (b2[0] * second + b2[1] * gradient**2).astype(second.dtype)
     largest = jnp.maximum(largest, second)
-    root = safe_sqrt(largest) / corrections[1]
+    root = floored_sqrt(largest) / corrections[1]
     direction = widen(first) / corrections[0] / (root + eps)
     return direction.astype(dtype), first, second, largest
 

@@ -21,7 +21,7 @@ from gdmam_jax.allocation import (
     norm_weighting,
     ratcheted_momentum,
 )
-from gdmam_jax.geometry import Scope, narrow, safe_sqrt, split, widen, zeros_like
+from gdmam_jax.geometry import Scope, floored_sqrt, narrow, split, widen, zeros_like
 from gdmam_jax.pairs import GradientPair, as_pairs, check_floating, check_pairs, is_pair
 
 
@@ -315,7 +315,7 @@ def _leaf_step(
         squared = sum(raw_factor[k] * new for k, new in enumerate(components)) ** 2
         second = (b2[0] * second + b2[1] * squared).astype(second.dtype)
         largest = None if largest is None else jnp.maximum(largest, second)
-        root = safe_sqrt(second if largest is None else largest) / root_correction
+        root = floored_sqrt(second if largest is None else largest) / root_correction
         direction = direction / (root + eps)
     stored = [narrow(new, old.dtype) for new, old in zip(momenta, buffers, strict=True)]
     return narrow(direction, dtype), *stored, second, largest

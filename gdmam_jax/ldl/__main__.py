@@ -42,8 +42,11 @@ def run(
     validation_size: Annotated[int, typer.Option(help="Rows held out of training.")] = 20,
     hidden: Annotated[int, typer.Option(help="Width of the model.")] = 100,
     learning_rates: Annotated[
-        str, typer.Option(help="Tuning grid, separated by commas; chosen on validation rows.")
+        str, typer.Option(help="Tuning grid, separated by commas; chosen on held-out rows.")
     ] = "1e-3",
+    tuning: Annotated[
+        str, typer.Option(help="Rows that choose: validation (the papers') or natural.")
+    ] = "validation",
     tuning_seeds: Annotated[int, typer.Option(help="Seeds the tuning grid is run with.")] = 1,
     alignment_weight: Annotated[float, typer.Option(help="The three lambdas.")] = 0.1,
     log_variance_bound: Annotated[
@@ -75,6 +78,7 @@ def run(
         alignment_weight=alignment_weight,
         log_variance_bound=log_variance_bound or None,
         learning_rates=tuple(float(rate) for rate in learning_rates.split(",")),
+        tuning=tuning,  # type: ignore[arg-type]
         tuning_seeds=tuning_seeds,
         chunk=chunk,
     )

@@ -469,6 +469,8 @@ class Folds:
         train: training rows, shape (folds, most training rows).
         train_mask: the same shape.
         validation: shape (folds, validation rows).
+        natural: as many rows of the training fold that its sampler left out, so that they are
+            distributed nearly as the test fold is; `validation` where too few were left out.
         test: shape (folds, most test rows).
         test_mask: the same shape.
     """
@@ -478,6 +480,7 @@ class Folds:
     train: NDArray[np.int32]
     train_mask: NDArray[np.bool_]
     validation: NDArray[np.int32]
+    natural: NDArray[np.int32]
     test: NDArray[np.int32]
     test_mask: NDArray[np.bool_]
 
@@ -489,13 +492,14 @@ def make_folds(
 
     Features are min-max scaled per column over the whole set; scikit-learn's shuffled `KFold`;
     the data set's sampler makes each training fold imbalanced; `validation_size` of the rows kept
-    are the validation set. Test folds are left as they are.
+    are the validation set. Test folds are left as they are. Beyond the protocol, as many rows that
+    the sampler left out are a second, natural validation set.
 
     Args:
         dataset: a `Dataset`.
         folds: how many, 2 at least.
         validation_size: rows taken from each imbalanced training fold.
-        seed: of both splits; the papers' is 0.
+        seed: of all splits; the papers' is 0.
 
     Returns:
         A `Folds`.
@@ -508,10 +512,11 @@ def make_folds(
     rows = len(dataset.features)
     if rows < folds:
         raise ValueError(f"{dataset.name}: {rows} rows are too few for {folds} folds")
-    trains, validations, tests = [], [], []
+    trains, validations, naturals, tests = [], [], [], []
     for number, (train, test) in enumerate(
         KFold(folds, shuffle=True, random_state=seed).split(dataset.features)
     ):
+        whole = train
         if dataset.sampler is not None:
             train = train[dataset.sampler(dataset.labels[train], number)]
         if len(train) <= validation_size:
@@ -522,8 +527,12 @@ def make_folds(
         train, validation = train_test_split(
             train, test_size=validation_size, shuffle=True, random_state=seed
         )
+        left_out = np.setdiff1d(whole, np.concatenate([train, validation]))
+        draw = np.random.default_rng([seed, number])
+        enough = len(left_out) >= validation_size
         trains.append(train)
         validations.append(validation)
+        naturals.append(draw.choice(left_out, validation_size, False) if enough else validation)
         tests.append(test)
     low, high = dataset.features.min(0), dataset.features.max(0)
     train_rows, train_mask = _pad(trains)
@@ -534,6 +543,7 @@ def make_folds(
         train=train_rows,
         train_mask=train_mask,
         validation=np.stack(validations).astype(np.int32),
+        natural=np.stack(naturals).astype(np.int32),
         test=test_rows,
         test_mask=test_mask,
     )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax
 import jax
@@ -39,7 +39,8 @@ from gdmam_jax.ldl.models import RDA, draw_noise, rda_losses
 
 SELECTIONS = {
     "validation": "the epoch with the best validation KLD (the papers')",
-    "balanced": "the epoch with the best validation KLD, rows weighted by their labels' rarity",
+    "reweighted": "the epoch with the best validation KLD, rows weighted by their labels' rarity",
+    "natural": "the epoch with the best KLD on as many rows that the imbalance sampler left out",
     "last": "the last epoch",
     "average": "the mean of the parameters over the second half of the epochs",
 }
@@ -59,9 +60,11 @@ class Configuration:
         hidden: width of the model.
         alignment_weight: the three lambdas of the alignment loss.
         log_variance_bound: of the model; None is the released architecture.
-        learning_rates: the tuning grid. The one with the lowest validation KLD, mean over epochs
-            and tuning runs, is used: the best epoch's would favour large rates, since it is the
-            least of many noisy values, and says nothing of the last epoch's.
+        learning_rates: the tuning grid. The one with the lowest KLD on held-out rows, mean over
+            epochs and tuning runs, is used: the best epoch's would favour large rates, since it is
+            the least of many noisy values, and says nothing of the last epoch's.
+        tuning: the rows that decide: ``validation`` (the papers') or ``natural`` ones, which the
+            imbalance sampler left out.
         tuning_seeds: of how many seeds the tuning runs are.
         chunk: epochs between two evaluations on the test folds, which only draw curves.
     """
@@ -75,6 +78,7 @@ class Configuration:
     alignment_weight: float = 0.1
     log_variance_bound: float | None = 2.0
     learning_rates: tuple[float, ...] = (1e-3,)
+    tuning: Literal["validation", "natural"] = "validation"
     tuning_seeds: int = 1
     chunk: int = 25
 
@@ -86,6 +90,8 @@ class Configuration:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
+        if self.tuning not in ("validation", "natural"):
+            raise ValueError(f"tuning must be validation or natural, got {self.tuning!r}")
         if not 1 <= self.tuning_seeds <= self.seeds:
             raise ValueError(
                 f"tuning_seeds must be between 1 and seeds = {self.seeds}, got {self.tuning_seeds}"
@@ -100,8 +106,12 @@ class Runs(NamedTuple):
     learning_rate: jax.Array
 
 
-class Checkpoint(NamedTuple):
-    """The best parameters so far by one score, with score and epoch."""
+HELD_OUT = ("validation", "reweighted", "natural")
+"""The selections that choose an epoch, by a KLD on rows held out."""
+
+
+class Checkpoints(NamedTuple):
+    """The best parameters so far by each score of `HELD_OUT`, stacked, with scores and epochs."""
 
     params: nnx.State
     score: jax.Array
@@ -114,8 +124,7 @@ class RunState(NamedTuple):
     params: nnx.State
     opt_state: optax.OptState
     average: nnx.State
-    validation: Checkpoint
-    balanced: Checkpoint
+    best: Checkpoints
 
 
 class Program(NamedTuple):
@@ -140,6 +149,7 @@ class _Arrays(NamedTuple):
     train: jax.Array
     train_mask: jax.Array
     validation: jax.Array
+    natural: jax.Array
     test: jax.Array
     test_mask: jax.Array
     frequency: jax.Array
@@ -174,8 +184,6 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
     counts = folds.train_mask.sum(1)
     batch_size = min(configuration.batch_size, int(counts.max()))
     num_batches = -(-int(counts.max()) // batch_size)
-    # Folds differ in size: only then can a fold have batches of nothing but padding.
-    may_be_empty = int(counts.min()) <= (num_batches - 1) * batch_size
 
     def make_model(key: jax.Array) -> RDA:
         return RDA(
@@ -196,13 +204,16 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
 
     def init_run(run: Runs) -> RunState:
         params = nnx.state(make_model(jax.random.fold_in(run_key(run), configuration.epochs)))
-        best = Checkpoint(params, jnp.float32(jnp.inf), jnp.int32(0))
+        scores = len(HELD_OUT)
         return RunState(
             params=params,
             opt_state=method.optimizer(run.learning_rate).init(params),
             average=jax.tree.map(jnp.zeros_like, params),
-            validation=best,
-            balanced=best,
+            best=Checkpoints(
+                params=jax.tree.map(lambda leaf: jnp.stack([leaf] * scores), params),
+                score=jnp.full(scores, jnp.inf, jnp.float32),
+                epoch=jnp.zeros(scores, jnp.int32),
+            ),
         )
 
     def train_step(
@@ -215,6 +226,9 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
         rows, mask, noise = batch
         x, y, weights = arrays.features[rows], arrays.labels[rows], mask.astype(jnp.float32)
         prediction_loss = partial(_in_order, method.prediction_loss, arrays, run.fold)
+        recovery, target, similarity = (
+            configuration.alignment_weight * factor for factor in method.alignment_weights
+        )
 
         def objective(
             params: nnx.State,
@@ -228,9 +242,9 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
                     noise,
                     prediction_loss,
                     weights,
-                    recovery_weight=configuration.alignment_weight,
-                    target_weight=configuration.alignment_weight,
-                    similarity_weight=configuration.alignment_weight,
+                    recovery_weight=recovery,
+                    target_weight=target,
+                    similarity_weight=similarity,
                     similarity=method.similarity,
                 )
             else:
@@ -253,40 +267,41 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
         rows = arrays.train[run.fold][order].reshape(num_batches, batch_size)
         mask = (jnp.arange(num_batches * batch_size) < present.sum()).reshape(rows.shape)
 
-        def step(carry: Any, batch: Any) -> Any:
-            if not may_be_empty:
-                return train_step(carry, batch, run, arrays)
-            shapes = jax.eval_shape(lambda: train_step(carry, batch, run, arrays)[1])
-            empty = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes)
-            return jax.lax.cond(
-                batch[1].any(),
-                lambda: train_step(carry, batch, run, arrays),
-                lambda: (carry, empty),
-            )
-
         # Drawn out here: inside of `step`, XLA draws it again wherever it is used.
         draw = jax.vmap(partial(draw_noise, num_samples=batch_size, hidden=configuration.hidden))
-        (params, opt_state), history = jax.lax.scan(
-            step,
-            (state.params, state.opt_state),
-            (rows, mask, draw(jax.random.split(noise_key, num_batches))),
+        batches = rows, mask, draw(jax.random.split(noise_key, num_batches))
+
+        def step(number: jax.Array, carry: Any) -> Any:
+            state, total = carry
+            batch = jax.tree.map(lambda leaf: leaf[number], batches)
+            state, history = train_step(state, batch, run, arrays)
+            return state, jax.tree.map(jnp.add, total, history)
+
+        start = (state.params, state.opt_state)
+        like = jax.eval_shape(
+            lambda: train_step(start, jax.tree.map(lambda x: x[0], batches), run, arrays)[1]
         )
-        history = jax.tree.map(jnp.nanmean, history)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        # Folds differ in size: each has as many batches as it needs.
+        needed = -(-present.sum() // batch_size)
+        (params, opt_state), total = jax.lax.fori_loop(0, needed, step, (start, zeros))
+        history = jax.tree.map(lambda leaf: leaf / needed, total)
 
-        validation_rows = arrays.validation[run.fold]
-        target = arrays.labels[validation_rows]
-        prediction = predict(params, validation_rows, arrays)
+        held_out = jnp.stack([arrays.validation[run.fold], arrays.natural[run.fold]])
+        target, natural_target = arrays.labels[held_out]
+        prediction, natural_prediction = predict(params, held_out, arrays)
         rarity = (target / arrays.frequency[run.fold]).sum(1)
-        history["validation_kld"] = losses.kullback_leibler(prediction, target)
-        history["balanced_kld"] = losses.kullback_leibler(prediction, target, rarity)
+        scores = {
+            "validation": losses.kullback_leibler(prediction, target),
+            "reweighted": losses.kullback_leibler(prediction, target, rarity),
+            "natural": losses.kullback_leibler(natural_prediction, natural_target),
+        }
+        history |= {f"{name}_kld": scores[name] for name in HELD_OUT}
+        newest = Checkpoints(params, jnp.stack([scores[name] for name in HELD_OUT]), epoch + 1)
+        better = newest.score < state.best.score
 
-        def best(checkpoint: Checkpoint, score: jax.Array) -> Checkpoint:
-            better = score < checkpoint.score
-            return jax.tree.map(
-                lambda new, old: jnp.where(better, new, old),
-                Checkpoint(params, score, epoch + 1),
-                checkpoint,
-            )
+        def keep_better(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(better.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
         first = configuration.epochs // 2
         share = jnp.where(epoch < first, 0.0, 1 / jnp.maximum(epoch - first + 1, 1))
@@ -294,8 +309,7 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
             params=params,
             opt_state=opt_state,
             average=jax.tree.map(lambda a, p: a + share * (p - a), state.average, params),
-            validation=best(state.validation, history["validation_kld"]),
-            balanced=best(state.balanced, history["balanced_kld"]),
+            best=jax.tree.map(keep_better, newest, state.best),
         )
         return state, history
 
@@ -314,21 +328,20 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
         return state, history | {"test_kld": test(state.params, run, arrays)[0]["kld"]}
 
     def finish_run(state: RunState, run: Runs, arrays: _Arrays) -> dict[str, Any]:
-        chosen = {
-            "validation": (state.validation.params, state.validation.epoch),
-            "balanced": (state.balanced.params, state.balanced.epoch),
-            "last": (state.params, jnp.array(configuration.epochs)),
-            "average": (state.average, jnp.array(configuration.epochs)),
-        }
-        # Stacked and mapped, so that testing is compiled once and not for every selection.
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chosen.values())
-        tested = jax.lax.map(lambda params: test(params, run, arrays), stacked[0])
+        others = jax.tree.map(lambda *leaves: jnp.stack(leaves), state.params, state.average)
+        params, epoch = jax.tree.map(
+            lambda *leaves: jnp.concatenate(leaves),
+            (state.best.params, state.best.epoch),
+            (others, jnp.full(2, configuration.epochs)),
+        )
+        # Mapped, so that testing is compiled once and not for every selection.
+        measures, shown = jax.lax.map(lambda params: test(params, run, arrays), params)
         return {
             selection: jax.tree.map(
                 lambda leaf, i=i: leaf[i],
-                {"epoch": stacked[1], "measures": tested[0], "shown": tested[1]},
+                {"epoch": epoch, "measures": measures, "shown": shown},
             )
-            for i, selection in enumerate(chosen)
+            for i, selection in enumerate((*HELD_OUT, "last", "average"))
         }
 
     @partial(jax.jit, donate_argnums=0, static_argnums=3)
@@ -538,9 +551,9 @@ def run(
 
     Returns:
         For every method what `METHOD.json` holds: `method`, `label`, `data`, `configuration`,
-        `versions`, `tuning` (by learning rate the validation KLD: mean over the epochs, by which
-        the rate is chosen, best and last), `learning_rate`, `seconds`, and `runs`: a list of
-        `fold`, `seed`, and by selection `epoch` and the measures.
+        `versions`, `tuning` (by learning rate the KLD on `validation` and `natural` rows, mean over
+        the epochs), `learning_rate`, `seconds`, and `runs`: a list of `fold`, `seed`, and by
+        selection `epoch` and the measures.
 
     Raises:
         ValueError: the folder holds results of another configuration or data set.
@@ -617,7 +630,7 @@ def _run_method(
 
     train_groups(tuned)
     tuning = {r: _tuning([groups[key] for key in tuned if key[0] == r]) for r in dict(tuned)}
-    rate = min(tuning, key=lambda rate: tuning[rate]["mean"], default=rates[0])
+    rate = min(tuning, key=lambda rate: tuning[rate][configuration.tuning], default=rates[0])
     trained = train_groups([(rate, seed) for seed in seeds])
     history, results = jax.tree.map(lambda *leaves: np.concatenate(leaves), *trained)
     record = {
@@ -653,12 +666,14 @@ def _run_method(
 
 
 def _tuning(groups: Sequence[Trained]) -> dict[str, float]:
-    """Validation KLD at one learning rate: mean over the epochs, best, last."""
-    curves = np.concatenate([group.history["validation_kld"] for group in groups])
-    # A run that diverges counts as infinitely bad.
-    curves = np.nan_to_num(curves, nan=np.inf)
-    values = {"mean": curves.mean(1), "best": curves.min(1), "last": curves[:, -1]}
-    return {name: float(value.mean()) for name, value in values.items()}
+    """KLD at one learning rate, mean over the epochs: on validation and on natural rows."""
+
+    def score(rows: str) -> float:
+        curves = np.concatenate([group.history[f"{rows}_kld"] for group in groups])
+        # A run that diverges counts as infinitely bad.
+        return float(np.nan_to_num(curves, nan=np.inf).mean())
+
+    return {rows: score(rows) for rows in ("validation", "natural")}
 
 
 def _advanced(

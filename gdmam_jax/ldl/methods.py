@@ -60,6 +60,8 @@ class Method:
             the learning rate, possibly traced.
         prediction_loss: of `(logits, target, frequency, num_samples, weights)`.
         alignment: False leaves the alignment loss out: it is 0, and so are its gradients.
+        alignment_weights: factors of the configuration's alignment weight for the recovery, target
+            and similarity terms of the alignment loss.
         similarity: how the alignment loss reduces RDA's similarity term.
         rescale: of `(prediction_loss, alignment_loss)`, before gradients are taken.
     """
@@ -69,6 +71,7 @@ class Method:
     optimizer: Callable[[Scalar], optax.GradientTransformation]
     prediction_loss: Callable[..., jax.Array] = losses.distribution_balanced
     alignment: bool = True
+    alignment_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     similarity: Literal["mean", "sum"] = "mean"
     rescale: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = keep
 

@@ -234,14 +234,15 @@ def test_explicit_sharding_types_give_the_trajectory_of_one_device(x64, single):
 
 
 # Leaves that are whole on an axis, as biases are in tensor parallelism, count once there.
-def test_inside_shard_map_the_axis_names_sum_the_inner_products(x64):
+@pytest.mark.parametrize("form", [gdmam.gdmam, gdmam.gdmam_released])
+def test_inside_shard_map_the_axis_names_sum_the_inner_products(x64, form):
     mesh = mesh_of((4, 2))
     specs = {"embed": P("data", "model"), "up": P("model"), "bias": P(), "down": P("data")}
     params = parameters(jnp.float64)
     prediction = jax.tree.map(jnp.sin, params)
-    alone = gdmam.gdmam(1e-2)
+    alone = form(1e-2)
     state = alone.init(params)
-    inside = gdmam.gdmam(1e-2, axis_name=("data", "model"))
+    inside = form(1e-2, axis_name=("data", "model"))
     state_specs = optax.tree.map_params(
         inside, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
     )

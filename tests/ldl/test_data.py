@@ -105,6 +105,7 @@ def test_folds_follow_the_protocol():
         parts = (train, set(folds.validation[i]), test)
         assert sum(map(len, parts)) == len(set.union(*parts)) == 103
         assert len(parts[1]) == 7
+        assert set(folds.natural[i]) == parts[1]  # no sampler, so nothing is left out
         tested += test
     assert sorted(tested) == list(range(103))
     with pytest.raises(ValueError, match="3 rows are too few for 10 folds"):
@@ -118,7 +119,12 @@ def test_real_sets(shared, name, rows):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = data.find(name, folder=shared / "data" / "ldl")
-    assert data.make_folds(dataset).train_mask[0].sum() == rows
+    folds = data.make_folds(dataset)
+    assert folds.train_mask[0].sum() == rows
+    for fold in range(10):
+        used = [folds.train[fold], folds.validation[fold], folds.test[fold]]
+        assert len(set(folds.natural[fold])) == 20
+        assert not set(folds.natural[fold]) & set(np.concatenate(used))
 
 
 def test_films():

@@ -1,5 +1,6 @@
 """Methods, the training loop, resuming, the command line and the report."""
 
+import dataclasses
 import json
 
 import jax
@@ -84,6 +85,24 @@ def _run(dataset, folder, progress=None):
     )
 
 
+@pytest.mark.parametrize("rows", ["validation", "natural"])
+def test_the_learning_rate_is_the_best_on_the_rows_that_tune(rows):
+    rng = np.random.default_rng(1)
+    labels = rng.dirichlet(np.ones(4), 80)
+    sampled = data.from_arrays(
+        rng.normal(size=(80, 5)),
+        labels,
+        sampler=lambda labels, seed: np.flatnonzero(labels[:, 0] > np.median(labels[:, 0])),
+        normalize=True,
+    )
+    configuration = dataclasses.replace(SMALL, seeds=1, epochs=2, tuning=rows)
+    (record,) = experiment.run(sampled, [methods.find("adamw")], configuration)
+    scores = {float(rate): found[rows] for rate, found in record["tuning"].items()}
+    assert record["learning_rate"] == min(scores, key=scores.get)
+    for found in record["tuning"].values():
+        assert found["validation"] != found["natural"]
+
+
 def test_a_killed_run_resumes_with_the_same_numbers(dataset, finished):
     folder, records, calls = finished
     whole = _run(dataset, None)
@@ -118,6 +137,8 @@ def test_selections_test_the_parameters_they_name(finished):
         np.testing.assert_allclose(curves["test_kld"][:, -1], last, rtol=1e-6)
         epochs = [run["selections"]["validation"]["epoch"] for run in records[0]["runs"]]
         np.testing.assert_array_equal(curves["validation_kld"].argmin(1) + 1, epochs)
+        epochs = [run["selections"]["natural"]["epoch"] for run in records[0]["runs"]]
+        np.testing.assert_array_equal(curves["natural_kld"].argmin(1) + 1, epochs)
         assert {"cosine", "gate", "prediction_momentum"} <= set(curves)
         np.testing.assert_allclose(curves["shown_last"].sum(-1), 1, rtol=1e-5)
 
@@ -128,7 +149,7 @@ def test_report(finished, tmp_path):
     assert page.count("data:image/png;base64,") == len(report.PICTURES)
     assert "GDMAM" in (folder / "table.md").read_text()
     assert r"\toprule" in (folder / "table.tex").read_text()
-    assert len((folder / "runs.csv").read_text().splitlines()) == 1 + 4 * 4
+    assert len((folder / "runs.csv").read_text().splitlines()) == 1 + 4 * len(experiment.SELECTIONS)
     assert "GDMAM" in report.summary(folder)
     compared = tmp_path / "runs.csv"
     result = CliRunner().invoke(
@@ -136,7 +157,7 @@ def test_report(finished, tmp_path):
     )
     last = np.mean([run["selections"]["last"]["kld"] for run in records[0]["runs"]])
     assert f"**{last:.4f} ± " in result.output
-    assert len(compared.read_text().splitlines()) == 1 + 4 * 4
+    assert len(compared.read_text().splitlines()) == 1 + 4 * len(experiment.SELECTIONS)
     with pytest.raises(FileNotFoundError, match="no results in"):
         report.load(folder / "nothing")
 
@@ -212,6 +233,7 @@ def test_a_method_of_ones_own(monkeypatch):
         ({"folds": 1}, "folds must be at least 2, got 1"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rates": (-1.0,)}, "learning_rates must be positive"),
+        ({"tuning": "test"}, "tuning must be validation or natural, got 'test'"),
         ({"tuning_seeds": 9}, "tuning_seeds must be between 1 and seeds = 5, got 9"),
     ],
 )
