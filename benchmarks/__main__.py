@@ -91,10 +91,14 @@ def step(
 
 @app.command()
 def experiment(
-    data: Annotated[str, typer.Option(help="movie or emotion6.")] = "movie",
+    data: Annotated[str, typer.Option(help="movie, emotion6 or scut_fbp.")] = "movie",
     folds: Annotated[int, typer.Option(min=2)] = 2,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
-    rounds: Rounds = 1,
+    method: Annotated[str, typer.Option(help="gdmam-released or rda.")] = "gdmam-released",
+    log_variance_bound: Annotated[
+        float, typer.Option(help="Soft bound of the log-variances; 0: none, as released.", min=0)
+    ] = 2.0,
+    rounds: Annotated[int, typer.Option(help="Seeds, one round each.", min=1)] = 1,
     threads: Threads = None,
     output: Output = None,
 ) -> None:
@@ -103,7 +107,8 @@ def experiment(
     from benchmarks import step as module
 
     (name,) = _names(data, list(module.SHAPES))
-    rows = module.whole(name, folds, epochs, rounds)
+    (method,) = _names(method, list(module.rda_torch.TRAINERS))
+    rows = module.whole(name, method, folds, epochs, rounds, log_variance_bound or None)
     timing.report(f"experiment, {folds} folds, {epochs} epochs", rows, output)
 
 

@@ -1,6 +1,7 @@
-"""RDA trained by GDMAM in PyTorch, written as the released code is.
+"""RDA trained in PyTorch, written as the released code is.
 
-Two `torch.autograd.grad` calls, one for each loss, then a backward pass of the weighted sum.
+By GDMAM: two `torch.autograd.grad` calls, one for each loss, then a backward pass of the weighted
+sum. And by RDA's own method: one backward pass of the sum, divided by its value.
 """
 
 import collections
@@ -16,10 +17,17 @@ EPS = 1e-12
 
 
 class RDA(nn.Module):
-    """The model of `gdmam_jax.ldl.models.RDA`, as released."""
+    """The model of `gdmam_jax.ldl.models.RDA`."""
 
-    def __init__(self, num_features: int, num_labels: int, hidden: int = 100) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        num_labels: int,
+        hidden: int = 100,
+        log_variance_bound: float | None = 2.0,
+    ) -> None:
         super().__init__()
+        self.log_variance_bound = log_variance_bound
         self.encoder_x = nn.Linear(num_features, hidden)
         self.encoder_x_mean = nn.Linear(hidden, hidden)
         self.encoder_x_log_variance = nn.Linear(hidden, hidden)
@@ -36,12 +44,24 @@ class RDA(nn.Module):
         return self.decoder(torch.relu(self.encoder_x(x)))
 
     def losses(
-        self, x: Tensor, y: Tensor, frequency: Tensor, samples: int, weight: float
+        self,
+        x: Tensor,
+        y: Tensor,
+        frequency: Tensor,
+        samples: int,
+        weight: float,
+        similarity: str = "sum",
     ) -> tuple[Tensor, Tensor]:
         """Prediction and alignment loss; `weight` is all three lambdas."""
         h, k = self.encoder_x(x), self.encoder_y(y)
-        mean_x, log_variance_x = self.encoder_x_mean(h), _bounded(self.encoder_x_log_variance(h))
-        mean_y, log_variance_y = self.encoder_y_mean(k), _bounded(self.encoder_y_log_variance(k))
+        mean_x, log_variance_x = (
+            self.encoder_x_mean(h),
+            self._bounded(self.encoder_x_log_variance(h)),
+        )
+        mean_y, log_variance_y = (
+            self.encoder_y_mean(k),
+            self._bounded(self.encoder_y_log_variance(k)),
+        )
         z_x = mean_x + torch.randn_like(mean_x) * torch.exp(log_variance_x / 2)
         z_y = mean_y + torch.randn_like(mean_y) * torch.exp(log_variance_y / 2)
         prediction = _balanced_loss(self.decoder(torch.relu(h)), y, frequency, samples)
@@ -52,13 +72,13 @@ class RDA(nn.Module):
         divergence = divergence + (mean_x - mean_y.detach()) ** 2 * torch.exp(-v_y)
         target = 0.5 * divergence.sum(1).mean()
         unit_x, unit_y = functional.normalize(z_x), functional.normalize(z_y)
-        similarity = ((unit_x @ unit_x.T - unit_y @ unit_y.T) ** 2).sum()
-        return prediction, weight * (recovery + target + similarity)
+        difference = (unit_x @ unit_x.T - unit_y @ unit_y.T) ** 2
+        arrangement = difference.sum() if similarity == "sum" else difference.mean()
+        return prediction, weight * (recovery + target + arrangement)
 
-
-def _bounded(log_variance: Tensor) -> Tensor:
-    # As in the JAX model, so that both do the same work; no fold overflows.
-    return 8 * torch.tanh(log_variance / 8)
+    def _bounded(self, log_variance: Tensor) -> Tensor:
+        bound = self.log_variance_bound
+        return log_variance if bound is None else bound * torch.tanh(log_variance / bound)
 
 
 def _balanced_loss(logits: Tensor, y: Tensor, frequency: Tensor, samples: int) -> Tensor:
@@ -104,8 +124,11 @@ class Trainer:
         b1 = w_p * self.beta[0] + gate * self.beta[1] + (1 - gate) * self.beta[2]
         for group in self.optimizer.param_groups:
             group["betas"] = (float(torch.clamp(b1, 0.7, 0.999)), 0.999)
+        self._descend(w_p * prediction + w_a * alignment)
+
+    def _descend(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
-        (w_p * prediction + w_a * alignment).backward()
+        loss.backward()
         limit = max(self.norms)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, 5 * limit))
         self.norms.append(min(norm, 2 * limit, 1.0))
@@ -118,8 +141,29 @@ class Trainer:
         return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def train_folds(folds: Any, epochs: int, batch_size: int = 50) -> list[float]:
+class SummedTrainer(Trainer):
+    """The same by RDA's own method."""
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        losses = self.model.losses(x, y, self.frequency, self.samples, self.weight, "mean")
+        total = sum(losses)
+        self._descend(total / total.detach())
+
+
+TRAINERS = {"gdmam-released": Trainer, "rda": SummedTrainer}
+"""By the names that `gdmam_jax.ldl` gives the methods."""
+
+
+def train_folds(
+    folds: Any,
+    epochs: int,
+    seed: int,
+    method: str,
+    log_variance_bound: float | None,
+    batch_size: int = 50,
+) -> list[float]:
     """Train on every fold, keep the epoch with the best validation KLD, and give its test KLD."""
+    torch.manual_seed(seed)
     results = []
     features, labels = torch.from_numpy(folds.features), torch.from_numpy(folds.labels)
     for rows, mask, validation, test, test_mask in zip(
@@ -129,8 +173,8 @@ def train_folds(folds: Any, epochs: int, batch_size: int = 50) -> list[float]:
         x, y = features[train], labels[train]
         frequency = y.sum(0)
         frequency = torch.where(frequency == 0, torch.ones_like(frequency), frequency)
-        model = RDA(features.shape[1], labels.shape[1])
-        trainer = Trainer(model, frequency, len(train))
+        model = RDA(features.shape[1], labels.shape[1], log_variance_bound=log_variance_bound)
+        trainer = TRAINERS[method](model, frequency, len(train))
         best, kept = float("inf"), copy.deepcopy(model.state_dict())
         for _ in range(epochs):
             for batch in torch.split(torch.randperm(len(train)), batch_size):
