@@ -64,3 +64,25 @@ def test_movie_ratings_lowers_for(movie_ratings, platform):
     opt_state = movie_ratings.METHODS[name](1e-3).init(params)
     exported = jax.jit(epoch).trace(params, opt_state, jax.random.key(0), 1e-3)
     assert exported.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_ldl_choices_compares_variants(tmp_path, monkeypatch, capsys):
+    example = load_example("ldl_choices")
+    monkeypatch.setattr(example, "BASELINES", ["adamw"])
+    arguments = ["--out", str(tmp_path), "--variants", "lean2", "--rates", "1e-3"]
+    arguments += ["--folds", "2", "--epochs", "2"]
+    monkeypatch.setattr(sys, "argv", ["ldl_choices.py", *arguments])
+    example.main()
+    printed = capsys.readouterr().out
+    last = example.curve(tmp_path, example.VARIANTS[2], 1e-3, "natural").mean()
+    assert example.VARIANTS[2].name == "lean2"
+    assert f"{last:.4f}" in printed
+    assert "adamw" in printed
+
+
+def test_ldl_choices_refuses_unknown_variants(tmp_path, monkeypatch, capsys):
+    example = load_example("ldl_choices")
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--variants", "lean3"])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "unknown variants ['lean3']; expected some of preset" in capsys.readouterr().err

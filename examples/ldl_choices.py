@@ -1,0 +1,156 @@
+"""Which of GDMAM's choices suit a data set, judged on rows that are neither trained on nor tested.
+
+Each variant changes one choice of the preset *gdmam-balanced*. All are trained by the protocol of
+the label distribution laboratory, with every learning rate of the grid, and compared by their KLD
+on natural rows: rows of the training folds that the imbalance sampler left out.
+
+    python examples/ldl_choices.py --data films --out results/choices
+
+A variant of your own is one more line in `VARIANTS`.
+"""
+
+import argparse
+import dataclasses
+import warnings
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import gdmam_jax as gdmam
+from gdmam_jax import allocation
+from gdmam_jax.ldl import data, experiment, methods
+
+PRESET = {
+    "weighting": gdmam.balanced_weighting,
+    "gate": gdmam.conflict_gate,
+    "momentum": gdmam.relative_momentum,
+    "scope": gdmam.leaf_scope,
+    "amsgrad": True,
+}
+LAST = 20
+"""Epochs whose mean is compared, at the end of training."""
+
+
+def lean(factor: float) -> allocation.Weighting:
+    """Balanced weights, but the weighted alignment gradient `factor` times as long."""
+
+    def weighting(
+        prediction_norm: jax.Array, alignment_norm: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        prediction, alignment = gdmam.balanced_weighting(prediction_norm, alignment_norm)
+        total = prediction + factor * alignment
+        return prediction / total, factor * alignment / total
+
+    return weighting
+
+
+def two_groups(path: str) -> str:
+    """The layers that only the alignment loss trains, apart from the others."""
+    own = ("encoder_y", "encoder_x_mean", "encoder_x_log_variance")
+    return "alignment" if any(name in path for name in own) else "prediction"
+
+
+def variant(
+    name: str,
+    *,
+    clip: float | None = None,
+    terms: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    similarity: str = "mean",
+    **choices: object,
+) -> methods.Method:
+    """The preset with other choices, clipping before it, or other factors of the loss's terms."""
+    make = partial(gdmam.gdmam, **(PRESET | choices))
+
+    def optimizer(rate: float) -> optax.GradientTransformation:
+        return (
+            make(rate) if clip is None else optax.chain(optax.clip_by_global_norm(clip), make(rate))
+        )
+
+    return methods.Method(name, name, optimizer, alignment_weights=terms, similarity=similarity)
+
+
+VARIANTS = [
+    variant("preset"),
+    variant("lean.5", weighting=lean(0.5)),
+    variant("lean2", weighting=lean(2.0)),
+    variant("lean4", weighting=lean(4.0)),
+    variant("lean16", weighting=lean(16.0)),
+    variant("w-norm", weighting=gdmam.norm_weighting),
+    variant("all-together", scope=None),
+    variant("two-groups", scope=two_groups),
+    variant("g-open", gate=gdmam.open_gate),
+    variant("g-cosine", gate=gdmam.cosine_gate),
+    variant("m-ratcheted", momentum=gdmam.ratcheted_momentum),
+    variant("m-anchored", momentum=gdmam.anchored_momentum),
+    variant("adam", amsgrad=False),
+    variant("clip1", clip=1.0),
+    variant("sim-sum", similarity="sum"),
+    variant("no-recovery", terms=(0.0, 1.0, 1.0)),
+    variant("no-target", terms=(1.0, 0.0, 1.0)),
+    variant("no-similarity", terms=(1.0, 1.0, 0.0)),
+    variant("together-lean4", scope=None, weighting=lean(4.0)),
+]
+BASELINES = ["rda", "equal-norm", "ofr-db", "gdmam-released"]
+
+
+def curve(out: Path, method: methods.Method, rate: float, rows: str) -> np.ndarray:
+    """KLD on validation or natural rows, shape (runs, epochs); infinite where a run diverged."""
+    with np.load(out / f"{rate:g}" / f"{method.name}.npz") as stored:
+        return np.nan_to_num(stored[f"{rows}_kld"], nan=np.inf)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", default="films", help="films, a registered name, or a file")
+    parser.add_argument("--data-folder", type=Path, help="where registered data sets lie")
+    parser.add_argument("--out", type=Path, required=True, help="results; resumed if there are any")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--variants", nargs="+", help="some of them by name (all)")
+    parser.add_argument("--folds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=300)
+    args = parser.parse_args()
+
+    known = {method.name: method for method in VARIANTS}
+    if unknown := set(args.variants or ()) - set(known):
+        parser.error(f"unknown variants {sorted(unknown)}; expected some of {', '.join(known)}")
+    chosen = [known[name] for name in args.variants or known]
+    chosen += [methods.find(name) for name in BASELINES]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*renormalised")
+        dataset = data.find(args.data, folder=args.data_folder)
+    configuration = experiment.Configuration(folds=args.folds, seeds=1, epochs=args.epochs)
+    console = Console()
+    with console.status("") as status:
+        for number, method in enumerate(chosen):
+            for rate in args.rates:
+                status.update(f"{method.name}, rate {rate:g} ({number + 1} of {len(chosen)})")
+                experiment.run(
+                    dataset,
+                    [method],
+                    dataclasses.replace(configuration, learning_rates=(rate,)),
+                    folder=args.out / f"{rate:g}",
+                )
+
+    table = Table(
+        title=f"{dataset.name}: KLD on natural rows, mean of the last {LAST} epochs",
+        caption="a rate: the one with the lowest KLD, mean over all epochs, on the rows that tune",
+    )
+    for column in ("variant", "tuned on validation rows", "rate", "tuned on natural rows", "rate "):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for method in chosen:
+        cells = []
+        for rows in ("validation", "natural"):
+            rate = min(args.rates, key=lambda r, m=method, k=rows: curve(args.out, m, r, k).mean())
+            last = curve(args.out, method, rate, "natural")[:, -LAST:]
+            cells += [f"{last.mean():.4f}", f"{rate:g}"]
+        table.add_row(method.name, *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
