@@ -62,7 +62,7 @@ def norm_weighting(
     Returns:
       ``(prediction_weight, alignment_weight)``, the same shape, adding up to 1.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> [float(weight) for weight in norm_weighting(jnp.array(3.0), jnp.array(1.0))]
       [0.75, 0.25]
@@ -88,7 +88,7 @@ def balanced_weighting(
     Returns:
       ``(prediction_weight, alignment_weight)``, the same shape, adding up to 1.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> [float(weight) for weight in balanced_weighting(jnp.array(3.0), jnp.array(1.0))]
       [0.25, 0.75]
@@ -115,7 +115,7 @@ def constant_weighting(prediction: float, alignment: float) -> Weighting:
     Returns:
       A weighting: a function of the two norms.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> [float(w) for w in constant_weighting(1.0, 0.5)(jnp.array(3.0), jnp.array(1.0))]
       [1.0, 0.5]
@@ -138,7 +138,7 @@ def cosine_gate(cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       ``(parallel, orthogonal)``, the factors of the alignment gradient's two parts.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> [float(factor) for factor in cosine_gate(jnp.array(0.25))]
       [0.25, 0.75]
@@ -161,7 +161,7 @@ def conflict_gate(cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       ``(1 if cosine > 0 else 0, 1)``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> [float(factor) for factor in conflict_gate(jnp.array(-0.25))]
       [0.0, 1.0]
@@ -181,7 +181,7 @@ def open_gate(cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       Two ones of its shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> [float(factor) for factor in open_gate(jnp.array(-0.25))]
       [1.0, 1.0]
@@ -209,7 +209,7 @@ def ratcheted_momentum(
     Returns:
       The three momentum coefficients before clipping, of the statistics' shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> seen = NormStatistics(momentum=jnp.full(3, 0.95), mean=jnp.full(3, 0.3),
       ...                       variance=jnp.full(3, 0.16), remainder=jnp.array(0.0))
@@ -236,7 +236,7 @@ def anchored_momentum(
     Returns:
       The three momentum coefficients before clipping, of the statistics' shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> seen = NormStatistics(momentum=jnp.full(3, 0.7), mean=jnp.full(3, 0.3),
       ...                       variance=jnp.full(3, 0.16), remainder=jnp.array(0.0))
@@ -262,7 +262,7 @@ def relative_momentum(
     Returns:
       The three momentum coefficients before clipping, of the statistics' shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> seen = NormStatistics(momentum=jnp.full(3, 0.7), mean=jnp.full(3, 0.3),
       ...                       variance=jnp.full(3, 0.01), remainder=jnp.array(0.0))

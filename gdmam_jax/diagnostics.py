@@ -30,7 +30,7 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     Raises:
       ValueError: no GDMAM state is inside ``opt_state``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import gdmam_jax as gdmam
       >>> optimizer = gdmam.gdmam(0.1)

@@ -31,7 +31,7 @@ def leaf_scope(path: str) -> str:
     Returns:
       The path itself, as the leaf's label.
 
-    Example:
+    Examples:
       >>> leaf_scope("encoder/kernel")
       'encoder/kernel'
     """
@@ -431,7 +431,7 @@ def decompose(
       TypeError: a leaf is not a pair of floating-point arrays.
       ValueError: the two halves of a pair differ in shape or dtype.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> pairs = {"w": GradientPair(jnp.array([2.0, 0.0]), jnp.array([-1.0, 3.0]))}
       >>> parts = decompose(pairs)

@@ -46,7 +46,7 @@ def value_and_paired_grad(
         differentiate holds no variable that ``wrt`` chooses, or a chosen variable is not a
         floating-point array. Raised while tracing.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> import gdmam_jax as gdmam

@@ -66,7 +66,7 @@ def gdmam(
       ValueError: a number is out of range.
       TypeError: while tracing, an update that is not a `GradientPair`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> import gdmam_jax as gdmam
       >>> def losses(w):
@@ -129,7 +129,7 @@ def summed(
       ValueError: a weight is negative; while tracing, the two halves of a pair differ.
       TypeError: while tracing, an update that is not a `GradientPair`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> import gdmam_jax as gdmam
       >>> optimizer = gdmam.summed(optax.sgd(1.0), alignment_weight=0.5)

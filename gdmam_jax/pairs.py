@@ -28,7 +28,7 @@ class GradientPair:
       prediction: the prediction loss's gradient; shape and dtype of the parameter.
       alignment: the alignment loss's gradient; the same shape and dtype.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> pair = GradientPair(jnp.ones(3), jnp.zeros(3))
       >>> pair.alignment.shape
@@ -66,7 +66,7 @@ def pair_gradients(prediction: optax.Updates, alignment: optax.Updates) -> optax
       ValueError: the structures differ, or two leaves differ in shape or dtype.
       TypeError: a leaf is not a floating-point array.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> pairs = pair_gradients({"w": jnp.ones(2)}, {"w": jnp.zeros(2)})
       >>> pairs["w"].prediction
@@ -95,7 +95,7 @@ def unpair_gradients(pairs: optax.Updates) -> tuple[optax.Updates, optax.Updates
     Raises:
       TypeError: a leaf is not a `GradientPair`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> prediction, alignment = unpair_gradients({"w": GradientPair(jnp.ones(2), jnp.zeros(2))})
       >>> alignment["w"]
@@ -222,7 +222,7 @@ def value_and_paired_grad(
       TypeError: ``loss_fn`` does not return two floating-point scalars, or an argument to
         differentiate holds other than floating-point arrays. Raised while tracing.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> def losses(w, x):
       ...     hidden = w * x

@@ -94,7 +94,7 @@ def clip_by_recent_norm(
     Raises:
       ValueError: ``factor`` or ``window`` is out of range.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> clip = clip_by_recent_norm(factor=2.0, window=1)
       >>> state = clip.init(jnp.zeros(1))
@@ -205,7 +205,7 @@ def gdmam_released(
       TypeError: while tracing, an update that is not a `GradientPair`, or a parameter that is not
         floating-point.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> import gdmam_jax as gdmam
       >>> optimizer = gdmam.gdmam_released()

@@ -149,7 +149,7 @@ def scale_by_gdmam(
       TypeError: while tracing, an update that is not a `GradientPair`, or a parameter or gradient
         that is not floating-point.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> import gdmam_jax as gdmam
       >>> def losses(w):

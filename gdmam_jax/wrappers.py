@@ -35,7 +35,7 @@ def over_pairs(
     Raises:
       TypeError: while tracing, an update that is not a `GradientPair`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> import gdmam_jax as gdmam
       >>> optimizer = over_pairs(lambda tx: optax.MultiSteps(tx, 2), gdmam.gdmam(0.1))
