@@ -10,7 +10,6 @@ A variant of your own is one more line in `VARIANTS`.
 """
 
 import argparse
-import dataclasses
 import warnings
 from functools import partial
 from pathlib import Path
@@ -81,7 +80,9 @@ VARIANTS = [
     variant("lean4", weighting=lean(4.0)),
     variant("lean16", weighting=lean(16.0)),
     variant("w-norm", weighting=gdmam.norm_weighting),
+    variant("w-sum", weighting=gdmam.constant_weighting(1.0, 1.0)),
     variant("all-together", scope=None),
+    variant("together-sum", scope=None, weighting=gdmam.constant_weighting(1.0, 1.0)),
     variant("two-groups", scope=two_groups),
     variant("g-open", gate=gdmam.open_gate),
     variant("g-cosine", gate=gdmam.cosine_gate),
@@ -95,13 +96,7 @@ VARIANTS = [
     variant("no-similarity", terms=(1.0, 1.0, 0.0)),
     variant("together-lean4", scope=None, weighting=lean(4.0)),
 ]
-BASELINES = ["rda", "equal-norm", "ofr-db", "gdmam-released"]
-
-
-def curve(out: Path, method: methods.Method, rate: float, rows: str) -> np.ndarray:
-    """KLD on validation or natural rows, shape (runs, epochs); infinite where a run diverged."""
-    with np.load(out / f"{rate:g}" / f"{method.name}.npz") as stored:
-        return np.nan_to_num(stored[f"{rows}_kld"], nan=np.inf)
+BASELINES = ["rda", "pcgrad", "equal-norm", "ofr-db", "gdmam-released"]
 
 
 def main() -> None:
@@ -109,12 +104,16 @@ def main() -> None:
     parser.add_argument("--data", default="films", help="films, a registered name, or a file")
     parser.add_argument("--data-folder", type=Path, help="where registered data sets lie")
     parser.add_argument("--out", type=Path, required=True, help="results; resumed if there are any")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="two or more to try"
+    )
     parser.add_argument("--variants", nargs="+", help="some of them by name (all)")
     parser.add_argument("--folds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=300)
     args = parser.parse_args()
 
+    if len(args.rates) < 2:
+        parser.error("--rates: give two or more")
     known = {method.name: method for method in VARIANTS}
     if unknown := set(args.variants or ()) - set(known):
         parser.error(f"unknown variants {sorted(unknown)}; expected some of {', '.join(known)}")
@@ -123,18 +122,16 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*renormalised")
         dataset = data.find(args.data, folder=args.data_folder)
-    configuration = experiment.Configuration(folds=args.folds, seeds=1, epochs=args.epochs)
+    configuration = experiment.Configuration(
+        folds=args.folds, seeds=1, epochs=args.epochs, learning_rates=tuple(args.rates)
+    )
     console = Console()
     with console.status("") as status:
-        for number, method in enumerate(chosen):
-            for rate in args.rates:
-                status.update(f"{method.name}, rate {rate:g} ({number + 1} of {len(chosen)})")
-                experiment.run(
-                    dataset,
-                    [method],
-                    dataclasses.replace(configuration, learning_rates=(rate,)),
-                    folder=args.out / f"{rate:g}",
-                )
+
+        def progress(label: str, done: int, total: int) -> None:
+            status.update(f"{label}: {done} of {total} epochs")
+
+        experiment.run(dataset, chosen, configuration, folder=args.out, progress=progress)
 
     table = Table(
         title=f"{dataset.name}: KLD on natural rows, mean of the last {LAST} epochs",
@@ -144,10 +141,11 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for method in chosen:
         cells = []
-        for rows in ("validation", "natural"):
-            rate = min(args.rates, key=lambda r, m=method, k=rows: curve(args.out, m, r, k).mean())
-            last = curve(args.out, method, rate, "natural")[:, -LAST:]
-            cells += [f"{last.mean():.4f}", f"{rate:g}"]
+        with np.load(args.out / f"{method.name}.npz") as curves:  # (rates, folds, epochs)
+            last = curves["tuning_natural_kld"][:, :, -LAST:].mean((1, 2))
+            for rows in ("validation", "natural"):
+                best = curves[f"tuning_{rows}_kld"].mean((1, 2)).argmin()
+                cells += [f"{last[best]:.4f}", f"{args.rates[best]:g}"]
         table.add_row(method.name, *cells)
     console.print(table)
 

@@ -543,9 +543,10 @@ def run(
         dataset: a `Dataset`.
         methods: which, see `methods.METHODS`.
         configuration: what they have in common.
-        folder: for results, `METHOD.json` and `METHOD.npz`, and checkpoints. A method whose results
-            are there is not run again; one that was broken off goes on at its last checkpoint,
-            with the same numbers. None writes nothing.
+        folder: for results, `METHOD.json` and `METHOD.npz` (curves; `tuning_validation_kld` and
+            `tuning_natural_kld` of every learning rate tried), and checkpoints. A method whose
+            results are there is not run again; one that was broken off goes on at its last
+            checkpoint, with the same numbers. None writes nothing.
         checkpoint_seconds: least time between two checkpoints.
         progress: see `Progress`.
 
@@ -629,7 +630,15 @@ def _run_method(
         return [groups[key] for key in keys]
 
     train_groups(tuned)
-    tuning = {r: _tuning([groups[key] for key in tuned if key[0] == r]) for r in dict(tuned)}
+    curves = {
+        rows: {
+            r: _tuning_curves(rows, [groups[k] for k in tuned if k[0] == r]) for r in dict(tuned)
+        }
+        for rows in ("validation", "natural")
+    }
+    tuning = {
+        r: {rows: float(found[r].mean()) for rows, found in curves.items()} for r in dict(tuned)
+    }
     rate = min(tuning, key=lambda rate: tuning[rate][configuration.tuning], default=rates[0])
     trained = train_groups([(rate, seed) for seed in seeds])
     history, results = jax.tree.map(lambda *leaves: np.concatenate(leaves), *trained)
@@ -656,8 +665,13 @@ def _run_method(
     }
     if home is not None and work is not None:
         shown = {f"shown_{name}": values["shown"] for name, values in results.items()}
+        tried = {
+            f"tuning_{rows}_kld": np.stack(list(found.values()))
+            for rows, found in curves.items()
+            if found
+        }
         true = np.tile(folds.labels[folds.test[:, :_SHOWN]], (configuration.seeds, 1, 1))
-        _write_npz(home / f"{method.name}.npz", history | shown | {"shown_true": true})
+        _write_npz(home / f"{method.name}.npz", history | shown | tried | {"shown_true": true})
         part = home / f"{method.name}.json.part"
         part.write_text(json.dumps(record, indent=1))
         part.replace(home / f"{method.name}.json")
@@ -665,15 +679,10 @@ def _run_method(
     return record
 
 
-def _tuning(groups: Sequence[Trained]) -> dict[str, float]:
-    """KLD at one learning rate, mean over the epochs: on validation and on natural rows."""
-
-    def score(rows: str) -> float:
-        curves = np.concatenate([group.history[f"{rows}_kld"] for group in groups])
-        # A run that diverges counts as infinitely bad.
-        return float(np.nan_to_num(curves, nan=np.inf).mean())
-
-    return {rows: score(rows) for rows in ("validation", "natural")}
+def _tuning_curves(rows: str, groups: Sequence[Trained]) -> NDArray[Any]:
+    """KLD at one learning rate, shape (runs, epochs)."""
+    found = np.concatenate([group.history[f"{rows}_kld"] for group in groups])
+    return np.nan_to_num(found, nan=np.inf)  # a run that diverges counts as infinitely bad
 
 
 def _advanced(

@@ -322,7 +322,7 @@ def _validation(folder: Path, name: str) -> NDArray[np.float64]:
 
 
 PICTURES = {
-    "kld": "KLD over epochs: on the validation rows, and on the test folds",
+    "kld": "KLD over epochs: on the validation rows, on natural rows, and on the test folds",
     "conflict": "Conflict: cosine between the two gradients, and the gate's factors",
     "allocation": "Task weights and momenta over training",
     "head_tail": "Euclidean distance on head and tail labels",
@@ -450,17 +450,19 @@ def _colour(number: int) -> str:
 
 
 def _kld(records: Sequence[Record], curves: dict[str, dict[str, NDArray[Any]]]) -> Any:
-    figure, axes = _figure(1, 2, 10, 4)
+    figure, axes = _figure(1, 3, 13, 4)
     for number, record in enumerate(records):
         found = curves[record["method"]]
         epochs, chunk = record["configuration"]["epochs"], record["configuration"]["chunk"]
         ends = np.minimum(np.arange(chunk, epochs + chunk, chunk), epochs)
         for axis, key, x in (
             (axes[0, 0], "validation_kld", np.arange(1, epochs + 1)),
-            (axes[0, 1], "test_kld", ends),
+            (axes[0, 1], "natural_kld", np.arange(1, epochs + 1)),
+            (axes[0, 2], "test_kld", ends),
         ):
             axis.plot(x, found[key].mean(0), color=_colour(number), label=record["label"], lw=1.2)
-    for axis, title in zip(axes[0], ("validation rows", "test folds"), strict=True):
+    titles = ("validation rows", "natural rows", "test folds")
+    for axis, title in zip(axes[0], titles, strict=True):
         # One method that diverges must not flatten all others.
         bottoms = [line.get_ydata() for line in axis.lines]
         finite = [y[np.isfinite(y)] for y in bottoms if np.isfinite(y).any()]

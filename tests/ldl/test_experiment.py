@@ -140,6 +140,10 @@ def test_selections_test_the_parameters_they_name(finished):
         epochs = [run["selections"]["natural"]["epoch"] for run in records[0]["runs"]]
         np.testing.assert_array_equal(curves["natural_kld"].argmin(1) + 1, epochs)
         assert {"cosine", "gate", "prediction_momentum"} <= set(curves)
+        tried = curves["tuning_natural_kld"]
+        assert tried.shape == (len(SMALL.learning_rates), SMALL.folds, SMALL.epochs)
+        used = SMALL.learning_rates.index(records[0]["learning_rate"])
+        np.testing.assert_array_equal(tried[used], curves["natural_kld"][: SMALL.folds])
         np.testing.assert_allclose(curves["shown_last"].sum(-1), 1, rtol=1e-5)
 
 
