@@ -36,7 +36,7 @@ def benchmark(names: Sequence[str], batch: int, width: int, rounds: int) -> list
     rows = []
     for name in names:
         make_jax, make_torch = MODELS[name]
-        cases, memory = _jax_cases(*make_jax(batch, width))
+        cases, memory, off = _jax_cases(*make_jax(batch, width))
         cases |= _torch_cases(*make_torch(batch, width))
         measure_in_turn(list(cases.values()), rounds)
         for way, case in cases.items():
@@ -48,25 +48,48 @@ def benchmark(names: Sequence[str], batch: int, width: int, rounds: int) -> list
                     "milliseconds": case.milliseconds,
                     "over summed": ratio(case, base),
                     "memory over summed": memory.get(way, float("nan")),
+                    "off by": off if way == "JAX batched" else float("nan"),
                     "first call s": case.first,
                 }
             )
     return rows
 
 
-def _jax_cases(losses: Callable[..., Any], params: Any, batch: Any) -> tuple[dict, dict]:
+def _jax_cases(losses: Callable[..., Any], params: Any, batch: Any) -> tuple[dict, dict, float]:
     ways = {
         "JAX summed": jax.value_and_grad(lambda *args: sum(losses(*args))),
         "JAX paired": gdmam.value_and_paired_grad(losses),
+        "JAX batched": _batched(losses),
     }
-    cases, memory = {}, {}
+    cases, memory, results = {}, {}, {}
     for way, function in ways.items():
         compiled = jax.jit(function).lower(params, *batch).compile()
         # What the step needs beside parameters and batch: activations and gradients.
         analysis = compiled.memory_analysis()
         memory[way] = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
         cases[way] = Case(way, lambda f=compiled: jax.block_until_ready(f(params, *batch)))
-    return cases, {way: size / memory["JAX summed"] for way, size in memory.items()}
+        results[way] = compiled(params, *batch)[1]
+    # Checked, because a compiler that is wrong can be fast.
+    off = max(
+        float(jnp.abs(both[k] - one).max() / jnp.maximum(jnp.abs(one).max(), 1e-30))
+        for k, half in enumerate(gdmam.unpair_gradients(results["JAX paired"]))
+        for both, one in zip(
+            jax.tree.leaves(results["JAX batched"]), jax.tree.leaves(half), strict=True
+        )
+    )
+    return cases, {way: size / memory["JAX summed"] for way, size in memory.items()}, off
+
+
+def _batched(losses: Callable[..., Any]) -> Callable[..., Any]:
+    """Both gradients from one batched backward pass: the other way to have a pair."""
+
+    def function(params: Any, *batch: Any) -> Any:
+        values, pushforward = jax.linearize(lambda params: losses(params, *batch), params)
+        pull_back = jax.linear_transpose(pushforward, params)
+        (gradients,) = jax.vmap(pull_back)(tuple(jnp.eye(2)))
+        return values, gradients
+
+    return function
 
 
 def _torch_cases(losses: Callable[..., Any], params: list, batch: Any) -> dict[str, Case]:

@@ -52,6 +52,7 @@ def test_pair(tmp_path):
     assert [row["way"] for row in rows] == [
         "JAX summed",
         "JAX paired",
+        "JAX batched",
         "PyTorch summed",
         "PyTorch twice",
         "TorchJD autojac",
