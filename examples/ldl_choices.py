@@ -82,7 +82,6 @@ VARIANTS = [
     variant("w-norm", weighting=gdmam.norm_weighting),
     variant("w-sum", weighting=gdmam.constant_weighting(1.0, 1.0)),
     variant("all-together", scope=None),
-    variant("together-sum", scope=None, weighting=gdmam.constant_weighting(1.0, 1.0)),
     variant("two-groups", scope=two_groups),
     variant("g-open", gate=gdmam.open_gate),
     variant("g-cosine", gate=gdmam.cosine_gate),
@@ -94,7 +93,6 @@ VARIANTS = [
     variant("no-recovery", terms=(0.0, 1.0, 1.0)),
     variant("no-target", terms=(1.0, 0.0, 1.0)),
     variant("no-similarity", terms=(1.0, 1.0, 0.0)),
-    variant("together-lean4", scope=None, weighting=lean(4.0)),
 ]
 BASELINES = ["rda", "pcgrad", "equal-norm", "ofr-db", "gdmam-released"]
 
