@@ -230,10 +230,6 @@ def _measure(
 
     sums = all_sum([_products(pair) for pair in leaves], 3)
 
-    def orthogonal(sums: jax.Array) -> jax.Array:
-        squared_p, squared_a, product = sums
-        return squared_a - _divide(product, safe_sqrt(squared_p)) ** 2
-
     def careful() -> tuple[jax.Array, jax.Array, jax.Array]:
         finite = jnp.isfinite(sums[:2])
         scales = jnp.where(finite, 1, _scale_down(sums.dtype)).astype(sums.dtype)
@@ -251,12 +247,12 @@ def _measure(
         terms = [_squared_residual(scaled(i), scopes.at(ratio, i)) for i in numbers]
         return products, all_sum([(term,) for term in terms], 1)[0], scales
 
-    squared_p, squared_a, _ = sums
-    accurate = (squared_p == 0) | (squared_a == 0)
-    accurate |= orthogonal(sums) > _NEARLY_PARALLEL * squared_a
+    squared_p, squared_a, product = sums
+    difference = squared_a - _divide(product, safe_sqrt(squared_p)) ** 2
+    accurate = (squared_p == 0) | (squared_a == 0) | (difference > _NEARLY_PARALLEL * squared_a)
     (squared_p, squared_a, product), squared_orthogonal, (scale_p, scale_a) = jax.lax.cond(
         jnp.all(accurate & jnp.isfinite(sums)),
-        lambda: (sums, orthogonal(sums), jnp.ones_like(sums[:2])),
+        lambda: (sums, difference, jnp.ones_like(sums[:2])),
         careful,
     )
     root_p, root_a = safe_sqrt(squared_p), safe_sqrt(squared_a)
