@@ -64,7 +64,7 @@ class RDA(nn.Module):
         )
         z_x = mean_x + torch.randn_like(mean_x) * torch.exp(log_variance_x / 2)
         z_y = mean_y + torch.randn_like(mean_y) * torch.exp(log_variance_y / 2)
-        prediction = _balanced_loss(self.decoder(torch.relu(h)), y, frequency, samples)
+        prediction = balanced_loss(self.decoder(torch.relu(h)), y, frequency, samples)
         recovery = functional.cross_entropy(self.decoder(z_y), y)
         v_y = log_variance_y.detach()
         divergence = v_y - log_variance_x - 1
@@ -81,7 +81,7 @@ class RDA(nn.Module):
         return log_variance if bound is None else bound * torch.tanh(log_variance / bound)
 
 
-def _balanced_loss(logits: Tensor, y: Tensor, frequency: Tensor, samples: int) -> Tensor:
+def balanced_loss(logits: Tensor, y: Tensor, frequency: Tensor, samples: int) -> Tensor:
     rate = (1 / frequency) / (y / frequency).sum(1, keepdim=True)
     weight = torch.sigmoid(10 * (rate - 0.9)) + 0.1
     logits = logits - 0.05 * torch.log(samples / frequency - 1)

@@ -19,6 +19,7 @@ from flax import nnx
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.rda_torch import balanced_loss
 from gdmam_jax.ldl import losses
 from gdmam_jax.ldl.models import RDA, rda_losses
 
@@ -61,18 +62,6 @@ RDA_LAYERS = (
 """The layers of RDA as (the released code, this project) name them."""
 
 
-def torch_balanced_loss(logits: Tensor, y: Tensor, frequency: Tensor, samples: int) -> Tensor:
-    inverse = 1 / frequency
-    rate = inverse / (y * inverse).sum(1, keepdim=True)
-    weight = torch.sigmoid(10 * (rate - 0.9)) + 0.1
-    logits = logits - 0.05 * torch.log(samples / frequency - 1)
-    logits = y * logits + (1 - y) * 2 * logits
-    weight = y * weight + (1 - y) * weight / 2
-    p = torch.softmax(logits, 1)
-    ratio = torch.clamp(y / torch.clamp(p, min=1e-14), min=1e-14)
-    return ((1 - p) ** 2 * weight * y * torch.log(ratio)).mean()
-
-
 def torch_rda_losses(
     parameters: dict[str, Tensor],
     x: Tensor,
@@ -92,9 +81,7 @@ def torch_rda_losses(
     z_x = mu_x + noise[0] * torch.exp(log_var_x / 2)
     z_y = mu_y + noise[1] * torch.exp(log_var_y / 2)
     logits = affine("decoder", torch.relu(h))
-    prediction = torch_balanced_loss(
-        logits, y, torch.as_tensor(frequency, dtype=logits.dtype), samples
-    )
+    prediction = balanced_loss(logits, y, torch.as_tensor(frequency, dtype=logits.dtype), samples)
     recovery = functional.cross_entropy(affine("decoder", z_y), y)
     normal = torch.distributions.Normal
     target = (
