@@ -1,14 +1,15 @@
-"""Experiments: every fold and seed of a method as one compiled program.
+"""Experiments: every fold and seed of a method by one compiled program.
 
-A *run* is one model: a fold, a seed and a learning rate. All runs of a method are stacked fold by
-fold and go through `jax.lax.map` in one compiled program, seed after seed, a chunk of epochs at a
-time, so that progress shows and a killed experiment resumes at the last checkpoint with the same
-numbers: random draws depend only on seed, fold and epoch. (On a CPU `jax.vmap` over the folds is
-up to a half slower where the model is large, since a run's state then no longer stays in the
-cache, and as fast where it is small.)
+A *run* is one model: a fold, a seed and a learning rate. Every device trains one run at a time, a
+chunk of epochs at a time, so that progress shows and a killed experiment resumes at the last
+checkpoint with the same numbers (on another number of devices: but for rounding), since random
+draws depend only on seed, fold and epoch. (On a CPU `jax.vmap` over the folds is up to a half
+slower where the model is large, since a run's state then no longer stays in the cache, and as fast
+where it is small.)
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
 import gdmam_jax as gdmam
@@ -128,17 +132,39 @@ class RunState(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A method on a data set, compiled: functions of all stacked runs.
+    """A method on a data set, compiled: functions of `at_once` stacked runs, one a device.
 
     Attributes:
+        at_once: as many of the folds as there are devices, or the most that divide the folds.
+        prepare: `number_of_epochs -> None`: compiles the other three side by side, instead of one
+            after the other at their first calls.
         init: `runs -> states`.
         advance: `(states, runs, first_epoch, number_of_epochs) -> (states, history)`.
         finish: `(states, runs) -> results` by selection.
     """
 
+    at_once: int
+    prepare: Callable[[int], None]
     init: Callable[[Runs], RunState]
     advance: Callable[[RunState, Runs, jax.Array, int], tuple[RunState, dict[str, jax.Array]]]
     finish: Callable[[RunState, Runs], dict[str, Any]]
+
+
+def use_processors(folds: int) -> None:
+    """Make a CPU as many devices as it has processors, so that as many folds are trained at once.
+
+    Without effect where `jax_num_cpu_devices` has been set already.
+
+    Args:
+        folds: of the experiment; more devices than that are of no use.
+
+    Raises:
+        RuntimeError: JAX has made its devices already.
+    """
+    available = getattr(os, "sched_getaffinity", None)
+    processors = len(available(0)) if available else os.cpu_count() or 1
+    if jax.config.jax_num_cpu_devices < 0:  # type: ignore[attr-defined]
+        jax.config.update("jax_num_cpu_devices", min(processors, folds))
 
 
 class _Arrays(NamedTuple):
@@ -344,22 +370,59 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
             for i, selection in enumerate((*HELD_OUT, "last", "average"))
         }
 
+    # Runs are independent of each other: each device takes one at a time.
+    at_once = max(n for n in range(1, jax.device_count() + 1) if configuration.folds % n == 0)
+    mesh = jax.make_mesh(
+        (at_once,), ("runs",), axis_types=(AxisType.Auto,), devices=jax.devices()[:at_once]
+    )
+    arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
+
+    def on_each_device(function: Callable[..., Any], per_run: Any, common: Any) -> Any:
+        def one(per_run: Any, common: Any) -> Any:
+            result = function(*jax.tree.map(lambda leaf: leaf[0], per_run), *common)
+            return jax.tree.map(lambda leaf: leaf[None], result)
+
+        specs = P("runs"), P()
+        return jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
+            per_run, common
+        )
+
+    @jax.jit
+    def init(runs: Runs) -> RunState:
+        return on_each_device(init_run, (runs,), ())
+
     @partial(jax.jit, donate_argnums=0, static_argnums=3)
     def advance(
         states: RunState, runs: Runs, first_epoch: jax.Array, length: int, arrays: _Arrays
     ) -> tuple[RunState, dict[str, jax.Array]]:
         epochs = first_epoch + jnp.arange(length)
-        return jax.lax.map(
-            lambda pair: advance_run(pair[0], pair[1], epochs, arrays), (states, runs)
-        )
+        return on_each_device(advance_run, (states, runs), (epochs, arrays))
 
-    init = jax.jit(partial(jax.lax.map, init_run))
-    finish = jax.jit(
-        lambda states, runs, arrays: jax.lax.map(
-            lambda pair: finish_run(pair[0], pair[1], arrays), (states, runs)
+    @jax.jit
+    def finish(states: RunState, runs: Runs, arrays: _Arrays) -> dict[str, Any]:
+        return on_each_device(finish_run, (states, runs), (arrays,))
+
+    @functools.cache
+    def prepare(length: int) -> None:
+        def abstract(tree: Any, sharding: Any = None) -> Any:
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+            )
+
+        runs = abstract(_runs(at_once, 0, 0.0))
+        states = abstract(jax.eval_shape(init, runs), NamedSharding(mesh, P("runs")))
+        jobs = (
+            lambda: advance.lower(states, runs, jnp.int32(0), length, arrays).compile(),
+            lambda: init.lower(runs).compile(),
+            lambda: finish.lower(states, runs, arrays).compile(),
         )
-    )
+        with ThreadPoolExecutor() as pool:
+            for done in [pool.submit(job) for job in jobs]:
+                done.result()
+
     return Program(
+        at_once=at_once,
+        prepare=prepare,
         init=init,
         advance=lambda states, runs, first, length: advance(states, runs, first, length, arrays),
         finish=lambda states, runs: finish(states, runs, arrays),
@@ -436,31 +499,57 @@ def train(
     Returns:
         A `Trained` of as many runs as there are folds.
     """
-    fold = jnp.arange(configuration.folds, dtype=jnp.int32)
-    runs = Runs(
-        fold=fold,
-        seed=jnp.full_like(fold, seed),
-        learning_rate=jnp.full(fold.shape, learning_rate, jnp.float32),
-    )
-    restored = _restore(folder, jax.eval_shape(program.init, runs)) if folder else None
-    epoch, states, history = restored or (0, program.init(runs), None)
-    chunks = [] if history is None else [history]
+    program.prepare(min(configuration.chunk, configuration.epochs))
+
+    def groups_of(stacked: Any) -> list[Any]:
+        return [
+            jax.tree.map(lambda leaf, i=i: leaf[i : i + program.at_once], stacked)
+            for i in range(0, configuration.folds, program.at_once)
+        ]
+
+    groups = groups_of(_runs(configuration.folds, seed, learning_rate))
+    restored = _restore(folder, jax.eval_shape(program.init, groups[0])) if folder else None
+    if restored is None:
+        epoch, states, chunks = 0, [program.init(runs) for runs in groups], []
+    else:
+        epoch, states, chunks = restored[0], groups_of(restored[1]), [restored[2]]
     saved = time.monotonic()
     while epoch < configuration.epochs:
         length = min(configuration.chunk, configuration.epochs - epoch)
-        states, chunk = program.advance(states, runs, jnp.asarray(epoch, jnp.int32), length)
-        chunks.append({name: np.asarray(v).reshape(len(fold), -1) for name, v in chunk.items()})
+        first = jnp.asarray(epoch, jnp.int32)
+        advanced = [
+            program.advance(state, runs, first, length)
+            for state, runs in zip(states, groups, strict=True)
+        ]
+        states = [state for state, _ in advanced]
+        chunk = _gather([found for _, found in advanced])
+        chunks.append({name: v.reshape(configuration.folds, -1) for name, v in chunk.items()})
         epoch += length
         if (
             folder
             and epoch < configuration.epochs
             and time.monotonic() - saved >= checkpoint_seconds
         ):
-            _save(folder, epoch, states, _join(chunks))
+            _save(folder, epoch, _gather(states), _join(chunks))
             saved = time.monotonic()
         if progress:
             progress(epoch)
-    return Trained(_join(chunks), jax.tree.map(np.asarray, program.finish(states, runs)))
+    results = [program.finish(state, runs) for state, runs in zip(states, groups, strict=True)]
+    return Trained(_join(chunks), _gather(results))
+
+
+def _runs(count: int, seed: int, learning_rate: float) -> Runs:
+    fold = jnp.arange(count, dtype=jnp.int32)
+    return Runs(
+        fold=fold,
+        seed=jnp.full_like(fold, seed),
+        learning_rate=jnp.full(fold.shape, learning_rate, jnp.float32),
+    )
+
+
+def _gather(groups: Sequence[Any]) -> Any:
+    """The runs of all groups in one array, on the host."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *groups)
 
 
 def _join(chunks: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
@@ -520,9 +609,9 @@ def _restore(folder: Path, like: RunState) -> tuple[int, RunState, dict[str, NDA
 
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.restore((folder / f"epoch-{max(epochs)}").absolute())
-    leaves = [jnp.asarray(leaf) for leaf in stored["leaves"]]
+    leaves = [np.asarray(leaf) for leaf in stored["leaves"]]
     expected, structure = jax.tree.flatten(like)
-    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in expected]:
+    if [leaf.shape[1:] for leaf in leaves] != [leaf.shape[1:] for leaf in expected]:
         raise ValueError(f"{folder} holds a checkpoint of another method or version: remove it")
     history = {name: np.asarray(values) for name, values in stored["history"].items()}
     return max(epochs), jax.tree.unflatten(structure, leaves), history

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,7 @@ def compile_once():
     build = experiment.build
 
     def remember(method, folds, configuration):
-        key = method.name, folds.labels.tobytes(), configuration
+        key = method.name, folds.labels.tobytes(), configuration, jax.device_count()
         if key not in built:
             built[key] = build(method, folds, configuration)
         return built[key]
@@ -115,6 +117,30 @@ def test_a_killed_run_resumes_with_the_same_numbers(dataset, finished):
         "gdmam.json",
         "gdmam.npz",
     ]
+
+
+def test_a_killed_run_resumes_on_fewer_devices(dataset, finished, tmp_path, monkeypatch):
+    """Two train two folds at once, one trains them in turn: the same but for rounding."""
+
+    def killed(label, done, total):
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        _run(dataset, tmp_path, killed)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    records = _run(dataset, tmp_path)
+    found, expected = records[0]["runs"], finished[1][0]["runs"]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
+
+
+def test_processors_become_devices():
+    # In a process of its own: this one has made its devices.
+    code = (
+        "import jax; from gdmam_jax.ldl import experiment; "
+        "experiment.use_processors(1); experiment.use_processors(2); print(jax.device_count())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "1\n"
 
 
 def test_results_are_kept_and_guarded(dataset, finished):
