@@ -40,6 +40,7 @@ def update(
     dtype: Annotated[str, typer.Option(help="Of parameters and gradients.")] = "float32",
     momentum_dtype: Annotated[str | None, typer.Option(help="Of the momenta.")] = None,
     only: Annotated[str, typer.Option(help="Optimizers, commas between; all unless given.")] = "",
+    steps: Annotated[int, typer.Option(help="In one call, in lax.scan.", min=1)] = 1,
     rounds: Rounds = 20,
     threads: Threads = None,
     output: Output = None,
@@ -52,8 +53,9 @@ def update(
     if min(counts) < 1 or max(counts) > parameters:
         raise typer.BadParameter(f"leaves must be from 1 to {int(parameters)}, got {leaves}")
     chosen = _names(only, list(module.OPTIMIZERS))
-    rows = module.benchmark(int(parameters), counts, dtype, momentum_dtype, rounds, chosen)
-    timing.report(f"update, {parameters:g} parameters, {dtype}", rows, output)
+    rows = module.benchmark(int(parameters), counts, dtype, momentum_dtype, rounds, chosen, steps)
+    title = f"update, {parameters:g} parameters, {dtype}, {steps} steps a call"
+    timing.report(title, rows, output)
 
 
 @app.command()
@@ -61,6 +63,9 @@ def pair(
     models: Annotated[str, typer.Option(help="Commas between.")] = "mlp,resnet,transformer",
     batch: Annotated[int, typer.Option(help="Examples.", min=1)] = 64,
     width: Annotated[int, typer.Option(help="Features of the layers.", min=8)] = 128,
+    rematerialise: Annotated[
+        bool, typer.Option(help="Compute activations again in JAX's backward passes.")
+    ] = False,
     rounds: Rounds = 20,
     threads: Threads = None,
     output: Output = None,
@@ -69,8 +74,10 @@ def pair(
     timing.use_threads(threads)
     from benchmarks import pair as module
 
-    rows = module.benchmark(_names(models, list(module.MODELS)), batch, width, rounds)
-    timing.report(f"pair, batch {batch}, width {width}", rows, output)
+    chosen = _names(models, list(module.MODELS))
+    rows = module.benchmark(chosen, batch, width, rounds, rematerialise)
+    title = f"pair, batch {batch}, width {width}" + rematerialise * ", rematerialised"
+    timing.report(title, rows, output)
 
 
 @app.command()

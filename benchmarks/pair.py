@@ -20,7 +20,9 @@ from benchmarks.timing import Case, measure_in_turn, processors, ratio
 CLASSES = 10
 
 
-def benchmark(names: Sequence[str], batch: int, width: int, rounds: int) -> list[dict[str, Any]]:
+def benchmark(
+    names: Sequence[str], batch: int, width: int, rounds: int, rematerialise: bool = False
+) -> list[dict[str, Any]]:
     """Time and memory of the paired gradient over those of the summed one.
 
     Args:
@@ -28,6 +30,8 @@ def benchmark(names: Sequence[str], batch: int, width: int, rounds: int) -> list
         batch: examples.
         width: features of the layers.
         rounds: how often each case runs.
+        rematerialise: keep no activations in JAX's ways, but compute them again in each backward
+            pass (`jax.checkpoint`).
 
     Returns:
         One row for each model and way.
@@ -36,7 +40,10 @@ def benchmark(names: Sequence[str], batch: int, width: int, rounds: int) -> list
     rows = []
     for name in names:
         make_jax, make_torch = MODELS[name]
-        cases, memory, off = _jax_cases(*make_jax(batch, width))
+        losses, *arguments = make_jax(batch, width)
+        if rematerialise:
+            losses = jax.checkpoint(losses)
+        cases, memory, off = _jax_cases(losses, *arguments)
         cases |= _torch_cases(*make_torch(batch, width))
         measure_in_turn(list(cases.values()), rounds)
         for way, case in cases.items():

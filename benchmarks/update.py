@@ -33,6 +33,7 @@ def benchmark(
     momentum_dtype: str | None,
     rounds: int,
     only: Sequence[str] = (),
+    steps: int = 1,
 ) -> list[dict[str, Any]]:
     """GDMAM's forms beside `summed(optax.adamw)` and beside a copy of as many bytes.
 
@@ -43,9 +44,11 @@ def benchmark(
         momentum_dtype: of GDMAM's momenta and of AdamW's first moment; None: as the parameters.
         rounds: how often each case runs.
         only: the optimizers beside the baseline; none given, all.
+        steps: in one call. A call hands every array over, which with thousands of them takes as
+            long as their update; several steps, in `jax.lax.scan`, share that.
 
     Returns:
-        One row for each case.
+        One row for each case; milliseconds are of one step.
     """
     names = [BASELINE, *(only or [name for name in OPTIMIZERS if name != BASELINE])]
     cases: dict[tuple[int, str], Case] = {}
@@ -60,15 +63,17 @@ def benchmark(
         sizes[count] = sum(leaf.size for leaf in jax.tree.leaves(pairs)) // 2
         for name in names:
             key = (count, name)
-            cases[key], moved[key], needed[key] = _case(name, pairs, count, dtype, momentum_dtype)
-            copies[key] = _copy(needed[key])
+            cases[key], moved[key], needed[key] = _case(
+                name, pairs, count, dtype, momentum_dtype, steps
+            )
+            copies[key] = _copy(needed[key], steps)
     measure_in_turn([case for key in cases for case in (cases[key], copies[key])], rounds)
     rows = []
     for (count, name), case in cases.items():
         row = {
             "optimizer": name,
             "leaves": count,
-            "milliseconds": case.milliseconds,
+            "milliseconds": case.milliseconds / steps,
             f"over {BASELINE}": ratio(case, cases[count, BASELINE]),
             "over copy": ratio(case, copies[count, name]),
             "bytes/parameter": moved[count, name] / sizes[count],
@@ -91,21 +96,30 @@ def _random(seed: int, parameters: int, leaves: int, dtype: str) -> dict[str, ja
 
 
 def _case(
-    name: str, pairs: Any, leaves: int, dtype: str, momentum_dtype: str | None
+    name: str, pairs: Any, leaves: int, dtype: str, momentum_dtype: str | None, steps: int
 ) -> tuple[Case, int, int]:
     optimizer = OPTIMIZERS[name](momentum_dtype)
     params = jax.tree.map(lambda pair: 0.1 * pair.prediction, pairs, is_leaf=gdmam.pairs.is_pair)
     held = [params, jax.jit(optimizer.init)(params)]
 
-    # Parameters and state are donated, as a training loop donates them.
-    @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, pairs: Any) -> Any:
         updates, state = optimizer.update(pairs, state, params)
         return optax.apply_updates(params, updates), state
 
+    def several(params: Any, state: Any, pairs: Any) -> Any:
+        carry, _ = jax.lax.scan(
+            lambda carry, _: (step(*carry, pairs), None), (params, state), length=steps
+        )
+        return carry
+
+    # Parameters and state are donated, as a training loop donates them.
+    def compile_(function: Any) -> Any:
+        return jax.jit(function, donate_argnums=(0, 1)).lower(*held, pairs).compile()
+
     start = time.perf_counter()
-    compiled = step.lower(*held, pairs).compile()
+    one = compile_(step)
     seconds = time.perf_counter() - start
+    compiled = one if steps == 1 else compile_(several)
 
     def run() -> None:
         held[:] = compiled(*held, pairs)
@@ -115,16 +129,17 @@ def _case(
     must = _bytes(pairs) + 2 * _bytes(held)
     if name != BASELINE:
         must += _bytes(pairs)  # The inner products come first, over all leaves.
-    return Case(name, run, seconds), bytes_moved(compiled.as_text()), must
+    return Case(name, run, seconds), bytes_moved(one.as_text()), must
 
 
-def _copy(size: int) -> Case:
+def _copy(size: int, times: int) -> Case:
     # Half is read and half is written, in place, as an update does.
     held = [jax.random.normal(jax.random.key(0), (size // 8,))]
     negate = jax.jit(jnp.negative, donate_argnums=0)
 
     def run() -> None:
-        held[0] = negate(held[0])
+        for _ in range(times):
+            held[0] = negate(held[0])
         jax.block_until_ready(held)
 
     return Case("copy", run)

@@ -23,10 +23,11 @@ def run(tmp_path, *arguments):
     return report["rows"]
 
 
-def test_update(tmp_path):
+@pytest.mark.parametrize("steps", ["1", "3"])
+def test_update(tmp_path, steps):
     rows = run(
         tmp_path, "update", "--parameters", "4096", "--leaves", "1,4", "--rounds", "2",
-        "--only", "gdmam",
+        "--only", "gdmam", "--steps", steps,
     )  # fmt: skip
     assert [(row["optimizer"], row["leaves"]) for row in rows] == [
         ("summed(adamw)", 1),
@@ -44,10 +45,11 @@ def test_update(tmp_path):
         assert 0 < ratios["low"] <= ratios["median"] <= ratios["high"]
 
 
-def test_pair(tmp_path):
+@pytest.mark.parametrize("options", [(), ("--rematerialise",)])
+def test_pair(tmp_path, options):
     rows = run(
         tmp_path, "pair", "--models", "transformer", "--batch", "2", "--width", "8",
-        "--rounds", "1",
+        "--rounds", "1", *options,
     )  # fmt: skip
     assert [row["way"] for row in rows] == [
         "JAX summed",
