@@ -32,13 +32,14 @@ class GDMAMState:
     Attributes:
       count: steps taken; int32, shape ``()``.
       allocation: the norms' statistics and what the last step decided; see `Allocation`.
-      momentum_correction: $1 - \prod_t \beta_{k,t}$ of the three components, for the exact
+      momentum_correction: $c_k = 1 - \prod_t \beta_{k,t}$ of the three components, for the exact
         bias correction; kept as the running mean of 1, since the difference would cancel; float32
         or better, shape ``(3,)`` or ``(scopes, 3)``.
-      prediction: momentum of the prediction gradient; a tree like the parameters, of their dtypes
-        or ``momentum_dtype``.
-      parallel: momentum of the alignment gradient's parallel part; likewise.
-      orthogonal: momentum of its orthogonal part; likewise.
+      prediction: bias-corrected momentum of the prediction gradient, $\hat m_p$, updated as such:
+        $\hat m_k \leftarrow (1 - s_k) \hat m_k + s_k g_k$ with $s_k = (1 - \beta_k) / c_k$; a tree
+        like the parameters, of their dtypes or ``momentum_dtype``.
+      parallel: $\hat m_\parallel$, of the alignment gradient's parallel part; likewise.
+      orthogonal: $\hat m_\perp$, of its orthogonal part; likewise.
       second_moment: running mean of the squared step; a tree like the parameters, float32 or
         better; None without ``b2``.
       second_moment_maximum: its largest value so far, with ``amsgrad``; else None.
@@ -225,11 +226,16 @@ def scale_by_gdmam(
         )
         decays = allocation.statistics.momentum
         momentum_correction = decays * state.momentum_correction + (1 - decays)
-        # The factors of (prediction, parallel, orthogonal) in the raw step and in the direction.
-        raw_factors = jnp.concatenate(
+        # The newest gradient's share of a bias-corrected momentum.
+        shares = (1 - decays) / momentum_correction
+        # What (prediction, parallel, orthogonal) count in the direction.
+        factors = jnp.concatenate(
             [allocation.weights[..., :1], allocation.weights[..., 1:] * allocation.gate], axis=-1
         )
-        factors = raw_factors / momentum_correction
+        # The same weighing of the raw components, as factors of the two gradients themselves.
+        projection = allocation.geometry.projection
+        along = factors[..., 0] + (factors[..., 1] - factors[..., 2]) * projection
+        raw_factors = jnp.stack([along, factors[..., 2]], axis=-1)
         second_moment_correction = root_correction = None
         if b2 is not None:
             second_moment_correction = (b2 * state.second_moment_correction + (1 - b2)).astype(
@@ -237,7 +243,7 @@ def scale_by_gdmam(
             )
             root_correction = jnp.sqrt(second_moment_correction)
         scopes = allocation.scopes
-        per_scope = (decays, raw_factors, factors, allocation.geometry.projection)
+        per_scope = (shares, raw_factors, factors, projection)
         trees = (
             state.prediction,
             state.parallel,
@@ -288,7 +294,7 @@ def scale_by_gdmam(
 @partial(jax.jit, static_argnames="dtype")
 def _leaf_step(
     pair: GradientPair,
-    decay: jax.Array,
+    share: jax.Array,
     raw_factor: jax.Array,
     factor: jax.Array,
     projection: jax.Array,
@@ -307,13 +313,13 @@ def _leaf_step(
     components = (widen(pair.prediction), *split(pair, projection))
     buffers = (prediction, parallel, orthogonal)
     momenta = [
-        decay[k] * widen(old) + (1 - decay[k]) * new
+        (1 - share[k]) * widen(old) + share[k] * new
         for k, (old, new) in enumerate(zip(buffers, components, strict=True))
     ]
     direction: Any = sum(factor[k] * new for k, new in enumerate(momenta))
     if second is not None and b2 is not None:
-        squared = sum(raw_factor[k] * new for k, new in enumerate(components)) ** 2
-        second = (b2[0] * second + b2[1] * squared).astype(second.dtype)
+        raw = raw_factor[0] * components[0] + raw_factor[1] * widen(pair.alignment)
+        second = (b2[0] * second + b2[1] * raw**2).astype(second.dtype)
         largest = None if largest is None else jnp.maximum(largest, second)
         root = floored_sqrt(second if largest is None else largest) / root_correction
         direction = direction / (root + eps)
