@@ -377,8 +377,9 @@ def _leaf_step(
     first = (b1 * widen(first) + (1 - b1) * gradient).astype(first.dtype)
     second = (b2[0] * second + b2[1] * gradient**2).astype(second.dtype)
     largest = jnp.maximum(largest, second)
-    root = floored_sqrt(largest) / corrections[1]
-    direction = widen(first) / corrections[0] / (root + eps)
+    # (m / c_1) / (sqrt(v_max) / c_2 + eps), with one division an element.
+    denominator = floored_sqrt(largest) + eps * corrections[1]
+    direction = (corrections[1] / corrections[0]) * widen(first) / denominator
     return direction.astype(dtype), first, second, largest
 
 

@@ -321,7 +321,8 @@ def _leaf_step(
         raw = raw_factor[0] * components[0] + raw_factor[1] * widen(pair.alignment)
         second = (b2[0] * second + b2[1] * raw**2).astype(second.dtype)
         largest = None if largest is None else jnp.maximum(largest, second)
-        root = floored_sqrt(second if largest is None else largest) / root_correction
-        direction = direction / (root + eps)
+        # u / (sqrt(v) / c + eps), with one division an element.
+        denominator = floored_sqrt(second if largest is None else largest) + eps * root_correction
+        direction = root_correction * direction / denominator
     stored = [narrow(new, old.dtype) for new, old in zip(momenta, buffers, strict=True)]
     return narrow(direction, dtype), *stored, second, largest
