@@ -136,6 +136,7 @@ class Program(NamedTuple):
 
     Attributes:
         at_once: as many of the folds as there are devices, or the most that divide the folds.
+        sharding: of states, over the devices.
         prepare: `number_of_epochs -> None`: compiles the other three side by side, instead of one
             after the other at their first calls.
         init: `runs -> states`.
@@ -144,6 +145,7 @@ class Program(NamedTuple):
     """
 
     at_once: int
+    sharding: NamedSharding
     prepare: Callable[[int], None]
     init: Callable[[Runs], RunState]
     advance: Callable[[RunState, Runs, jax.Array, int], tuple[RunState, dict[str, jax.Array]]]
@@ -371,10 +373,12 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
         }
 
     # Runs are independent of each other: each device takes one at a time.
-    at_once = max(n for n in range(1, jax.device_count() + 1) if configuration.folds % n == 0)
+    devices = jax.local_devices()
+    at_once = max(n for n in range(1, len(devices) + 1) if configuration.folds % n == 0)
     mesh = jax.make_mesh(
-        (at_once,), ("runs",), axis_types=(AxisType.Auto,), devices=jax.devices()[:at_once]
+        (at_once,), ("runs",), axis_types=(AxisType.Auto,), devices=devices[:at_once]
     )
+    sharding = NamedSharding(mesh, P("runs"))
     arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
 
     def on_each_device(function: Callable[..., Any], per_run: Any, common: Any) -> Any:
@@ -404,13 +408,11 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
 
     @functools.cache
     def prepare(length: int) -> None:
-        def abstract(tree: Any, sharding: Any = None) -> Any:
-            return jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-            )
-
-        runs = abstract(_runs(at_once, 0, 0.0))
-        states = abstract(jax.eval_shape(init, runs), NamedSharding(mesh, P("runs")))
+        runs = _runs(at_once, 0, 0.0)
+        states = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(init, runs),
+        )
         jobs = (
             lambda: advance.lower(states, runs, jnp.int32(0), length, arrays).compile(),
             lambda: init.lower(runs).compile(),
@@ -422,6 +424,7 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
 
     return Program(
         at_once=at_once,
+        sharding=sharding,
         prepare=prepare,
         init=init,
         advance=lambda states, runs, first, length: advance(states, runs, first, length, arrays),
@@ -512,7 +515,9 @@ def train(
     if restored is None:
         epoch, states, chunks = 0, [program.init(runs) for runs in groups], []
     else:
-        epoch, states, chunks = restored[0], groups_of(restored[1]), [restored[2]]
+        epoch, stacked, history = restored
+        states = jax.device_put(groups_of(stacked), program.sharding)
+        chunks = [history]
     saved = time.monotonic()
     while epoch < configuration.epochs:
         length = min(configuration.chunk, configuration.epochs - epoch)

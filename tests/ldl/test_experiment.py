@@ -44,7 +44,7 @@ def compile_once():
     build = experiment.build
 
     def remember(method, folds, configuration):
-        key = method.name, folds.labels.tobytes(), configuration, jax.device_count()
+        key = method.name, folds.labels.tobytes(), configuration, len(jax.local_devices())
         if key not in built:
             built[key] = build(method, folds, configuration)
         return built[key]
@@ -127,7 +127,7 @@ def test_a_killed_run_resumes_on_fewer_devices(dataset, finished, tmp_path, monk
 
     with pytest.raises(KilledError):
         _run(dataset, tmp_path, killed)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     records = _run(dataset, tmp_path)
     found, expected = records[0]["runs"], finished[1][0]["runs"]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
