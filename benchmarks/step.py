@@ -165,7 +165,6 @@ def whole(
         One row for each.
     """
     torch.set_num_threads(processors())
-    experiment.use_processors(folds)
     dataset, origin = load(name)
     configuration = experiment.Configuration(
         folds=folds, seeds=1, epochs=epochs, chunk=epochs, log_variance_bound=log_variance_bound

@@ -120,7 +120,6 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*renormalised")
         dataset = data.find(args.data, folder=args.data_folder)
-    experiment.use_processors(args.folds)
     configuration = experiment.Configuration(
         folds=args.folds, seeds=1, epochs=args.epochs, learning_rates=tuple(args.rates)
     )

@@ -68,7 +68,6 @@ def run(
     from gdmam_jax.ldl import experiment, report
     from gdmam_jax.ldl import methods as methods_module
 
-    experiment.use_processors(folds)
     configuration = experiment.Configuration(
         folds=folds,
         seeds=seeds,

@@ -1,22 +1,24 @@
 """Experiments: every fold and seed of a method by one compiled program.
 
-A *run* is one model: a fold, a seed and a learning rate. Every device trains one run at a time, a
-chunk of epochs at a time, so that progress shows and a killed experiment resumes at the last
-checkpoint with the same numbers (on another number of devices: but for rounding), since random
-draws depend only on seed, fold and epoch. (On a CPU `jax.vmap` over the folds is up to a half
-slower where the model is large, since a run's state then no longer stays in the cache, and as fast
-where it is small.)
+A *run* is one model: a fold, a seed and a learning rate. Every device, on a CPU every processor,
+trains one run at a time, a chunk of epochs at a time, so that progress shows and a killed
+experiment resumes at the last checkpoint with the same numbers, since random draws depend only on
+seed, fold and epoch. (On a CPU `jax.vmap` over the folds is up to a half slower where the model is
+large, since a run's state then no longer stays in the cache, and as fast where it is small; a
+program sharded over processors that are devices is a sixth slower, since XLA compiles it worse.)
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +31,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
 import gdmam_jax as gdmam
@@ -102,8 +102,8 @@ class Configuration:
             )
 
 
-class Runs(NamedTuple):
-    """The stacked runs: what distinguishes them, each of shape (runs,)."""
+class Run(NamedTuple):
+    """What distinguishes a run from others, all scalars."""
 
     fold: jax.Array
     seed: jax.Array
@@ -132,41 +132,20 @@ class RunState(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A method on a data set, compiled: functions of `at_once` stacked runs, one a device.
+    """A method on a data set, compiled: functions of one run.
 
     Attributes:
-        at_once: as many of the folds as there are devices, or the most that divide the folds.
-        sharding: of states, over the devices.
         prepare: `number_of_epochs -> None`: compiles the other three side by side, instead of one
             after the other at their first calls.
-        init: `runs -> states`.
-        advance: `(states, runs, first_epoch, number_of_epochs) -> (states, history)`.
-        finish: `(states, runs) -> results` by selection.
+        init: `run -> state`.
+        advance: `(state, run, first_epoch, number_of_epochs) -> (state, history)`.
+        finish: `(state, run) -> results` by selection.
     """
 
-    at_once: int
-    sharding: NamedSharding
     prepare: Callable[[int], None]
-    init: Callable[[Runs], RunState]
-    advance: Callable[[RunState, Runs, jax.Array, int], tuple[RunState, dict[str, jax.Array]]]
-    finish: Callable[[RunState, Runs], dict[str, Any]]
-
-
-def use_processors(folds: int) -> None:
-    """Make a CPU as many devices as it has processors, so that as many folds are trained at once.
-
-    Without effect where `jax_num_cpu_devices` has been set already.
-
-    Args:
-        folds: of the experiment; more devices than that are of no use.
-
-    Raises:
-        RuntimeError: JAX has made its devices already.
-    """
-    available = getattr(os, "sched_getaffinity", None)
-    processors = len(available(0)) if available else os.cpu_count() or 1
-    if jax.config.jax_num_cpu_devices < 0:  # type: ignore[attr-defined]
-        jax.config.update("jax_num_cpu_devices", min(processors, folds))
+    init: Callable[[Run], RunState]
+    advance: Callable[[RunState, Run, jax.Array, int], tuple[RunState, dict[str, jax.Array]]]
+    finish: Callable[[RunState, Run], dict[str, Any]]
 
 
 class _Arrays(NamedTuple):
@@ -185,12 +164,8 @@ class _Arrays(NamedTuple):
 
 
 def _arrays(folds: Folds) -> _Arrays:
-    frequency = np.stack(
-        [
-            losses.class_frequency(jnp.asarray(folds.labels[rows[mask]]))
-            for rows, mask in zip(folds.train, folds.train_mask, strict=True)
-        ]
-    )
+    labels, masks = jnp.asarray(folds.labels[folds.train]), jnp.asarray(folds.train_mask)
+    frequency = np.asarray(jax.vmap(losses.class_frequency)(labels, masks))
     head = np.stack([head_labels(row) for row in frequency])
     values = {f.name: getattr(folds, f.name) for f in dataclasses.fields(folds)}
     return _Arrays(**jax.tree.map(jnp.asarray, values | {"frequency": frequency, "head": head}))
@@ -224,13 +199,14 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(jax.random.key(0))))
 
-    def run_key(run: Runs) -> jax.Array:
+    def run_key(run: Run) -> jax.Array:
         return jax.random.fold_in(jax.random.key(run.seed), run.fold)
 
     def predict(params: nnx.State, rows: jax.Array, arrays: _Arrays) -> jax.Array:
         return jax.nn.softmax(nnx.merge(graph, params)(arrays.features[rows]))
 
-    def init_run(run: Runs) -> RunState:
+    @jax.jit
+    def init(run: Run) -> RunState:
         params = nnx.state(make_model(jax.random.fold_in(run_key(run), configuration.epochs)))
         scores = len(HELD_OUT)
         return RunState(
@@ -244,10 +220,12 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
             ),
         )
 
+    # Compiled, so that it is traced once, for its shapes and for the loop.
+    @jax.jit
     def train_step(
         state: tuple[nnx.State, optax.OptState],
         batch: tuple[jax.Array, jax.Array, jax.Array],
-        run: Runs,
+        run: Run,
         arrays: _Arrays,
     ) -> tuple[tuple[nnx.State, optax.OptState], dict[str, jax.Array]]:
         params, opt_state = state
@@ -286,7 +264,7 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
         return (optax.apply_updates(params, updates), opt_state), history
 
     def epoch_step(
-        state: RunState, epoch: jax.Array, run: Runs, arrays: _Arrays
+        state: RunState, epoch: jax.Array, run: Run, arrays: _Arrays
     ) -> tuple[RunState, dict[str, jax.Array]]:
         order_key, noise_key = jax.random.split(jax.random.fold_in(run_key(run), epoch))
         present = arrays.train_mask[run.fold]
@@ -296,8 +274,8 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
         mask = (jnp.arange(num_batches * batch_size) < present.sum()).reshape(rows.shape)
 
         # Drawn out here: inside of `step`, XLA draws it again wherever it is used.
-        draw = jax.vmap(partial(draw_noise, num_samples=batch_size, hidden=configuration.hidden))
-        batches = rows, mask, draw(jax.random.split(noise_key, num_batches))
+        draw = partial(draw_noise, num_samples=batch_size, hidden=configuration.hidden)
+        batches = rows, mask, jax.lax.map(draw, jax.random.split(noise_key, num_batches))
 
         def step(number: jax.Array, carry: Any) -> Any:
             state, total = carry
@@ -342,20 +320,23 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
         return state, history
 
     def test(
-        params: nnx.State, run: Runs, arrays: _Arrays
+        params: nnx.State, run: Run, arrays: _Arrays
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         rows, mask = arrays.test[run.fold], arrays.test_mask[run.fold]
         prediction = predict(params, rows, arrays)
         values = measure(prediction, arrays.labels[rows], mask, head=arrays.head[run.fold])
         return values, prediction[:_SHOWN]
 
-    def advance_run(
-        state: RunState, run: Runs, epochs: jax.Array, arrays: _Arrays
+    @partial(jax.jit, donate_argnums=0, static_argnums=3)
+    def advance(
+        state: RunState, run: Run, first_epoch: jax.Array, length: int, arrays: _Arrays
     ) -> tuple[RunState, dict[str, jax.Array]]:
+        epochs = first_epoch + jnp.arange(length)
         state, history = jax.lax.scan(partial(epoch_step, run=run, arrays=arrays), state, epochs)
         return state, history | {"test_kld": test(state.params, run, arrays)[0]["kld"]}
 
-    def finish_run(state: RunState, run: Runs, arrays: _Arrays) -> dict[str, Any]:
+    @jax.jit
+    def finish(state: RunState, run: Run, arrays: _Arrays) -> dict[str, Any]:
         others = jax.tree.map(lambda *leaves: jnp.stack(leaves), state.params, state.average)
         params, epoch = jax.tree.map(
             lambda *leaves: jnp.concatenate(leaves),
@@ -372,63 +353,24 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
             for i, selection in enumerate((*HELD_OUT, "last", "average"))
         }
 
-    # Runs are independent of each other: each device takes one at a time.
-    devices = jax.local_devices()
-    at_once = max(n for n in range(1, len(devices) + 1) if configuration.folds % n == 0)
-    mesh = jax.make_mesh(
-        (at_once,), ("runs",), axis_types=(AxisType.Auto,), devices=devices[:at_once]
-    )
-    sharding = NamedSharding(mesh, P("runs"))
-    arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
-
-    def on_each_device(function: Callable[..., Any], per_run: Any, common: Any) -> Any:
-        def one(per_run: Any, common: Any) -> Any:
-            result = function(*jax.tree.map(lambda leaf: leaf[0], per_run), *common)
-            return jax.tree.map(lambda leaf: leaf[None], result)
-
-        specs = P("runs"), P()
-        return jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
-            per_run, common
-        )
-
-    @jax.jit
-    def init(runs: Runs) -> RunState:
-        return on_each_device(init_run, (runs,), ())
-
-    @partial(jax.jit, donate_argnums=0, static_argnums=3)
-    def advance(
-        states: RunState, runs: Runs, first_epoch: jax.Array, length: int, arrays: _Arrays
-    ) -> tuple[RunState, dict[str, jax.Array]]:
-        epochs = first_epoch + jnp.arange(length)
-        return on_each_device(advance_run, (states, runs), (epochs, arrays))
-
-    @jax.jit
-    def finish(states: RunState, runs: Runs, arrays: _Arrays) -> dict[str, Any]:
-        return on_each_device(finish_run, (states, runs), (arrays,))
-
     @functools.cache
     def prepare(length: int) -> None:
-        runs = _runs(at_once, 0, 0.0)
-        states = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(init, runs),
-        )
+        run = _run_of(0, 0, 0.0)
+        state = jax.eval_shape(init, run)
         jobs = (
-            lambda: advance.lower(states, runs, jnp.int32(0), length, arrays).compile(),
-            lambda: init.lower(runs).compile(),
-            lambda: finish.lower(states, runs, arrays).compile(),
+            lambda: advance.lower(state, run, jnp.int32(0), length, arrays).compile(),
+            lambda: init.lower(run).compile(),
+            lambda: finish.lower(state, run, arrays).compile(),
         )
         with ThreadPoolExecutor() as pool:
             for done in [pool.submit(job) for job in jobs]:
                 done.result()
 
     return Program(
-        at_once=at_once,
-        sharding=sharding,
         prepare=prepare,
         init=init,
-        advance=lambda states, runs, first, length: advance(states, runs, first, length, arrays),
-        finish=lambda states, runs: finish(states, runs, arrays),
+        advance=lambda state, run, first, length: advance(state, run, first, length, arrays),
+        finish=lambda state, run: finish(state, run, arrays),
     )
 
 
@@ -490,6 +432,9 @@ def train(
 ) -> Trained:
     """Train and test the runs of all folds, from the last checkpoint if there is one.
 
+    Folds are trained in threads, which do not see JAX's settings by context manager, such as `with
+    jax.default_matmul_precision(...)`; those by `jax.config.update` they do.
+
     Args:
         program: from `build`.
         seed: of the runs.
@@ -503,58 +448,66 @@ def train(
         A `Trained` of as many runs as there are folds.
     """
     program.prepare(min(configuration.chunk, configuration.epochs))
-
-    def groups_of(stacked: Any) -> list[Any]:
-        return [
-            jax.tree.map(lambda leaf, i=i: leaf[i : i + program.at_once], stacked)
-            for i in range(0, configuration.folds, program.at_once)
-        ]
-
-    groups = groups_of(_runs(configuration.folds, seed, learning_rate))
-    restored = _restore(folder, jax.eval_shape(program.init, groups[0])) if folder else None
+    runs = [_run_of(fold, seed, learning_rate) for fold in range(configuration.folds)]
+    restored = _restore(folder, jax.eval_shape(program.init, runs[0])) if folder else None
     if restored is None:
-        epoch, states, chunks = 0, [program.init(runs) for runs in groups], []
+        epoch, states, chunks = 0, _at_once(program.init, runs), []
     else:
         epoch, stacked, history = restored
-        states = jax.device_put(groups_of(stacked), program.sharding)
+        states = [
+            jax.tree.map(lambda leaf, fold=fold: jnp.array(leaf[fold]), stacked)
+            for fold in range(configuration.folds)
+        ]
         chunks = [history]
     saved = time.monotonic()
     while epoch < configuration.epochs:
         length = min(configuration.chunk, configuration.epochs - epoch)
-        first = jnp.asarray(epoch, jnp.int32)
-        advanced = [
-            program.advance(state, runs, first, length)
-            for state, runs in zip(states, groups, strict=True)
-        ]
+        common = itertools.repeat(jnp.int32(epoch)), itertools.repeat(length)
+        advanced = _at_once(program.advance, states, runs, *common)
         states = [state for state, _ in advanced]
-        chunk = _gather([found for _, found in advanced])
-        chunks.append({name: v.reshape(configuration.folds, -1) for name, v in chunk.items()})
+        chunk = _stack([history for _, history in advanced])
+        chunks.append({name: values.reshape(len(runs), -1) for name, values in chunk.items()})
         epoch += length
         if (
             folder
             and epoch < configuration.epochs
             and time.monotonic() - saved >= checkpoint_seconds
         ):
-            _save(folder, epoch, _gather(states), _join(chunks))
+            _save(folder, epoch, _stack(states), _join(chunks))
             saved = time.monotonic()
         if progress:
             progress(epoch)
-    results = [program.finish(state, runs) for state, runs in zip(states, groups, strict=True)]
-    return Trained(_join(chunks), _gather(results))
+    return Trained(_join(chunks), _stack(_at_once(program.finish, states, runs)))
 
 
-def _runs(count: int, seed: int, learning_rate: float) -> Runs:
-    fold = jnp.arange(count, dtype=jnp.int32)
-    return Runs(
-        fold=fold,
-        seed=jnp.full_like(fold, seed),
-        learning_rate=jnp.full(fold.shape, learning_rate, jnp.float32),
-    )
+def _run_of(fold: int, seed: int, learning_rate: float) -> Run:
+    return Run(jnp.int32(fold), jnp.int32(seed), jnp.float32(learning_rate))
 
 
-def _gather(groups: Sequence[Any]) -> Any:
-    """The runs of all groups in one array, on the host."""
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *groups)
+def _workers() -> list[Any]:
+    """The devices that train a run each, None for the default one: a CPU's, once a processor."""
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        return [None, *devices[1:]]
+    available = getattr(os, "sched_getaffinity", None)
+    return [None] * (len(available(0)) if available else os.cpu_count() or 1)
+
+
+def _at_once(function: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]:
+    """`map`, in as many threads as there are workers."""
+    workers = _workers()
+
+    def call(device: Any, *args: Any) -> Any:
+        with jax.default_device(device) if device else contextlib.nullcontext():
+            return jax.block_until_ready(function(*args))
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        return list(pool.map(call, itertools.cycle(workers), *columns))
+
+
+def _stack(runs: Sequence[Any]) -> Any:
+    """The arrays of all runs in one, on the host."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *runs)
 
 
 def _join(chunks: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
@@ -616,7 +569,7 @@ def _restore(folder: Path, like: RunState) -> tuple[int, RunState, dict[str, NDA
         stored = checkpointer.restore((folder / f"epoch-{max(epochs)}").absolute())
     leaves = [np.asarray(leaf) for leaf in stored["leaves"]]
     expected, structure = jax.tree.flatten(like)
-    if [leaf.shape[1:] for leaf in leaves] != [leaf.shape[1:] for leaf in expected]:
+    if [leaf.shape[1:] for leaf in leaves] != [leaf.shape for leaf in expected]:
         raise ValueError(f"{folder} holds a checkpoint of another method or version: remove it")
     history = {name: np.asarray(values) for name, values in stored["history"].items()}
     return max(epochs), jax.tree.unflatten(structure, leaves), history

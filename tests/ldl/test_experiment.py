@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,7 @@ def compile_once():
     build = experiment.build
 
     def remember(method, folds, configuration):
-        key = method.name, folds.labels.tobytes(), configuration, len(jax.local_devices())
+        key = method.name, folds.labels.tobytes(), configuration
         if key not in built:
             built[key] = build(method, folds, configuration)
         return built[key]
@@ -119,28 +118,18 @@ def test_a_killed_run_resumes_with_the_same_numbers(dataset, finished):
     ]
 
 
-def test_a_killed_run_resumes_on_fewer_devices(dataset, finished, tmp_path, monkeypatch):
-    """Two train two folds at once, one trains them in turn: the same but for rounding."""
-
-    def killed(label, done, total):
-        raise KilledError
-
-    with pytest.raises(KilledError):
-        _run(dataset, tmp_path, killed)
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    records = _run(dataset, tmp_path)
-    found, expected = records[0]["runs"], finished[1][0]["runs"]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
+@pytest.mark.skipif(len(experiment._workers()) < 2, reason="needs two processors")
+def test_folds_are_trained_at_once():
+    """Two calls that wait for each other both return."""
+    meeting = threading.Barrier(2, timeout=60)
+    assert sorted(experiment._at_once(lambda _: meeting.wait(), range(2))) == [0, 1]
 
 
-def test_processors_become_devices():
-    # In a process of its own: this one has made its devices.
-    code = (
-        "import jax; from gdmam_jax.ldl import experiment; "
-        "experiment.use_processors(1); experiment.use_processors(2); print(jax.device_count())"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "1\n"
+def test_two_devices_train_the_same_numbers(dataset, finished, monkeypatch):
+    monkeypatch.setattr(experiment, "_workers", lambda: [None, jax.devices()[1]])
+    seen = experiment._at_once(lambda number: jnp.ones(2) * number, range(3))
+    assert [next(iter(array.devices())) for array in seen] == [jax.devices()[i] for i in (0, 1, 0)]
+    assert _run(dataset, None)[0]["runs"] == finished[1][0]["runs"]
 
 
 def test_results_are_kept_and_guarded(dataset, finished):
