@@ -116,7 +116,9 @@ def _jax_case(
     @partial(jax.jit, donate_argnums=(0, 1, 2))
     def train_often(params: Any, state: Any, key: Any, x: Any, y: Any) -> Any:
         def body(carry: Any, noise: Any) -> Any:
-            return train(*carry, noise, x, y), None
+            # A new batch at every step, for all that XLA knows.
+            carry, batch = jax.lax.optimization_barrier((carry, (x, y)))
+            return train(*carry, noise, *batch), None
 
         # Drawn ahead, as `gdmam_jax.ldl` does: in the loop XLA draws it wherever it is used.
         key, used = jax.random.split(key)

@@ -107,10 +107,13 @@ def _case(
         return optax.apply_updates(params, updates), state
 
     def several(params: Any, state: Any, pairs: Any) -> Any:
-        carry, _ = jax.lax.scan(
-            lambda carry, _: (step(*carry, pairs), None), (params, state), length=steps
-        )
-        return carry
+        def body(carry: Any, _: None) -> Any:
+            # New gradients at every step, for all that XLA knows: else it takes what depends on
+            # them alone, the inner products, out of the loop.
+            carry, new_pairs = jax.lax.optimization_barrier((carry, pairs))
+            return step(*carry, new_pairs), None
+
+        return jax.lax.scan(body, (params, state), length=steps)[0]
 
     # Parameters and state are donated, as a training loop donates them.
     def compile_(function: Any) -> Any:

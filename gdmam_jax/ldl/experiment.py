@@ -11,6 +11,7 @@ program sharded over processors that are devices is a sixth slower, since XLA co
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -546,6 +547,13 @@ def _write_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     part.replace(path)
 
 
+def _write_text(path: Path, text: str) -> None:
+    """Write all or nothing."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def _save(folder: Path, epoch: int, states: RunState, history: dict[str, NDArray[Any]]) -> None:
     import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
@@ -593,7 +601,8 @@ def run(
         folder: for results, `METHOD.json` and `METHOD.npz` (curves; `tuning_validation_kld` and
             `tuning_natural_kld` of every learning rate tried), and checkpoints. A method whose
             results are there is not run again; one that was broken off goes on at its last
-            checkpoint, with the same numbers. None writes nothing.
+            checkpoint, with the same numbers. A method is known by its name: one whose optimizer
+            or losses you have changed needs another name, or another folder. None writes nothing.
         checkpoint_seconds: least time between two checkpoints.
         progress: see `Progress`.
 
@@ -603,8 +612,10 @@ def run(
         the epochs), `learning_rate`, `seconds`, and `runs`: a list of `fold`, `seed`, and by
         selection `epoch` and the measures.
 
+    Folds are trained in threads, see `train`.
+
     Raises:
-        ValueError: the folder holds results of another configuration or data set.
+        ValueError: the folder holds results or checkpoints of another configuration or data set.
     """
     prepared = make_folds(
         dataset, folds=configuration.folds, validation_size=configuration.validation_size
@@ -617,7 +628,7 @@ def run(
             "features": dataset.features.shape[1],
             "labels": list(dataset.label_names),
             "training_rows": prepared.train_mask.sum(1).tolist(),
-            "checksum": float(np.abs(prepared.features).sum(dtype=np.float64)),
+            "checksum": _checksum(prepared),
         },
         "configuration": dataclasses.asdict(configuration),
     }
@@ -625,22 +636,31 @@ def run(
     done: dict[str, dict[str, Any]] = {}
     if home is not None:
         home.mkdir(parents=True, exist_ok=True)
-        for method in methods:
-            path = home / f"{method.name}.json"
-            if path.is_file():
-                done[method.name] = json.loads(path.read_text())
-                for key, expected in facts.items():
-                    if done[method.name][key] != expected:
-                        raise ValueError(
-                            f"{path} holds results of another {key}: {done[method.name][key]}, "
-                            f"now {expected}; give another folder, or remove it"
-                        )
+        # All of them: one folder is one experiment, whose methods a report compares.
+        for path in sorted([*home.glob("*.json"), *home.glob("*.work/facts.json")]):
+            found = json.loads(path.read_text())
+            for key in ("configuration", "data"):
+                if found.get(key, facts[key]) != facts[key]:
+                    raise ValueError(
+                        f"{path} holds results of another {key}: {found[key]}, "
+                        f"now {facts[key]}; give another folder, or remove it"
+                    )
+            if "runs" in found:
+                done[found["method"]] = found
     return [
         done[method.name]
         if method.name in done
         else _run_method(method, prepared, configuration, facts, home, checkpoint_seconds, progress)
         for method in methods
     ]
+
+
+def _checksum(folds: Folds) -> str:
+    """Of every number that a run sees of the data, and of the rows that each fold has."""
+    digest = hashlib.sha256()
+    for field in dataclasses.fields(folds):
+        digest.update(np.ascontiguousarray(getattr(folds, field.name)).tobytes())
+    return digest.hexdigest()
 
 
 def _run_method(
@@ -655,6 +675,9 @@ def _run_method(
     started = time.monotonic()
     program = build(method, folds, configuration)
     work = None if home is None else home / f"{method.name}.work"
+    if work is not None:
+        work.mkdir(exist_ok=True)
+        _write_text(work / "facts.json", json.dumps(facts))
     rates, seeds = configuration.learning_rates, range(configuration.seeds)
     tuned = [(r, s) for r in rates for s in seeds[: configuration.tuning_seeds] if len(rates) > 1]
     total = len({*tuned, *((rates[0], seed) for seed in seeds)}) * configuration.epochs
@@ -719,9 +742,7 @@ def _run_method(
         }
         true = np.tile(folds.labels[folds.test[:, :_SHOWN]], (configuration.seeds, 1, 1))
         _write_npz(home / f"{method.name}.npz", history | shown | tried | {"shown_true": true})
-        part = home / f"{method.name}.json.part"
-        part.write_text(json.dumps(record, indent=1))
-        part.replace(home / f"{method.name}.json")
+        _write_text(home / f"{method.name}.json", json.dumps(record, indent=1))
         shutil.rmtree(work, ignore_errors=True)
     return record
 

@@ -44,11 +44,20 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: they are of different data sets or configurations.
     """
     records = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
     records = [record for record in records if "runs" in record]
     if not records:
         raise FileNotFoundError(f"no results in {folder}: expected METHOD.json")
+    for record in records[1:]:
+        for key in ("data", "configuration"):
+            if record[key] != records[0][key]:
+                raise ValueError(
+                    f"{folder} holds results that cannot be compared: the {key} of "
+                    f"{records[0]['method']} is {records[0][key]}, that of {record['method']} "
+                    f"{record[key]}"
+                )
     return records
 
 
@@ -104,7 +113,7 @@ def table(records: Sequence[Record], selection: str) -> dict[str, dict[str, Cell
         sign = -1 if measure in HIGHER_IS_BETTER else 1
         # A method that diverged somewhere has no mean, and is ranked last.
         means = {name: float(column.mean()) for name, column in columns.items()}
-        order = sorted(means, key=lambda name: np.nan_to_num(sign * means[name], nan=np.inf))
+        order = sorted(means, key=lambda name: _badness(sign * means[name]))
         for name, column in columns.items():
             p_runs, p_folds = compare_runs(column, columns[order[0]])
             cells[name][measure] = Cell(
@@ -115,6 +124,10 @@ def table(records: Sequence[Record], selection: str) -> dict[str, dict[str, Cell
                 p_folds=p_folds,
             )
     return cells
+
+
+def _badness(mean: float) -> float:
+    return float(np.nan_to_num(mean, nan=np.inf))
 
 
 def compare_runs(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[float, float]:
@@ -265,13 +278,19 @@ def compare(folders: Sequence[str | os.PathLike[str]], *, method: str = "gdmam-b
         Markdown: for every selection a table of test KLDs by method and data set. Behind each in
         brackets `(p_runs, p_folds)`, see `Cell`, of the difference from `method`. A last table says
         in which epoch each method's validation KLD, mean over all runs, is best, and in which that
-        of `method` gets as low.
+        of `method` gets as low; empty where a run diverged.
+
+    Raises:
+        FileNotFoundError: a folder holds no results.
+        ValueError: no folder has results of `method`, or one mixes data sets or configurations.
     """
     experiments = [{record["method"]: record for record in load(folder)} for folder in folders]
     found = [next(iter(experiment.values())) for experiment in experiments]
     labels = {
         name: record["label"] for experiment in experiments for name, record in experiment.items()
     }
+    if method not in labels:
+        raise ValueError(f"no results of method {method!r}; there are {', '.join(labels)}")
     head = ["method", *(record["data"]["name"] for record in found)]
     rule = "|" + " --- |" * len(head)
     parts = []
@@ -288,7 +307,7 @@ def compare(folders: Sequence[str | os.PathLike[str]], *, method: str = "gdmam-b
                     cells.append("")
                     continue
                 text = f"{column[name].mean():.4f} ± {column[name].std():.4f}"
-                if min(column, key=lambda other: column[other].mean()) == name:
+                if min(column, key=lambda other: _badness(column[other].mean())) == name:
                     text = f"**{text}**"
                 if name != method and method in column:
                     text += " ({:.1g}, {:.1g})".format(*compare_runs(column[name], column[method]))
@@ -309,6 +328,9 @@ def compare(folders: Sequence[str | os.PathLike[str]], *, method: str = "gdmam-b
                 cells.append("")
                 continue
             best = float(curve[name].min())
+            if np.isnan(best):
+                cells.append("")
+                continue
             there = np.flatnonzero(curve[method] <= best)
             when = f"{there[0] + 1}" if len(there) else "never"
             cells.append(f"{best:.4f} in {curve[name].argmin() + 1}; {when}")

@@ -140,9 +140,57 @@ def test_results_are_kept_and_guarded(dataset, finished):
         assert set(run["selections"]) == set(experiment.SELECTIONS)
         assert 1 <= run["selections"]["validation"]["epoch"] <= 4
         assert run["selections"]["last"]["epoch"] == 4
-    other = data.from_arrays(dataset.features + 1, dataset.labels[::-1], normalize=True)
-    with pytest.raises(ValueError, match="holds results of another data"):
-        _run(other, folder)
+    for other in (
+        data.from_arrays(dataset.features, dataset.labels[::-1], name="small", normalize=True),
+        data.from_arrays(dataset.features[::-1], dataset.labels, name="small", normalize=True),
+    ):
+        with pytest.raises(ValueError, match=r"gdmam\.json holds results of another data"):
+            _run(other, folder)
+
+
+def test_a_folder_is_one_experiment(dataset, finished):
+    """Nor does another method's run change the configuration."""
+    folder, _, _ = finished
+    other = dataclasses.replace(SMALL, folds=3)
+    with pytest.raises(ValueError, match=r"gdmam\.json holds results of another configuration"):
+        experiment.run(dataset, [methods.find("adamw")], other, folder=folder)
+
+
+def test_a_killed_run_is_not_resumed_as_another(dataset, tmp_path):
+    def killed(label, done, total):
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        _run(dataset, tmp_path, killed)
+    other = dataclasses.replace(SMALL, alignment_weight=9.0)
+    with pytest.raises(ValueError, match=r"facts\.json holds results of another configuration"):
+        experiment.run(dataset, [methods.find("gdmam")], other, folder=tmp_path)
+
+
+def test_results_that_do_not_belong_together_are_not_compared(tmp_path):
+    for name, folds in (("a", 2), ("b", 3)):
+        record = {"method": name, "data": {}, "configuration": {"folds": folds}, "runs": []}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="the configuration of a is"):
+        report.load(tmp_path)
+
+
+def test_a_method_that_diverged_is_not_the_best(finished, tmp_path):
+    folder, records, _ = finished
+    diverged = json.loads(json.dumps(records[0])) | {"method": "a", "label": "Diverged"}
+    diverged["runs"][0]["selections"]["last"]["kld"] = float("nan")
+    for record in (diverged, records[0]):
+        (tmp_path / f"{record['method']}.json").write_text(json.dumps(record))
+        with np.load(folder / "gdmam.npz") as stored:
+            curves = dict(stored)
+        if record is diverged:
+            curves["validation_kld"] = curves["validation_kld"] * np.nan
+        np.savez(tmp_path / f"{record['method']}.npz", **curves)
+    text = report.compare([tmp_path], method="gdmam")
+    assert "| Diverged | nan ± nan (nan, nan) |" in text
+    assert "| Diverged |  |" in text
+    with pytest.raises(ValueError, match="no results of method 'c'; there are a, gdmam"):
+        report.compare([tmp_path], method="c")
 
 
 def test_selections_test_the_parameters_they_name(finished):
