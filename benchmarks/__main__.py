@@ -33,6 +33,13 @@ def _names(text: str, known: list[str]) -> list[str]:
     return names
 
 
+def _name(text: str, option: str, known: list[str]) -> str:
+    names = _names(text, known)
+    if len(names) != 1:
+        raise typer.BadParameter(f"{option} takes one name, got {text!r}")
+    return names[0]
+
+
 @app.command()
 def update(
     parameters: Annotated[float, typer.Option(help="How many, for example 1e7.", min=1)] = 1e6,
@@ -113,8 +120,8 @@ def experiment(
     timing.use_threads(threads)
     from benchmarks import step as module
 
-    (name,) = _names(data, list(module.SHAPES))
-    (method,) = _names(method, list(module.rda_torch.TRAINERS))
+    name = _name(data, "--data", list(module.SHAPES))
+    method = _name(method, "--method", list(module.rda_torch.TRAINERS))
     rows = module.whole(name, method, folds, epochs, rounds, log_variance_bound or None)
     timing.report(f"experiment, {folds} folds, {epochs} epochs", rows, output)
 

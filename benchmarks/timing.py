@@ -112,7 +112,8 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
 
 

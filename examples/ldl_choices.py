@@ -6,7 +6,8 @@ on natural rows: rows of the training folds that the imbalance sampler left out.
 
     python examples/ldl_choices.py --data films --out results/choices
 
-A variant of your own is one more line in `VARIANTS`.
+A variant of your own is one more line in `VARIANTS`, under a name of its own: what is in the folder
+under a name is not trained again.
 """
 
 import argparse
@@ -119,10 +120,13 @@ def main() -> None:
     chosen += [methods.find(name) for name in BASELINES]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*renormalised")
-        dataset = data.find(args.data, folder=args.data_folder)
-    configuration = experiment.Configuration(
-        folds=args.folds, seeds=1, epochs=args.epochs, learning_rates=tuple(args.rates)
-    )
+        try:
+            dataset = data.find(args.data, folder=args.data_folder)
+            configuration = experiment.Configuration(
+                folds=args.folds, seeds=1, epochs=args.epochs, learning_rates=tuple(args.rates)
+            )
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
     console = Console()
     with console.status("") as status:
 

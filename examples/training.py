@@ -71,13 +71,17 @@ def start(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Mesh]:
         # Where one is missing JAX aborts with a stack trace: be first, and clear.
         watch = threading.Timer(arguments.wait, give_up, [arguments])
         watch.start()
-        jax.distributed.initialize(
-            arguments.coordinator,
-            arguments.num_processes,
-            arguments.process_id,
-            initialization_timeout=arguments.wait + 60,
-        )
-        watch.cancel()
+        try:
+            jax.distributed.initialize(
+                arguments.coordinator,
+                arguments.num_processes,
+                arguments.process_id,
+                initialization_timeout=arguments.wait + 60,
+            )
+        finally:
+            watch.cancel()
+    elif arguments.num_processes is not None or arguments.process_id is not None:
+        parser.error("--num-processes and --process-id need --coordinator or --distributed")
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     for flag in ("steps", "batch", "print_every", "save_every"):
         if getattr(arguments, flag) < 1:
@@ -129,11 +133,13 @@ def split_batch(batch, mesh):
 def checkpoints(name, arguments, state):
     """Gives the latest saved state called ``name``, its step, and a function that saves the next.
 
+    That one saves every so many steps, and the last.
+
     Whatever number of devices or processes saved it, with --fsdp or without: each array comes back
     with the sharding that it has in ``state``.
     """
     if arguments.checkpoints is None:
-        yield state, 0, lambda step, state: None
+        yield state, 0, lambda step, state, last: None
         return
     options = ocp.CheckpointManagerOptions(save_interval_steps=arguments.save_every, max_to_keep=2)
     folder = f"{arguments.checkpoints}/{name.replace(',', '').replace(' ', '-')}"
@@ -146,7 +152,9 @@ def checkpoints(name, arguments, state):
         yield (
             state,
             first,
-            lambda step, state: manager.save(step, args=ocp.args.StandardSave(state)),
+            lambda step, state, last: manager.save(
+                step, args=ocp.args.StandardSave(state), force=last
+            ),
         )
 
 
@@ -166,7 +174,7 @@ def fit(name, arguments, mesh, state, step, draw_batch):
     with checkpoints(name, arguments, state) as (state, first, save):
         for number in range(first, arguments.steps):
             state, metrics = step(state, split_batch(draw_batch(number), mesh))
-            save(number + 1, state)
+            save(number + 1, state, number + 1 == arguments.steps)
             cosines.append(metrics["cosine"])
             if (number + 1) % arguments.print_every == 0 or number + 1 == arguments.steps:
                 now = ", ".join(f"{key} {float(value):.3f}" for key, value in metrics.items())

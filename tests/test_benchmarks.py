@@ -86,6 +86,9 @@ def test_unknown_names_are_refused():
     result = CliRunner().invoke(app, ["pair", "--models", "perceptron"])
     assert result.exit_code == 2
     assert "perceptron" in result.output
+    result = CliRunner().invoke(app, ["experiment", "--data", "movie,emotion6"])
+    assert result.exit_code == 2
+    assert "--data takes one name" in result.output
 
 
 def test_ratios_are_taken_round_by_round():

@@ -33,7 +33,7 @@ def run(module, monkeypatch, capsys, *flags):
 
 def test_language_model_goes_on_with_other_sharding(load, monkeypatch, capsys, tmp_path):
     module = load("language_model")
-    flags = ("--methods", "GDMAM", "--checkpoints", str(tmp_path), "--save-every", "1", "--bf16")
+    flags = ("--methods", "GDMAM", "--checkpoints", str(tmp_path), "--save-every", "99", "--bf16")
     first = run(module, monkeypatch, capsys, *flags, "--fsdp")
     assert "8 cpu" in first
     assert "step 2/2" in first
@@ -62,6 +62,12 @@ def test_a_batch_that_does_not_divide_is_refused(load, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(load("language_model"), monkeypatch, capsys, "--batch", "9")
     assert "--batch 9 does not divide over 8 devices" in capsys.readouterr().err
+
+
+def test_processes_without_a_coordinator_are_refused(load, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(load("language_model"), monkeypatch, capsys, "--num-processes", "2")
+    assert "need --coordinator or --distributed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

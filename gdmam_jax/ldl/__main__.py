@@ -77,7 +77,7 @@ def run(
         hidden=hidden,
         alignment_weight=alignment_weight,
         log_variance_bound=log_variance_bound or None,
-        learning_rates=tuple(float(rate) for rate in learning_rates.split(",")),
+        learning_rates=_numbers(learning_rates, "--learning-rates"),
         tuning=tuning,  # type: ignore[arg-type]
         tuning_seeds=tuning_seeds,
         chunk=chunk,
@@ -108,6 +108,13 @@ def run(
         page = report.write(out)
         console.print(report.summary(out), markup=False, soft_wrap=True)
         console.print(f"page: {page}", soft_wrap=True)
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between, got {text!r}") from None
 
 
 @app.command("report")
@@ -170,7 +177,7 @@ def main() -> None:
     """Run the command line; wrong input ends in one line, not a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
         raise SystemExit(1) from None
 

@@ -77,7 +77,8 @@ def from_arrays(
 
     Raises:
         ValueError: NaN or infinite values, negative labels, rows that do not sum to 1, lengths
-            that do not match, a constant feature. The message names row and column, from 0.
+            that do not match, a feature that is constant in float32. The message names row and
+            column, from 0.
 
     >>> from_arrays([[0.0, 3.0], [1.0, 4.0]], [[0.25, 0.75], [0.5, 0.5]]).labels.tolist()
     [[0.25, 0.75], [0.5, 0.5]]
@@ -86,7 +87,9 @@ def from_arrays(
     ...
     ValueError: data: labels of row 1 sum to 1.1, not to 1; normalize=True divides every row by its sum
     """  # noqa: E501
-    features, labels = _matrix(x, f"{name}: features"), _matrix(y, f"{name}: labels")
+    labels = _matrix(y, f"{name}: labels").astype(np.float64)
+    with np.errstate(over="ignore"):  # infinite then, and refused
+        features = _matrix(x, f"{name}: features").astype(np.float32)
     if len(features) != len(labels):
         raise ValueError(
             f"{name}: {len(features)} rows of features, but {len(labels)} rows of labels"
@@ -109,7 +112,7 @@ def from_arrays(
         ("labels", labels, label_names),
     ):
         # A sum is finite only if every term is, and much cheaper to ask for.
-        if not np.isfinite(values.sum()) and not np.isfinite(values).all():
+        if not np.isfinite(values.sum(dtype=np.float64)) and not np.isfinite(values).all():
             row, column = _first(~np.isfinite(values))
             raise ValueError(
                 f"{name}: {what} hold {values[row, column]} in row {row}, {where(column, names)}"
@@ -125,7 +128,8 @@ def from_arrays(
         column = int(constant.argmax())
         raise ValueError(
             f"{name}: features are {features[0, column]:g} in every row, 0 to "
-            f"{len(features) - 1}, of {where(column, feature_names)}; leave that column out"
+            f"{len(features) - 1}, of {where(column, feature_names)}, in float32; leave that "
+            "column out, or subtract what is the same in all rows"
         )
     sums = labels.sum(1)
     off = np.abs(sums - 1)
@@ -153,7 +157,7 @@ def from_arrays(
     narrow = labels.astype(np.float32)
     return Dataset(
         name=name,
-        features=features.astype(np.float32),
+        features=features,
         labels=narrow / narrow.sum(1, keepdims=True),
         feature_names=tuple(feature_names),
         label_names=tuple(label_names) or tuple(str(j) for j in range(labels.shape[1])),
@@ -162,13 +166,13 @@ def from_arrays(
     )
 
 
-def _matrix(values: ArrayLike, what: str) -> NDArray[np.float64]:
+def _matrix(values: ArrayLike, what: str) -> NDArray[Any]:
     array = np.asarray(values)
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{what} must have the shape (samples, columns), got {array.shape}")
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{what} must be real numbers, got dtype {array.dtype}")
-    return array.astype(np.float64)
+    return array
 
 
 def load(
@@ -223,13 +227,10 @@ def load(
                 )
         x, y = table[feature_names].to_numpy(), table[label_names].to_numpy()
     elif kind in (".mat", ".npz"):
-        if kind == ".mat":
-            import scipy.io
-
-            arrays = {k: v for k, v in scipy.io.loadmat(path).items() if not k.startswith("__")}
-        else:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {key: stored[key] for key in stored.files}
+        try:
+            arrays = _read(path)
+        except Exception as error:  # a broken file can raise anything
+            raise ValueError(f"{path} cannot be read as a {kind} file: {error}") from error
         x, y = (_pick(arrays, keys, path) for keys in (FEATURE_KEYS, LABEL_KEYS))
     else:
         raise ValueError(f"{path}: expected a .mat, .npz or .csv file")
@@ -242,6 +243,15 @@ def load(
         label_names=label_names,
         sampler=RELEASED_THRESHOLDS.get(name),
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() == ".mat":
+        import scipy.io
+
+        return {k: v for k, v in scipy.io.loadmat(path).items() if not k.startswith("__")}
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        return {key: stored[key] for key in stored.files}
 
 
 def _pick(arrays: dict[str, Any], keys: Sequence[str], path: Path) -> NDArray[Any]:

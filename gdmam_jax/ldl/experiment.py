@@ -137,7 +137,7 @@ class Program(NamedTuple):
 
     Attributes:
         prepare: `number_of_epochs -> None`: compiles the other three side by side, instead of one
-            after the other at their first calls.
+            after the other at their first calls; for the default device.
         init: `run -> state`.
         advance: `(state, run, first_epoch, number_of_epochs) -> (state, history)`.
         finish: `(state, run) -> results` by selection.
@@ -594,6 +594,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Run an experiment: tune, train and test every method on a data set's folds.
 
+    Folds are trained in threads, see `train`.
+
     Args:
         dataset: a `Dataset`.
         methods: which, see `methods.METHODS`.
@@ -611,8 +613,6 @@ def run(
         `versions`, `tuning` (by learning rate the KLD on `validation` and `natural` rows, mean over
         the epochs), `learning_rate`, `seconds`, and `runs`: a list of `fold`, `seed`, and by
         selection `epoch` and the measures.
-
-    Folds are trained in threads, see `train`.
 
     Raises:
         ValueError: the folder holds results or checkpoints of another configuration or data set.

@@ -31,6 +31,8 @@ def changed(array, row, column, value):
         (X, changed(Y, 1, 0, 0.2), r"labels of row 1 sum to 0.95, not to 1; normalize=True"),
         (X[:2], Y, "2 rows of features, but 3 rows of labels"),
         (np.ones((3, 2)), Y, r"features are 1 in every row, 0 to 2, of column 0 \(age\)"),
+        (np.add(X, (2e9, 0)), Y, r"features are 2e\+09 in every row, .* \(age\), in float32"),
+        (np.add(X, (1e39, 0)), Y, r"features hold inf in row 0, column 0 \(age\)"),
         (X[0], Y, r"features must have the shape \(samples, columns\), got \(2,\)"),
         (X, np.ones((3, 1)), "needs 2 labels or more, got 1"),
         (X.astype(str), Y, "features must be real numbers, got dtype"),
@@ -75,6 +77,10 @@ def test_bad_files(tmp_path):
     np.savez(tmp_path / "b.npz", features=np.array([object()]), labels=Y)
     with pytest.raises(ValueError, match="allow_pickle=False"):
         data.load(tmp_path / "b.npz")
+    for name in ("broken.npz", "broken.mat"):
+        (tmp_path / name).write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+        with pytest.raises(ValueError, match=f"{name} cannot be read as a "):
+            data.load(tmp_path / name)
     (tmp_path / "c.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="needs columns that begin with 'label'"):
         data.load(tmp_path / "c.csv")
