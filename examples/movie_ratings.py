@@ -5,7 +5,7 @@ The training set is imbalanced: almost only films that hardly anybody gave a 1 a
 The model, RDA, has two losses: how wrong the predicted distribution is (prediction), and how
 differently features and labels are represented (alignment).
 
-    python examples/movie_ratings.py            # about a minute on two cores; also on GPU and TPU
+    python examples/movie_ratings.py            # half a minute on two cores; also on GPU and TPU
     python examples/movie_ratings.py --help
 """
 
