@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def is_concrete(value: Any) -> bool:
@@ -21,8 +22,16 @@ def check_range(
 ) -> None:
     """Raise a ``ValueError`` that names ``name`` unless ``value`` lies between the bounds.
 
-    Scheduled and injected values are traced, have no value yet, and pass.
+    Scheduled and injected values are traced, have no value yet, and pass. A float narrower than
+    float32 is refused even so: 0.999 is 1 in bfloat16, to which `optax.inject_hyperparams` casts
+    all numbers where the parameters are bfloat16.
     """
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"{name} must be float32 or better, got {dtype}; give optax.inject_hyperparams "
+            "hyperparam_dtype=jnp.float32"
+        )
     if not is_concrete(value):
         return
     low = value > minimum if above_minimum else value >= minimum

@@ -296,7 +296,7 @@ class Allocation:
 def init_allocation(params: Any, scope: Scope | None, initial_momentum: Any) -> Allocation:
     """The allocation before the first step."""
     scopes = Scopes.of(params, scope)
-    dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
 
     def zeros(*last: int) -> jax.Array:
         return jnp.zeros(scopes.shape + last, dtype)
@@ -356,14 +356,20 @@ def allocate(
         variance=((1 - share) * (old.variance + share * change**2)).astype(dtype),
         remainder=remainder.astype(dtype),
     )
-    coefficients = jnp.clip(
-        momentum(statistics, initial_momentum, sensitivity), minimum_momentum, maximum_momentum
+    # What users bring may return plain numbers, the same for all scopes.
+    coefficients = jnp.broadcast_to(
+        momentum(statistics, initial_momentum, sensitivity), norms.shape
     )
-    weights = weighting(geometry.prediction_norm, geometry.alignment_norm)
+    coefficients = jnp.clip(coefficients, minimum_momentum, maximum_momentum)
+
+    def pair_of(factors: tuple[Any, Any]) -> jax.Array:
+        shape = geometry.cosine.shape
+        return jnp.stack([jnp.broadcast_to(f, shape) for f in factors], axis=-1).astype(dtype)
+
     return Allocation(
         statistics=dataclasses.replace(statistics, momentum=coefficients.astype(dtype)),
         geometry=geometry,
-        weights=jnp.stack(weights, axis=-1).astype(dtype),
-        gate=jnp.stack(gate(geometry.cosine), axis=-1).astype(dtype),
+        weights=pair_of(weighting(geometry.prediction_norm, geometry.alignment_norm)),
+        gate=pair_of(gate(geometry.cosine)),
         scopes=previous.scopes,
     )

@@ -437,12 +437,13 @@ def decompose(
       -0.3162
     """
     check_pairs(pairs)
-    return _decompose(pairs, scope, axis_name)
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    return _decompose(pairs, scope, names or None)
 
 
 @jax.jit(static_argnames=("scope", "axis_name"))
 def _decompose(
-    pairs: optax.Updates, scope: Scope | None, axis_name: str | Sequence[str] | None
+    pairs: optax.Updates, scope: Scope | None, axis_name: tuple[str, ...] | None
 ) -> Decomposition:
     leaves: list[GradientPair]
     structure: Any
@@ -451,7 +452,7 @@ def _decompose(
     geometry = measure(leaves, scopes, axis_name)
     parts = [
         [
-            narrow(part, pair.alignment.dtype)
+            narrow(part, jnp.result_type(pair.alignment))
             for part in split(pair, scopes.at(geometry.projection, i))
         ]
         for i, pair in enumerate(leaves)

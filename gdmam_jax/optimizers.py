@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gdmam_jax._checks import check_range
@@ -155,7 +156,7 @@ def summed(
         total = jax.tree.map(
             lambda pair: (
                 prediction_weight * pair.prediction + alignment_weight * pair.alignment
-            ).astype(pair.prediction.dtype),
+            ).astype(jnp.result_type(pair.prediction)),
             pairs,
             is_leaf=is_pair,
         )

@@ -149,6 +149,12 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
                 + (_FLATTENED if _is_vector(pairs) else "")
             )
         for half in ("prediction", "alignment"):
+            if not jax.tree_util.all_leaves([getattr(pair, half)]):
+                raise TypeError(
+                    f"the {half} half of the pair at {where} is "
+                    f"{_describe(getattr(pair, half))}; expected an array: make pairs of two trees "
+                    "with pair_gradients"
+                )
             check_floating(getattr(pair, half), f"{half} gradient of the pair at {where}:")
         if jnp.shape(pair.prediction) != jnp.shape(pair.alignment) or (
             jnp.result_type(pair.prediction) != jnp.result_type(pair.alignment)
@@ -159,19 +165,25 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
             )
     if like is None:
         return
-    expected: Any = jax.tree.structure(like)
-    found: Any = jax.tree.structure(jax.tree.map(lambda _: 0, pairs, is_leaf=is_pair))
-    if found != expected:
-        raise ValueError(
-            "the tree of pairs must have the structure of the parameters that the optimizer was "
-            f"initialised with{_first_difference(leaves, like)}; expected {expected}, got {found}"
-        )
+    check_structure("the tree of pairs", pairs, like, is_leaf=is_pair)
     for (path, pair), leaf in zip(leaves, jax.tree.leaves(like), strict=True):
         if jnp.shape(pair.prediction) != jnp.shape(leaf):
             raise ValueError(
                 f"the pair at {path_string(path)} has gradients of shape "
                 f"{jnp.shape(pair.prediction)}; expected the parameter's {jnp.shape(leaf)}"
             )
+
+
+def check_structure(what: str, tree: Any, like: Any, is_leaf: Any = None) -> None:
+    """Raise a ``ValueError`` unless ``tree`` has the structure of ``like``, the parameters'."""
+    expected: Any = jax.tree.structure(like)
+    found: Any = jax.tree.structure(tree, is_leaf=is_leaf)
+    if found != expected:
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+        raise ValueError(
+            f"{what} must have the structure of the parameters that the optimizer was "
+            f"initialised with{_first_difference(leaves, like)}; expected {expected}, got {found}"
+        )
 
 
 def _is_vector(tree: Any) -> bool:

@@ -82,7 +82,7 @@ def clip_by_recent_norm(
     With $M$ the largest norm in the queue and $n$ the update's norm, the update is
     scaled by $\min(1, factor \cdot M / (n + 10^{-6}))$, and $\min(n, 2 M, 1)$ joins the
     queue. The queue starts with an infinite norm, so nothing is clipped until ``window`` updates
-    have passed.
+    have passed. A norm that is not finite does not join it.
 
     Args:
       factor: how many times the largest recent norm an update may have, above 0.
@@ -110,7 +110,7 @@ def clip_by_recent_norm(
     check_range("window", window, 1)
 
     def init(params: optax.Params) -> RecentNormState:
-        dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(params)))
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
         return RecentNormState(norms=jnp.zeros(window, dtype).at[-1].set(jnp.inf))
 
     def update(
@@ -122,7 +122,9 @@ def clip_by_recent_norm(
         del params, extra_args
         size = norm(jax.tree.leaves(updates))
         scale, state = _accept(state, size, factor)
-        scaled = jax.tree.map(lambda leaf: (scale * widen(leaf)).astype(leaf.dtype), updates)
+        scaled = jax.tree.map(
+            lambda leaf: (scale * widen(leaf)).astype(jnp.result_type(leaf)), updates
+        )
         return scaled, state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -139,8 +141,8 @@ def _accept(
     started = jnp.isfinite(largest)
     quotient = factor * jnp.where(started, largest, 1) / (size + 1e-6)
     scale = jnp.where(started, jnp.minimum(1, quotient), 1)
-    accepted = jnp.minimum(jnp.minimum(size, 2 * largest), 1)
-    return scale, RecentNormState(norms=jnp.append(norms[1:], accepted))
+    accepted = jnp.append(norms[1:], jnp.minimum(jnp.minimum(size, 2 * largest), 1))
+    return scale, RecentNormState(norms=jnp.where(jnp.isfinite(size), accepted, norms))
 
 
 def gdmam_released(
@@ -337,7 +339,7 @@ def _scale_by_released(
                 b2=(b2, 1 - b2),
                 corrections=corrections,
                 eps=eps,
-                dtype=leaf.dtype,
+                dtype=jnp.result_type(leaf),
             )
             for pair, leaf, *buffers in zip(leaves, like, *columns, strict=True)
         ]

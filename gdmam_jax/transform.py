@@ -22,7 +22,14 @@ from gdmam_jax.allocation import (
     ratcheted_momentum,
 )
 from gdmam_jax.geometry import Scope, floored_sqrt, narrow, split, widen, zeros_like
-from gdmam_jax.pairs import GradientPair, as_pairs, check_floating, check_pairs, is_pair
+from gdmam_jax.pairs import (
+    GradientPair,
+    as_pairs,
+    check_floating,
+    check_pairs,
+    check_structure,
+    is_pair,
+)
 
 
 @pytree_dataclass
@@ -142,13 +149,15 @@ def scale_by_gdmam(
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
-      with ``alignment=`` the alignment gradients, and returns updates of the parameters' dtypes.
+      with ``alignment=`` the alignment gradients, and returns updates of the parameters' dtypes;
+      where ``update`` is not given the parameters, of the wider of gradient and momentum.
 
     Raises:
-      ValueError: a number is out of range, or ``amsgrad`` is asked for without ``b2``. While
-        tracing: pairs whose halves differ, or a structure or shape other than the parameters'.
-      TypeError: while tracing, an update that is not a `GradientPair`, or a parameter or gradient
-        that is not floating-point.
+      ValueError: a number is out of range or narrower than float32, ``amsgrad`` is asked for
+        without ``b2``, or ``momentum_dtype`` is not floating-point. While tracing: pairs whose
+        halves differ, or a structure or shape other than the parameters'.
+      TypeError: a choice is no function. While tracing: an update that is not a `GradientPair`, or
+        a parameter or gradient that is not floating-point.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -173,6 +182,13 @@ def scale_by_gdmam(
     )
     check_range("b2", 0 if b2 is None else b2, 0, 1, below_maximum=True)
     check_range("eps", eps, above_minimum=True)
+    choices = {"weighting": weighting, "gate": gate, "momentum": momentum, "scope": scope}
+    for name, choice in choices.items():
+        if choice is not None and not callable(choice):
+            raise TypeError(
+                f"{name} must be a function, got {choice!r}; optax.inject_hyperparams takes "
+                f"functions for schedules: give it static_args={tuple(choices)}"
+            )
     if amsgrad and b2 is None:
         raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
     if momentum_dtype is not None and not jnp.issubdtype(momentum_dtype, jnp.floating):
@@ -209,6 +225,8 @@ def scale_by_gdmam(
         del extra_args
         pairs = as_pairs(updates, alignment)
         check_pairs(pairs, like=state.prediction)
+        if params is not None:
+            check_structure("params", params, state.prediction)
         leaves = jax.tree.leaves(pairs, is_leaf=is_pair)
         structure: Any = jax.tree.structure(state.prediction)
         allocation = allocate(
@@ -255,8 +273,9 @@ def scale_by_gdmam(
             [None] * len(leaves) if tree is None else structure.flatten_up_to(tree)
             for tree in trees
         ]
-        dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)] or [
-            pair.prediction.dtype for pair in leaves
+        dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)] or [
+            jnp.result_type(pair.prediction, momentum)
+            for pair, momentum in zip(leaves, columns[0], strict=True)
         ]
         results = [
             _leaf_step(

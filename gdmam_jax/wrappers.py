@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from gdmam_jax.pairs import GradientPair, as_pairs, is_pair
+from gdmam_jax.pairs import GradientPair, as_pairs, check_pairs, is_pair
 
 
 def over_pairs(
@@ -34,6 +34,7 @@ def over_pairs(
 
     Raises:
       TypeError: while tracing, an update that is not a `GradientPair`.
+      ValueError: while tracing, the two halves of a pair differ.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -63,6 +64,8 @@ def over_pairs(
         return _doubled(updates), state
 
     wrapped = wrapper(optax.GradientTransformationExtraArgs(paired_init, paired_update))
+    if isinstance(wrapped, optax.GradientTransformation):  # optax.MultiSteps is none
+        wrapped = optax.with_extra_args_support(wrapped)
 
     def init(params: optax.Params) -> optax.OptState:
         return wrapped.init(_doubled(params))
@@ -76,6 +79,7 @@ def over_pairs(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         pairs = as_pairs(updates, alignment)
+        check_pairs(pairs)
         results, state = wrapped.update(pairs, state, _doubled(params), **extra_args)
         return _first_half(results), state
 

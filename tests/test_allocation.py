@@ -123,13 +123,30 @@ def test_sensitivities_replace_the_rules_own_one_by_one(rule):
     np.testing.assert_allclose(rule(calm, 0.9, (None, 0.5, None)), 0.9, rtol=1e-6)
 
 
-def test_users_can_bring_choices_of_their_own():
-    optimizer = gdmam.scale_by_gdmam(
-        weighting=lambda n_p, n_a: (jnp.ones_like(n_p), 2 * jnp.ones_like(n_a)),
-        gate=lambda cosine: (0 * cosine, 0 * cosine + 3),
-        momentum=lambda statistics, initial, sensitivity: jnp.full_like(statistics.mean, 0.0),
-        minimum_momentum=0.0,
-    )
+@pytest.mark.parametrize("scope", [None, gdmam.leaf_scope])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {
+            "weighting": lambda n_p, n_a: (jnp.ones_like(n_p), 2 * jnp.ones_like(n_a)),
+            "gate": lambda cosine: (0 * cosine, 0 * cosine + 3),
+            "momentum": lambda statistics, initial, sensitivity: 0.0 * statistics.mean,
+        },
+        {
+            "weighting": lambda n_p, n_a: (1.0, 2),
+            "gate": lambda cosine: (0.0, 3.0),
+            "momentum": lambda statistics, initial, sensitivity: 0.0,
+        },
+        {
+            "weighting": lambda n_p, n_a: (1.0, 2 * jnp.ones_like(n_a)),
+            "gate": lambda cosine: (0.0, 3.0),
+            "momentum": lambda statistics, initial, sensitivity: jnp.zeros(3),
+        },
+    ],
+    ids=["arrays", "numbers", "mixed"],
+)
+def test_users_can_bring_choices_of_their_own(choices, scope):
+    optimizer = gdmam.scale_by_gdmam(**choices, scope=scope, minimum_momentum=0.0)
     pair = gdmam.GradientPair(jnp.array([1.0, 0.0]), jnp.array([5.0, 1.0]))
     update, _ = optimizer.update(pair, optimizer.init(jnp.zeros(2)))
     np.testing.assert_allclose(update, [1, 6])

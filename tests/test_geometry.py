@@ -292,3 +292,16 @@ def test_the_norm_of_a_tree_neither_overflows_nor_misses_a_leaf():
     for scale in (0.0, 1.0, 1e18, 1e30):
         leaves = [jnp.full(900, scale), jnp.full((40, 40), scale), jnp.float32(0)]
         np.testing.assert_allclose(norm(leaves), scale * 50, rtol=1e-6)
+
+
+def test_axis_names_may_be_a_list():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    pair = gdmam.GradientPair(jnp.arange(8.0), jnp.ones(8))
+    found = jax.shard_map(
+        lambda pair: gdmam.decompose(pair, axis_name=["data"]).parallel,
+        mesh=mesh,
+        in_specs=(spec,),
+        out_specs=spec,
+    )(pair)
+    np.testing.assert_allclose(found, gdmam.decompose(pair).parallel, rtol=1e-6)

@@ -81,3 +81,17 @@ def test_the_decay_is_steered_by_weights_and_gate():
     # sigma = sqrt(0.1 n^2 - (0.1 n)^2) = 0.3 n
     np.testing.assert_allclose(seen["prediction_momentum"], 0.95 - 0.05 * 6, rtol=1e-5)
     np.testing.assert_allclose(seen["orthogonal_momentum"], 0.95 - 0.1 * 6, rtol=1e-5)
+
+
+def test_a_norm_that_is_no_number_does_not_switch_clipping_off():
+    clip = gdmam.clip_by_recent_norm(factor=2.0, window=2)
+    state = clip.init(jnp.zeros(1))
+    for size in (0.5, 0.5, jnp.nan, jnp.inf):
+        _, state = clip.update(jnp.array([size]), state)
+    update, _ = clip.update(jnp.array([1e6]), state)
+    np.testing.assert_allclose(update, [1.0], rtol=1e-5)
+
+
+def test_the_clipping_window_is_as_long_as_asked():
+    state = gdmam.gdmam_released(clip_window=3).init(jnp.zeros(2))
+    assert state[0].clipping.norms.shape == (3,)

@@ -257,6 +257,11 @@ WRONG_UPDATES = {
         TypeError,
         r"dense/bias is float32\[2\]; expected a GradientPair",
     ),
+    "halves are trees": (
+        gdmam.GradientPair(PARAMS, PARAMS),
+        TypeError,
+        r"the prediction half of the pair at \(root\) is a dict; .* pair_gradients",
+    ),
     "halves of two shapes": (
         {"dense": {"kernel": gdmam.GradientPair(jnp.ones((3, 2)), jnp.ones((2, 3))), "bias": BIAS}},
         ValueError,
@@ -303,6 +308,37 @@ def test_wrong_updates_are_refused_while_tracing(form, case):
     state = jax.eval_shape(optimizer.init, PARAMS)
     with pytest.raises(error, match=message):
         jax.eval_shape(optimizer.update, updates, state, PARAMS)
+
+
+def test_parameters_of_another_structure_are_refused():
+    optimizer = gdmam.scale_by_gdmam()
+    pairs = gdmam.pair_gradients(PARAMS, PARAMS)
+    with pytest.raises(ValueError, match=r"params must have the structure .*unknown: other"):
+        optimizer.update(pairs, optimizer.init(PARAMS), PARAMS | {"other": jnp.ones(1)})
+
+
+@pytest.mark.parametrize("name", ["weighting", "gate", "momentum", "scope"])
+def test_choices_must_be_functions(name):
+    with pytest.raises(TypeError, match=rf"{name} must be a function, got 0.5; .*static_args"):
+        gdmam.scale_by_gdmam(**{name: 0.5})
+
+
+@EVERY_FORM
+def test_plain_numbers_and_numpy_arrays_are_parameters(form):
+    params = {"a": 2.0, "b": np.ones(2)}
+    optimizer = FORMS[form]()
+    pairs = {"a": gdmam.GradientPair(1.0, 0.5), "b": gdmam.GradientPair(np.ones(2), np.ones(2))}
+    updates, _ = optimizer.update(pairs, optimizer.init(params), params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+    assert updates["b"].dtype == jnp.result_type(float)
+
+
+def test_updates_without_parameters_are_as_wide_as_the_momenta():
+    optimizer = gdmam.scale_by_gdmam()
+    gradient = jnp.ones(2, jnp.bfloat16)
+    pair = gdmam.GradientPair(gradient, gradient)
+    update, _ = optimizer.update(pair, optimizer.init(jnp.ones(2)))
+    assert update.dtype == jnp.float32
 
 
 @EVERY_FORM

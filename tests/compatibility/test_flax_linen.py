@@ -1,6 +1,9 @@
 """GDMAM with Linen modules and `TrainState`."""
 
+import pickle
+
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import optax
@@ -90,3 +93,11 @@ def test_train_state(optimizer):
     assert jax.tree.map(jax.typeof, state) == types
     assert sum(history[-5:]) < 0.6 * sum(history[:5])
     assert state.step == 60
+
+
+def test_states_are_not_for_flax_serialization():
+    """It knows named tuples, not dataclasses; pickle knows both."""
+    state = gdmam.gdmam(0.1).init({"w": jnp.ones(2)})
+    with pytest.raises(TypeError, match="GDMAMState"):
+        flax.serialization.to_bytes(state)
+    chex.assert_trees_all_equal(pickle.loads(pickle.dumps(state)), state)

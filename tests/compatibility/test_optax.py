@@ -752,3 +752,15 @@ def test_map_params(name):
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     changed = jax.tree.map(lambda old, new: bool(jnp.any(old != new)), state, mapped)
     assert sum(jax.tree.leaves(changed)) == buffers * len(jax.tree.leaves(example_params()))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_injected_numbers_narrower_than_float32_are_refused(jit):
+    """In bfloat16 b2 = 0.999 is 1, and nothing would ever move."""
+    params = jnp.ones(2, jnp.bfloat16)
+    injected = optax.inject_hyperparams(gdmam.gdmam)(0.1)
+    with pytest.raises(ValueError, match=r"must be float32 or better, got bfloat16; .*dtype="):
+        (jax.jit(injected.init) if jit else injected.init)(params)
+    wide = optax.inject_hyperparams(gdmam.gdmam, hyperparam_dtype=jnp.float32)(0.1)
+    update, _ = wide.update(gdmam.GradientPair(params, params), wide.init(params), params)
+    assert (update < 0).all()
