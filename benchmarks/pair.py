@@ -15,7 +15,8 @@ from torch.nn import functional
 from torchjd import autojac
 
 import gdmam_jax as gdmam
-from benchmarks.timing import Case, measure_in_turn, processors, ratio
+from benchmarks.timing import Case, measure_in_turn, ratio
+from gdmam_jax.ldl import experiment
 
 CLASSES = 10
 
@@ -36,7 +37,7 @@ def benchmark(
     Returns:
         One row for each model and way.
     """
-    torch.set_num_threads(processors())
+    torch.set_num_threads(experiment.processors())
     rows = []
     for name in names:
         make_jax, make_torch = MODELS[name]

@@ -15,7 +15,7 @@ from flax import nnx
 
 import gdmam_jax as gdmam
 from benchmarks import rda_torch
-from benchmarks.timing import Case, Ratio, measure_in_turn, processors, ratio
+from benchmarks.timing import Case, Ratio, measure_in_turn, ratio
 from gdmam_jax.ldl import data, experiment, imbalance, losses, methods
 from gdmam_jax.ldl.models import RDA, draw_noise, rda_losses
 
@@ -51,7 +51,7 @@ def step(names: Sequence[str], steps: int, rounds: int) -> list[dict[str, Any]]:
     Returns:
         One row for each data set and way to run it.
     """
-    torch.set_num_threads(processors())
+    torch.set_num_threads(experiment.processors())
     rows = []
     for name in names:
         dataset, origin = load(name)
@@ -166,7 +166,7 @@ def whole(
     Returns:
         One row for each.
     """
-    torch.set_num_threads(processors())
+    torch.set_num_threads(experiment.processors())
     dataset, origin = load(name)
     configuration = experiment.Configuration(
         folds=folds, seeds=1, epochs=epochs, chunk=epochs, log_variance_bound=log_variance_bound

@@ -21,6 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gdmam_jax.ldl.experiment import processors
+
 
 @dataclass
 class Case:
@@ -86,11 +88,6 @@ def use_threads(threads: int | None) -> None:
     if threads is not None:
         available = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, available[:threads])
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def environment() -> dict[str, Any]:

@@ -200,14 +200,18 @@ def measure(
     Returns:
       The scalars, one per scope.
     """
+    names = _axis_names(axis_name)
     mesh = _explicit_mesh(leaves)
-    if axis_name is None and mesh is not None:
+    if not names and mesh is not None:
         # Shardings are known here: add up the leaves on each device, and send three numbers once.
         specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, list(leaves))
         local = functools.partial(measure, scopes=scopes, axis_name=mesh.axis_names)
         return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())(list(leaves))
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     return _measure(list(leaves), scopes.labels, scopes.index, names)
+
+
+def _axis_names(axis_name: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
 
 
 # Compiled, so that a step that is not pays for tracing and compiling the branches only once.
@@ -437,19 +441,18 @@ def decompose(
       -0.3162
     """
     check_pairs(pairs)
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    return _decompose(pairs, scope, names or None)
+    return _decompose(pairs, scope, _axis_names(axis_name))
 
 
-@jax.jit(static_argnames=("scope", "axis_name"))
+@jax.jit(static_argnames=("scope", "axis_names"))
 def _decompose(
-    pairs: optax.Updates, scope: Scope | None, axis_name: tuple[str, ...] | None
+    pairs: optax.Updates, scope: Scope | None, axis_names: tuple[str, ...]
 ) -> Decomposition:
     leaves: list[GradientPair]
     structure: Any
     leaves, structure = jax.tree.flatten(pairs, is_leaf=is_pair)
     scopes = Scopes.of(pairs, scope, is_leaf=is_pair)
-    geometry = measure(leaves, scopes, axis_name)
+    geometry = measure(leaves, scopes, axis_names)
     parts = [
         [
             narrow(part, jnp.result_type(pair.alignment))

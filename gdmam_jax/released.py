@@ -33,6 +33,7 @@ from gdmam_jax.pairs import (
     as_pairs,
     check_floating,
     check_pairs,
+    check_structure,
     is_pair,
     path_string,
 )
@@ -301,6 +302,8 @@ def _scale_by_released(
         del extra_args
         pairs = as_pairs(updates, alignment)
         check_pairs(pairs, like=state.first_moment)
+        if params is not None:
+            check_structure("params", params, state.first_moment)
         leaves = jax.tree.leaves(pairs, is_leaf=is_pair)
         allocation = allocate(
             leaves,

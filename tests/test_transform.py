@@ -310,8 +310,9 @@ def test_wrong_updates_are_refused_while_tracing(form, case):
         jax.eval_shape(optimizer.update, updates, state, PARAMS)
 
 
-def test_parameters_of_another_structure_are_refused():
-    optimizer = gdmam.scale_by_gdmam()
+@EVERY_FORM
+def test_parameters_of_another_structure_are_refused(form):
+    optimizer = FORMS[form]()
     pairs = gdmam.pair_gradients(PARAMS, PARAMS)
     with pytest.raises(ValueError, match=r"params must have the structure .*unknown: other"):
         optimizer.update(pairs, optimizer.init(PARAMS), PARAMS | {"other": jnp.ones(1)})

@@ -19,12 +19,12 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import flax
 import jax
@@ -485,13 +485,18 @@ def _run_of(fold: int, seed: int, learning_rate: float) -> Run:
     return Run(jnp.int32(fold), jnp.int32(seed), jnp.float32(learning_rate))
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    available = getattr(os, "sched_getaffinity", None)
+    return len(available(0)) if available else os.cpu_count() or 1
+
+
 def _workers() -> list[Any]:
     """The devices that train a run each, None for the default one: a CPU's, once a processor."""
     devices = jax.local_devices()
     if devices[0].platform != "cpu":
         return [None, *devices[1:]]
-    available = getattr(os, "sched_getaffinity", None)
-    return [None] * (len(available(0)) if available else os.cpu_count() or 1)
+    return [None] * processors()
 
 
 def _at_once(function: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]:
@@ -539,19 +544,23 @@ def _train_once(
     return trained
 
 
-def _write_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """Write all or nothing."""
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which is at `path` once all of it is written."""
     part = path.with_name(f"{path.name}.part")
     with part.open("wb") as file:
+        yield file
+    part.replace(path)
+
+
+def _write_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    with _whole(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    part.replace(path)
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write all or nothing."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    with _whole(path) as file:
+        file.write(json.dumps(record, indent=1).encode())
 
 
 def _save(folder: Path, epoch: int, states: RunState, history: dict[str, NDArray[Any]]) -> None:
@@ -677,7 +686,7 @@ def _run_method(
     work = None if home is None else home / f"{method.name}.work"
     if work is not None:
         work.mkdir(exist_ok=True)
-        _write_text(work / "facts.json", json.dumps(facts))
+        _write_json(work / "facts.json", facts)
     rates, seeds = configuration.learning_rates, range(configuration.seeds)
     tuned = [(r, s) for r in rates for s in seeds[: configuration.tuning_seeds] if len(rates) > 1]
     total = len({*tuned, *((rates[0], seed) for seed in seeds)}) * configuration.epochs
@@ -742,7 +751,7 @@ def _run_method(
         }
         true = np.tile(folds.labels[folds.test[:, :_SHOWN]], (configuration.seeds, 1, 1))
         _write_npz(home / f"{method.name}.npz", history | shown | tried | {"shown_true": true})
-        _write_text(home / f"{method.name}.json", json.dumps(record, indent=1))
+        _write_json(home / f"{method.name}.json", record)
         shutil.rmtree(work, ignore_errors=True)
     return record
 
