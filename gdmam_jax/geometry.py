@@ -11,7 +11,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from gdmam_jax._dataclass import pytree_dataclass
-from gdmam_jax.pairs import GradientPair, check_pairs, is_pair, path_string
+from gdmam_jax.pairs import GradientPair, check_pairs, is_pair, named_leaves
 
 EPS = 1e-12
 """Added to every norm, so that nothing divides by zero."""
@@ -56,8 +56,7 @@ class Scopes:
         """Labels the leaves of ``tree`` by ``scope`` of their paths."""
         if scope is None:
             return cls()
-        paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-        names = [str(scope(path_string(path))) for path, _ in paths]
+        names = [str(scope(name)) for name, _ in named_leaves(tree, is_leaf=is_leaf)]
         numbers: dict[str, int] = {}
         index = tuple(numbers.setdefault(name, len(numbers)) for name in names)
         return cls(tuple(numbers), index)

@@ -1,5 +1,6 @@
 """Paired gradients: where a prediction and an alignment gradient meet."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,8 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from gdmam_jax._dataclass import pytree_dataclass
-
-KeyPath = tuple[Any, ...]
 
 _FLATTENED = (
     ". Inside optax.flatten? It makes one vector of all gradients, in which the pairs are lost: "
@@ -44,12 +43,24 @@ def is_pair(node: Any) -> bool:
     return isinstance(node, GradientPair)
 
 
-def path_string(path: KeyPath) -> str:
-    """A leaf's path as text: ``"encoder/kernel"``; ``"(root)"`` for a tree of one leaf."""
-    # A Flax NNX variable holds its array under an attribute of its own.
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
+def path_string(path: tuple[Any, ...]) -> str:
+    """A path as text: ``"encoder/kernel"``; ``"(root)"`` for that of a tree of one leaf."""
     return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
+
+
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their paths as text, in order."""
+    # A Flax NNX variable holds its array in an attribute, which is no part of the name.
+    variable = getattr(sys.modules.get("flax.nnx"), "Variable", ())
+
+    def is_node(node: Any) -> bool:
+        return isinstance(node, variable) or (is_leaf is not None and is_leaf(node))
+
+    return [
+        (path_string((*path, *inner[1:]) if isinstance(node, variable) else path), leaf)
+        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
+        for inner, leaf in jax.tree_util.tree_leaves_with_path(node, is_leaf=is_leaf)
+    ]
 
 
 def pair_gradients(prediction: optax.Updates, alignment: optax.Updates) -> optax.Updates:
@@ -119,11 +130,11 @@ def as_pairs(updates: optax.Updates, alignment: optax.Updates | None = None) -> 
 
 def check_floating(tree: Any, what: str) -> None:
     """Raise a ``TypeError`` that names the first leaf that is not a real floating-point array."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, leaf in named_leaves(tree):
         dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{what} at {path_string(path)} has dtype {dtype}; expected a real floating-point "
+                f"{what} at {name} has dtype {dtype}; expected a real floating-point "
                 "dtype (keep other leaves out with optax.masked or a filter)"
             )
 
@@ -139,9 +150,8 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
       TypeError: a leaf is not a pair, or not floating-point.
       ValueError: the two halves of a pair differ, or the tree differs from ``like``.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(pairs, is_leaf=is_pair)
-    for path, pair in leaves:
-        where = path_string(path)
+    leaves = named_leaves(pairs, is_leaf=is_pair)
+    for where, pair in leaves:
         if not is_pair(pair):
             raise TypeError(
                 f"update at {where} is {_describe(pair)}; expected a GradientPair: make pairs with "
@@ -166,10 +176,10 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
     if like is None:
         return
     check_structure("the tree of pairs", pairs, like, is_leaf=is_pair)
-    for (path, pair), leaf in zip(leaves, jax.tree.leaves(like), strict=True):
+    for (where, pair), leaf in zip(leaves, jax.tree.leaves(like), strict=True):
         if jnp.shape(pair.prediction) != jnp.shape(leaf):
             raise ValueError(
-                f"the pair at {path_string(path)} has gradients of shape "
+                f"the pair at {where} has gradients of shape "
                 f"{jnp.shape(pair.prediction)}; expected the parameter's {jnp.shape(leaf)}"
             )
 
@@ -179,10 +189,10 @@ def check_structure(what: str, tree: Any, like: Any, is_leaf: Any = None) -> Non
     expected: Any = jax.tree.structure(like)
     found: Any = jax.tree.structure(tree, is_leaf=is_leaf)
     if found != expected:
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+        difference = _first_difference(named_leaves(tree, is_leaf=is_leaf), named_leaves(like))
         raise ValueError(
             f"{what} must have the structure of the parameters that the optimizer was "
-            f"initialised with{_first_difference(leaves, like)}; expected {expected}, got {found}"
+            f"initialised with{difference}; expected {expected}, got {found}"
         )
 
 
@@ -196,9 +206,8 @@ def _describe(leaf: Any) -> str:
     return f"a {type(leaf).__name__}"
 
 
-def _first_difference(leaves: list, like: Any) -> str:
-    found = {path_string(path) for path, _ in leaves}
-    expected = {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)}
+def _first_difference(leaves: list, like: list) -> str:
+    found, expected = ({name for name, _ in named} for named in (leaves, like))
     missing, unknown = sorted(expected - found), sorted(found - expected)
     return "".join(
         f" ({word}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

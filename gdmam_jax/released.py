@@ -29,13 +29,12 @@ from gdmam_jax.geometry import (
 )
 from gdmam_jax.pairs import (
     GradientPair,
-    KeyPath,
     as_pairs,
     check_floating,
     check_pairs,
     check_structure,
     is_pair,
-    path_string,
+    named_leaves,
 )
 from gdmam_jax.transform import check_momentum_hyperparameters
 
@@ -242,12 +241,10 @@ def gdmam_released(
     )
 
 
-def _is_bias(path: KeyPath) -> bool:
-    return "bias" in path_string(path).rsplit("/", 1)[-1]
-
-
 def _bias_mask(tree: Any, biases: bool) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: _is_bias(path) == biases, tree)
+    mask = [("bias" in name.rsplit("/", 1)[-1]) == biases for name, _ in named_leaves(tree)]
+    structure: Any = jax.tree.structure(tree)
+    return structure.unflatten(mask)
 
 
 def _correction(decay: Any, steps: jax.Array) -> jax.Array:

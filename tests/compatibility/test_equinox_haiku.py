@@ -113,3 +113,20 @@ def test_scopes_by_haiku_module_and_equinox_layer():
         "mlp/~/linear_0",
         "head",
     }
+
+
+def test_fields_called_value_keep_their_name():
+    """NNX variables hold their arrays in an attribute of that name, which is left out of paths."""
+
+    class Gate(eqx.Module):
+        value: jax.Array
+        bias: jax.Array
+
+    params = {"gate": Gate(jnp.ones(2), jnp.ones(2)), "head": Gate(jnp.ones(2), jnp.ones(2))}
+    state = gdmam.scale_by_gdmam(scope=gdmam.leaf_scope).init(params)
+    assert {key.rsplit("/", 1)[0] for key in gdmam.diagnostics(state)} == {
+        f"{layer}/{field}" for layer in params for field in ("value", "bias")
+    }
+    pairs = jax.tree.map(lambda leaf: gdmam.GradientPair(leaf, leaf[:1]), params)
+    with pytest.raises(ValueError, match="gradients at gate/value must agree"):
+        gdmam.scale_by_gdmam().update(pairs, state)
