@@ -80,27 +80,25 @@ class Scopes:
         """Shape of a scalar of every scope: ``()`` for one scope, else ``(scopes,)``."""
         return (len(self.labels),) if self.labels else ()
 
-    def total(self, terms: Sequence[jax.Array]) -> jax.Array:
-        """Adds one scalar per leaf up to one scalar per scope."""
-        groups: list[list[jax.Array]] = [[] for _ in range(max(1, len(self.labels)))]
-        for position, term in enumerate(terms):
-            groups[self.index[position] if self.index else 0].append(term)
+    def total(self, terms: Sequence[Sequence[jax.Array]]) -> jax.Array:
+        """Adds the same number of scalars from each leaf up, to one of each for every scope."""
+        groups: list[list[Sequence[jax.Array]]] = [[] for _ in range(max(1, len(self.labels)))]
+        for position, scalars in enumerate(terms):
+            groups[self.index[position] if self.index else 0].append(scalars)
         totals = [_sum_in_pairs(group) for group in groups]
-        return jnp.stack(totals) if self.labels else totals[0]
+        return jnp.stack(totals, axis=-1) if self.labels else totals[0]
 
     def at(self, scalars: jax.Array, leaf: int) -> jax.Array:
         """The entry of ``scalars``, one per scope, that leaf number ``leaf`` goes by."""
         return scalars[self.index[leaf]] if self.index else scalars
 
 
-def _sum_in_pairs(terms: Sequence[jax.Array]) -> jax.Array:
-    """Adds in pairs: rounding and the length of the program grow with the logarithm."""
-    if len(terms) < 2:
-        return terms[0] if terms else jnp.float32(0)
-    total = jnp.stack(terms)
+def _sum_in_pairs(rows: Sequence[Sequence[jax.Array]]) -> jax.Array:
+    """Adds rows of scalars in pairs: rounding and the program grow with the logarithm."""
+    total = jnp.stack([scalar for row in rows for scalar in row]).reshape(len(rows), -1)
     while len(total) > 1:
         half = len(total) // 2
-        total = jnp.append(total[:half] + total[half : 2 * half], total[2 * half :])
+        total = jnp.concatenate([total[:half] + total[half : 2 * half], total[2 * half :]])
     return total[0]
 
 
@@ -221,17 +219,15 @@ def _measure(
     index: tuple[int, ...],
     axis_names: tuple[str, ...],
 ) -> Geometry:
+    leaves = leaves or [GradientPair(jnp.zeros(0), jnp.zeros(0))]
     scopes = Scopes(labels, index)
     across = _Across(leaves, axis_names)
 
-    def all_sum(terms: Sequence[tuple[jax.Array, ...]], count: int) -> jax.Array:
-        columns = zip(*terms, strict=True) if terms else [()] * count
-        totals = jnp.stack(
-            [scopes.total([across.share(term) for term in column]) for column in columns]
-        )
+    def all_sum(terms: Sequence[tuple[jax.Array, ...]]) -> jax.Array:
+        totals = scopes.total([[across.share(term) for term in leaf] for leaf in terms])
         return jax.lax.psum(totals, across.axes) if across.axes else totals
 
-    sums = all_sum([_products(pair) for pair in leaves], 3)
+    sums = all_sum([_products(pair) for pair in leaves])
 
     def careful() -> tuple[jax.Array, jax.Array, jax.Array]:
         finite = jnp.isfinite(sums[:2])
@@ -244,11 +240,11 @@ def _measure(
         products = jax.lax.cond(
             jnp.all(finite),
             lambda: sums,
-            lambda: all_sum([_products(scaled(number)) for number in numbers], 3),
+            lambda: all_sum([_products(scaled(number)) for number in numbers]),
         )
         ratio = _divide(products[2], products[0])
         terms = [_squared_residual(scaled(i), scopes.at(ratio, i)) for i in numbers]
-        return products, all_sum([(term,) for term in terms], 1)[0], scales
+        return products, all_sum([(term,) for term in terms])[0], scales
 
     squared_p, squared_a, product = sums
     difference = squared_a - _divide(product, safe_sqrt(squared_p)) ** 2
@@ -365,9 +361,10 @@ def floored_sqrt(x: jax.Array) -> jax.Array:
 @jax.jit
 def norm(leaves: list[Any]) -> jax.Array:
     """The Euclidean norm over all leaves together, also where a sum of squares would overflow."""
+    leaves = leaves or [jnp.zeros(0)]
 
     def squared(scale: Any) -> jax.Array:
-        return _sum_in_pairs([jnp.sum((scale * widen(leaf)) ** 2) for leaf in leaves])
+        return _sum_in_pairs([[jnp.sum((scale * widen(leaf)) ** 2)] for leaf in leaves])[0]
 
     total = squared(1)
     scale = jnp.asarray(_scale_down(total.dtype), total.dtype)
