@@ -15,7 +15,7 @@ from flax import nnx
 
 import gdmam_jax as gdmam
 from benchmarks import rda_torch
-from benchmarks.timing import Case, Ratio, measure_in_turn, ratio
+from benchmarks.timing import Case, Ratio, measure_in_turn, ratio, tracked
 from gdmam_jax.ldl import data, experiment, imbalance, losses, methods
 from gdmam_jax.ldl.models import RDA, draw_noise, rda_losses
 
@@ -175,7 +175,7 @@ def whole(
     method = methods.find(method_name)
     times: dict[str, list[float]] = {"PyTorch, as released": [], "JAX": []}
     scores: dict[str, list[float]] = {way: [] for way in times}
-    for seed in range(rounds):
+    for seed in tracked("experiments", range(rounds)):
         start = time.perf_counter()
         tested = rda_torch.train_folds(prepared, epochs, seed, method_name, log_variance_bound)
         scores["PyTorch, as released"].append(float(np.mean(tested)))

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from gdmam_jax.ldl.experiment import processors
@@ -65,15 +66,26 @@ def ratio(case: Case, base: Case, scale: float = 1.0) -> Ratio:
     return Ratio(float(median), float(low), float(high))
 
 
+def tracked(stage: str, items: Sequence[Any]) -> Iterator[Any]:
+    """The items one by one, with a bar on stderr that is drawn between them and not beside them."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task(stage, total=len(items))
+        for item in items:
+            progress.refresh()
+            yield item
+            progress.advance(task)
+
+
 def measure_in_turn(cases: Sequence[Case], rounds: int, warmup: int = 2) -> None:
     """Fill in `seconds` of all cases, and `first` where a case has not recorded it itself."""
-    for case in cases:
+    for case in tracked("first calls", cases):
         start = time.perf_counter()
         case.run()
         if np.isnan(case.first):
             case.first = time.perf_counter() - start
     times = [[] for _ in cases]
-    for number in range(warmup + rounds):
+    for number in tracked("rounds", range(warmup + rounds)):
         for case, collected in zip(cases, times, strict=True):
             start = time.perf_counter()
             case.run()
