@@ -6,7 +6,7 @@ import jax
 import optax
 
 from gdmam_jax.allocation import COMPONENTS, Allocation
-from gdmam_jax.pairs import path_string
+from gdmam_jax.pairs import named_leaves
 from gdmam_jax.released import ReleasedState
 from gdmam_jax.transform import GDMAMState
 
@@ -45,9 +45,7 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         return isinstance(node, GDMAMState | ReleasedState)
 
     found = [
-        (path_string(path), node)
-        for path, node in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_state)
-        if is_state(node)
+        (name, node) for name, node in named_leaves(opt_state, is_leaf=is_state) if is_state(node)
     ]
     if not found:
         raise ValueError(

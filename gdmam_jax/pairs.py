@@ -43,13 +43,8 @@ def is_pair(node: Any) -> bool:
     return isinstance(node, GradientPair)
 
 
-def path_string(path: tuple[Any, ...]) -> str:
-    """A path as text: ``"encoder/kernel"``; ``"(root)"`` for that of a tree of one leaf."""
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
-
-
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
-    """The leaves of a tree with their paths as text, in order."""
+    """The leaves of a tree by path: ``"encoder/kernel"``; ``"(root)"`` for a tree of one leaf."""
     # A Flax NNX variable holds its array in an attribute, which is no part of the name.
     variable = getattr(sys.modules.get("flax.nnx"), "Variable", ())
 
@@ -57,7 +52,7 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> lis
         return isinstance(node, variable) or (is_leaf is not None and is_leaf(node))
 
     return [
-        (path_string((*path, *inner[1:]) if isinstance(node, variable) else path), leaf)
+        (jax.tree_util.keystr((*path, *inner[1:]), simple=True, separator="/") or "(root)", leaf)
         for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
         for inner, leaf in jax.tree_util.tree_leaves_with_path(node, is_leaf=is_leaf)
     ]
