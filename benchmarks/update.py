@@ -99,7 +99,7 @@ def _case(
     name: str, pairs: Any, leaves: int, dtype: str, momentum_dtype: str | None, steps: int
 ) -> tuple[Case, int, int]:
     optimizer = OPTIMIZERS[name](momentum_dtype)
-    params = jax.tree.map(lambda pair: 0.1 * pair.prediction, pairs, is_leaf=gdmam.pairs.is_pair)
+    params = jax.tree.map(lambda pair: 0.1 * pair.prediction, pairs, is_leaf=lambda node: isinstance(node, gdmam.GradientPair))
     held = [params, jax.jit(optimizer.init)(params)]
 
     def step(params: Any, state: Any, pairs: Any) -> Any:

@@ -1,51 +1,41 @@
-"""GDMAM for JAX: train on a prediction loss and an alignment loss that may conflict."""
+"""GDMAM for JAX: train on a prediction loss and alignment losses that may conflict."""
 
-from gdmam_jax.allocation import (
-    anchored_momentum,
-    balanced_weighting,
-    conflict_gate,
-    constant_weighting,
-    cosine_gate,
-    norm_weighting,
-    open_gate,
-    ratcheted_momentum,
-    relative_momentum,
-)
-from gdmam_jax.diagnostics import diagnostics
-from gdmam_jax.geometry import decompose, leaf_scope
-from gdmam_jax.optimizers import gdmam, summed
-from gdmam_jax.pairs import (
-    GradientPair,
-    pair_gradients,
-    unpair_gradients,
-    value_and_paired_grad,
-)
-from gdmam_jax.released import clip_by_recent_norm, gdmam_released
-from gdmam_jax.transform import GDMAMState, scale_by_gdmam
-from gdmam_jax.wrappers import over_pairs
-
-__all__ = [
-    "GDMAMState",
-    "GradientPair",
-    "anchored_momentum",
-    "balanced_weighting",
-    "clip_by_recent_norm",
-    "conflict_gate",
-    "constant_weighting",
-    "cosine_gate",
-    "decompose",
-    "diagnostics",
-    "gdmam",
-    "gdmam_released",
-    "leaf_scope",
-    "norm_weighting",
-    "open_gate",
-    "over_pairs",
-    "pair_gradients",
-    "ratcheted_momentum",
-    "relative_momentum",
-    "scale_by_gdmam",
-    "summed",
-    "unpair_gradients",
-    "value_and_paired_grad",
-]
+from gdmam_jax._allocation import Allocation as Allocation
+from gdmam_jax._allocation import Gate as Gate
+from gdmam_jax._allocation import MomentumRule as MomentumRule
+from gdmam_jax._allocation import NormStatistics as NormStatistics
+from gdmam_jax._allocation import anchored_momentum as anchored_momentum
+from gdmam_jax._allocation import conflict_gate as conflict_gate
+from gdmam_jax._allocation import constant_momentum as constant_momentum
+from gdmam_jax._allocation import cosine_gate as cosine_gate
+from gdmam_jax._allocation import open_gate as open_gate
+from gdmam_jax._allocation import priority_gate as priority_gate
+from gdmam_jax._allocation import ratcheted_momentum as ratcheted_momentum
+from gdmam_jax._allocation import relative_momentum as relative_momentum
+from gdmam_jax._diagnostics import diagnostics as diagnostics
+from gdmam_jax._geometry import Decomposition as Decomposition
+from gdmam_jax._geometry import Geometry as Geometry
+from gdmam_jax._geometry import decompose as decompose
+from gdmam_jax._optimizers import WeighedState as WeighedState
+from gdmam_jax._optimizers import gdmam as gdmam
+from gdmam_jax._optimizers import summed as summed
+from gdmam_jax._optimizers import weighed as weighed
+from gdmam_jax._pairs import GradientPair as GradientPair
+from gdmam_jax._pairs import pair_gradients as pair_gradients
+from gdmam_jax._pairs import unpair_gradients as unpair_gradients
+from gdmam_jax._pairs import value_and_paired_grad as value_and_paired_grad
+from gdmam_jax._released import RecentNormState as RecentNormState
+from gdmam_jax._released import ReleasedState as ReleasedState
+from gdmam_jax._released import clip_by_recent_norm as clip_by_recent_norm
+from gdmam_jax._released import gdmam_released as gdmam_released
+from gdmam_jax._scopes import Scope as Scope
+from gdmam_jax._scopes import leaf_scope as leaf_scope
+from gdmam_jax._transform import GDMAMState as GDMAMState
+from gdmam_jax._transform import scale_by_gdmam as scale_by_gdmam
+from gdmam_jax._weightings import Weighting as Weighting
+from gdmam_jax._weightings import balanced_weighting as balanced_weighting
+from gdmam_jax._weightings import constant_weighting as constant_weighting
+from gdmam_jax._weightings import norm_weighting as norm_weighting
+from gdmam_jax._weightings import pcgrad_weighting as pcgrad_weighting
+from gdmam_jax._weightings import unit_weighting as unit_weighting
+from gdmam_jax._wrappers import over_pairs as over_pairs

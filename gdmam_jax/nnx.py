@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from flax.nnx import filterlib
 
-from gdmam_jax import pairs as _pairs
+from gdmam_jax import _pairs
 
 _CONTEXT = "gdmam_jax"
 

@@ -44,7 +44,7 @@ class Geometry:
 
 
 class Statistics:
-    """Running statistics of the three norms, and the momentum coefficients that follow them."""
+    """Running statistics of three norms, and the momentum coefficients that follow them."""
 
     def __init__(self, rule: str = "ratcheted", initial: float = 0.95) -> None:
         self.rule = rule
@@ -56,9 +56,9 @@ class Statistics:
         self.seen: list[Tensor] = []
 
     def update(
-        self, geometry: Geometry, minimum: float = 0.7, maximum: float = 0.999
+        self, norms: tuple[Tensor, ...], minimum: float = 0.7, maximum: float = 0.999
     ) -> tuple[Tensor, Tensor, Tensor]:
-        norms = torch.stack([geometry.n_p, geometry.n_par, geometry.n_orth])
+        norms = torch.stack(norms)
         self.mean = 0.9 * self.mean + 0.1 * norms
         self.square = 0.9 * self.square + 0.1 * norms**2
         self.seen.append(norms)
@@ -68,12 +68,15 @@ class Statistics:
             beta = self.beta - kappa * self.sigma
         elif self.rule == "anchored":
             beta = self.initial - kappa * self.sigma
+        elif self.rule == "constant":
+            beta = torch.full_like(norms, self.initial)
         else:
             # Bias-corrected statistics are weighted averages over the norms seen so far.
             ages = torch.arange(len(self.seen) - 1, -1, -1, dtype=norms.dtype)
             weights = (0.9**ages / torch.sum(0.9**ages))[:, None]
             mean = torch.sum(weights * torch.stack(self.seen), 0)
             variance = torch.sum(weights * (torch.stack(self.seen) - mean) ** 2, 0)
+            mean = torch.where(mean > 0, mean, EPS)
             beta = self.initial - 0.25 * torch.sqrt(variance) / mean
         self.beta = torch.clamp(beta, minimum, maximum)
         return tuple(self.beta)
@@ -117,7 +120,8 @@ class Released:
         w_p = geometry.n_p / (geometry.n_p + geometry.n_a)
         w_a = geometry.n_a / (geometry.n_p + geometry.n_a)
         gate = torch.clamp(geometry.cosine, 0, 1)
-        beta_p, beta_par, beta_orth = self.statistics.update(geometry)
+        norms = (geometry.n_p, geometry.n_par, geometry.n_orth)
+        beta_p, beta_par, beta_orth = self.statistics.update(norms)
         b1 = torch.clamp(w_p * beta_p + gate * beta_par + (1 - gate) * beta_orth, 0.7, 0.999)
         gradient = w_p * g_p + w_a * g_a
         norm = torch.linalg.vector_norm(gradient).item()
@@ -136,7 +140,7 @@ class Released:
 
 
 class Allocated:
-    """Three momenta, weighed; then decoupled weight decay and the learning rate.
+    """Weigh, gate, remember; then decoupled weight decay and the learning rate.
 
     `clip` is the largest norm that both gradients together may have; `groups` maps a parameter's
     name to the scope it is decomposed in.
@@ -148,9 +152,10 @@ class Allocated:
         learning_rate: float,
         weight_decay: float,
         *,
-        weighting: str | tuple[float, float] = "norm",
-        gate: str = "cosine",
-        momentum: str = "ratcheted",
+        weighting: str | tuple[float, float] = "unit",
+        gate: str = "priority",
+        momentum: str = "constant",
+        momenta: str = "steered",
         b2: float | None = 0.999,
         amsgrad: bool = False,
         clip: float | None = None,
@@ -160,7 +165,7 @@ class Allocated:
         self.scopes: dict[str, _Scope] = {}
         for label in dict.fromkeys(map(scope, parameters)):
             members = {name: p for name, p in parameters.items() if scope(name) == label}
-            self.scopes[label] = _Scope(members, weighting, gate, momentum, b2, amsgrad)
+            self.scopes[label] = _Scope(members, weighting, gate, momentum, momenta, b2, amsgrad)
 
     def step(self, prediction: Tensors, alignment: Tensors) -> dict[str, float]:
         g_p, g_a = flat(prediction), flat(alignment)
@@ -181,49 +186,76 @@ class _Scope:
         weighting: str | tuple[float, float],
         gate: str,
         momentum: str,
+        momenta: str,
         b2: float | None,
         amsgrad: bool,
     ) -> None:
         self.parameters = parameters
         self.weighting, self.gate, self.b2, self.amsgrad = weighting, gate, b2, amsgrad
-        self.statistics = Statistics(momentum)
+        self.statistics, self.momenta = Statistics(momentum), momenta
         zeros = torch.zeros_like(flat(parameters))
         self.m = [zeros.clone() for _ in range(3)]
         self.product = torch.ones(3, dtype=zeros.dtype)
         self.v, self.v_max, self.steps = zeros.clone(), zeros.clone(), 0
+        self.lengths: list[Tensor] = []
+
+    def weights(self, prediction: Tensor, alignment: Tensor) -> tuple[Any, Any]:
+        length_p = torch.linalg.vector_norm(prediction)
+        length_a = torch.linalg.vector_norm(alignment)
+        self.lengths.append(torch.stack([length_p, length_a]))
+        if isinstance(self.weighting, tuple):
+            return self.weighting
+        if self.weighting == "norm":
+            total = length_p + length_a + 2 * EPS
+            return (length_p + EPS) / total, (length_a + EPS) / total
+        if self.weighting == "balanced":
+            return length_a / (length_p + length_a), length_p / (length_p + length_a)
+        if self.weighting == "pcgrad":
+            product = torch.dot(prediction, alignment).clamp(max=0)
+            return 1 - product / length_p**2, 1 - product / length_a**2
+        ages = torch.arange(len(self.lengths) - 1, -1, -1, dtype=length_p.dtype)
+        decayed = 0.9**ages / torch.sum(0.9**ages)
+        means = torch.sum(decayed[:, None] * torch.stack(self.lengths), 0)
+        return 1 / torch.maximum(means[0], length_p), 1 / torch.maximum(means[1], length_a)
+
+    def gates(self, cosine: Tensor, ratio: Tensor) -> tuple[Any, Any]:
+        if self.gate == "cosine":
+            return torch.clamp(cosine, 0, 1), 1 - torch.clamp(cosine, 0, 1)
+        if self.gate == "conflict":
+            return float(cosine > 0), 1.0
+        if self.gate == "priority" and cosine < 0:
+            k = -cosine
+            return torch.clamp((k / ratio + k**2 - 1) / k**2, 0, 1), 1.0
+        return 1.0, 1.0
 
     def step(
         self, prediction: Tensors, alignment: Tensors, learning_rate: float, weight_decay: float
     ) -> float:
-        geometry = Geometry(
-            *(flat({k: g[k] for k in self.parameters}) for g in (prediction, alignment))
-        )
-        n_p, n_a, cosine = geometry.n_p, geometry.n_a, geometry.cosine
-        if isinstance(self.weighting, tuple):
-            w_p, w_a = self.weighting
-        elif self.weighting == "norm":
-            w_p, w_a = n_p / (n_p + n_a), n_a / (n_p + n_a)
-        else:
-            w_p, w_a = n_a / (n_p + n_a), n_p / (n_p + n_a)
-        if self.gate == "cosine":
-            v_par, v_orth = torch.clamp(cosine, 0, 1), 1 - torch.clamp(cosine, 0, 1)
-        elif self.gate == "conflict":
-            v_par, v_orth = float(cosine > 0), 1.0
-        else:
-            v_par, v_orth = 1.0, 1.0
-        beta = self.statistics.update(geometry)
-        self.product = self.product * torch.stack(beta)
-        components = (geometry.prediction, geometry.parallel, geometry.orthogonal)
+        g_p, g_a = (flat({k: g[k] for k in self.parameters}) for g in (prediction, alignment))
+        geometry = Geometry(g_p, g_a)
+        w_p, w_a = self.weights(g_p, g_a)
+        v_par, v_orth = self.gates(geometry.cosine, w_a * geometry.n_a / (w_p * geometry.n_p))
         factors = (w_p, w_a * v_par, w_a * v_orth)
+        norms = (geometry.n_p, geometry.n_par, geometry.n_orth)
+        sizes = tuple(torch.as_tensor(f * n) for f, n in zip(factors, norms, strict=True))
+        beta = self.statistics.update(sizes)
+        components = [
+            factor * part
+            for factor, part in zip(
+                factors, (geometry.prediction, geometry.parallel, geometry.orthogonal), strict=True
+            )
+        ]
+        if self.momenta == "steered":
+            steered = sum(b * n for b, n in zip(beta, sizes, strict=True)) / sum(sizes)
+            beta = (steered, steered, steered)
+        self.product = self.product * torch.stack(beta)
         u = torch.zeros_like(self.v)
-        raw = torch.zeros_like(self.v)
         for k in range(3):
             self.m[k] = beta[k] * self.m[k] + (1 - beta[k]) * components[k]
-            u = u + factors[k] * self.m[k] / (1 - self.product[k])
-            raw = raw + factors[k] * components[k]
+            u = u + self.m[k] / (1 - self.product[k])
         if self.b2 is not None:
             self.steps += 1
-            self.v = self.b2 * self.v + (1 - self.b2) * raw**2
+            self.v = self.b2 * self.v + (1 - self.b2) * sum(components) ** 2
             self.v_max = torch.maximum(self.v_max, self.v)
             v = self.v_max if self.amsgrad else self.v
             u = u / (torch.sqrt(v) / (1 - self.b2**self.steps) ** 0.5 + 1e-8)
@@ -231,4 +263,4 @@ class _Scope:
             for name, update in unflat(u, self.parameters).items():
                 parameter = self.parameters[name]
                 parameter -= learning_rate * (update + weight_decay * parameter)
-        return cosine.item()
+        return geometry.cosine.item()

@@ -27,7 +27,9 @@ def test_float32_stays_as_close_to_float64_as_pytorch_does(problem, form):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_released_code_is_replayed_from_its_gradients(name):
     found = compare_golden(name, end_to_end=False)
-    assert max(found.values()) < 1e-12, found
+    assert found["params"] < 1e-12, found
+    # The orthogonal norm comes from the inner products, and the statistics' figures from it.
+    assert max(found.values()) < 1e-11, found
 
 
 @pytest.mark.parametrize("name", GOLDEN)

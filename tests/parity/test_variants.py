@@ -13,16 +13,20 @@ from tests.parity import reference
 STEPS, SHAPES = 25, {"encoder.weight": (3, 4), "encoder.bias": (3,), "head.weight": (2, 3)}
 
 WEIGHTINGS = {
+    "unit": gdmam.unit_weighting,
     "norm": gdmam.norm_weighting,
     "balanced": gdmam.balanced_weighting,
+    "pcgrad": gdmam.pcgrad_weighting,
     (0.7, 0.4): gdmam.constant_weighting(0.7, 0.4),
 }
 GATES = {
+    "priority": gdmam.priority_gate,
     "cosine": gdmam.cosine_gate,
     "conflict": gdmam.conflict_gate,
     "open": gdmam.open_gate,
 }
 MOMENTA = {
+    "constant": gdmam.constant_momentum,
     "ratcheted": gdmam.ratcheted_momentum,
     "anchored": gdmam.anchored_momentum,
     "relative": gdmam.relative_momentum,
@@ -33,14 +37,21 @@ SCOPES = {
     "module": lambda name: name.split(".")[0],
 }
 VARIANTS = [
+    {},
     {"b2": None},
     {"b2": 0.99},
     {"amsgrad": True},
-    *({"b2": None, "weighting": each} for each in WEIGHTINGS if each != "norm"),
-    *({"b2": None, "gate": each} for each in GATES if each != "cosine"),
-    *({"b2": None, "momentum": each} for each in MOMENTA if each != "ratcheted"),
+    *({"b2": None, "weighting": each} for each in WEIGHTINGS if each != "unit"),
+    *({"b2": None, "gate": each} for each in GATES if each != "priority"),
+    *(
+        {"b2": None, "momentum": each, "momenta": momenta}
+        for each in MOMENTA
+        if each != "constant"
+        for momenta in ("steered", "separate")
+    ),
     *({"b2": None, "scope": each} for each in SCOPES if each != "all"),
     {"weighting": "balanced", "gate": "conflict", "momentum": "relative", "scope": "module"},
+    {"weighting": "norm", "gate": "cosine", "momentum": "ratcheted", "momenta": "separate"},
 ]
 
 
@@ -81,9 +92,10 @@ def test_every_choice_agrees_with_its_reference(variant, x64):
     optimizer = gdmam.gdmam(
         0.05,
         weight_decay=0.1,
-        weighting=WEIGHTINGS[variant.get("weighting", "norm")],
-        gate=GATES[variant.get("gate", "cosine")],
-        momentum=MOMENTA[variant.get("momentum", "ratcheted")],
+        weighting=WEIGHTINGS[variant.get("weighting", "unit")],
+        gate=GATES[variant.get("gate", "priority")],
+        momentum=MOMENTA[variant.get("momentum", "constant")],
+        momenta=variant.get("momenta", "steered"),
         scope=scope if "scope" in variant else None,
         b2=variant.get("b2", 0.999),
         amsgrad=variant.get("amsgrad", False),
@@ -124,8 +136,6 @@ def test_without_momentum_the_conflict_gate_is_pcgrad(seed, x64):
         weighting=gdmam.constant_weighting(1, 1),
         gate=gdmam.conflict_gate,
         initial_momentum=0,
-        minimum_momentum=0,
-        maximum_momentum=0,
     )
     params = {"a": jnp.zeros(12), "b": jnp.zeros((2, 4))}
 

@@ -12,8 +12,6 @@ import optax
 import torch
 
 import gdmam_jax as gdmam
-from gdmam_jax.pairs import is_pair
-from gdmam_jax.released import ReleasedState
 from tests.parity import reference
 from tests.parity.problems import (
     Problem,
@@ -27,6 +25,14 @@ WEIGHT_DECAY = 0.01
 CLIP = 4.0
 """What both gradients together may have as a norm, in runs of the allocated form."""
 
+DESCRIBED = {
+    "weighting": gdmam.norm_weighting,
+    "gate": gdmam.cosine_gate,
+    "momentum": gdmam.ratcheted_momentum,
+    "momenta": "separate",
+}
+"""The choices of the method's description, in the allocated form."""
+
 Record = dict[str, np.ndarray]
 
 FORMS: dict[str, tuple[Callable[[], Any], Callable[[reference.Tensors], Any]]] = {
@@ -36,11 +42,25 @@ FORMS: dict[str, tuple[Callable[[], Any], Callable[[reference.Tensors], Any]]] =
     ),
     "allocated": (
         lambda: optax.chain(
+            optax.clip_by_global_norm(CLIP), gdmam.gdmam(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        ),
+        lambda parameters: reference.Allocated(parameters, LEARNING_RATE, WEIGHT_DECAY, clip=CLIP),
+    ),
+    "described": (
+        lambda: optax.chain(
             optax.clip_by_global_norm(CLIP),
-            gdmam.gdmam(LEARNING_RATE, weight_decay=WEIGHT_DECAY, amsgrad=True),
+            gdmam.gdmam(LEARNING_RATE, weight_decay=WEIGHT_DECAY, amsgrad=True, **DESCRIBED),
         ),
         lambda parameters: reference.Allocated(
-            parameters, LEARNING_RATE, WEIGHT_DECAY, amsgrad=True, clip=CLIP
+            parameters,
+            LEARNING_RATE,
+            WEIGHT_DECAY,
+            weighting="norm",
+            gate="cosine",
+            momentum="ratcheted",
+            momenta="separate",
+            amsgrad=True,
+            clip=CLIP,
         ),
     ),
 }
@@ -144,11 +164,13 @@ def compare(problem_name: str, form: str) -> dict[str, Any]:
 
 
 def _observe_released(state: Any, pairs: Any) -> dict[str, jax.Array]:
-    released = next(part for part in state if isinstance(part, ReleasedState))
+    released = next(part for part in state if isinstance(part, gdmam.ReleasedState))
     statistics, weights = released.allocation.statistics, released.allocation.weights
     squares = [
         jnp.sum((weights[0] * pair.prediction + weights[1] * pair.alignment) ** 2)
-        for pair in jax.tree.leaves(pairs, is_leaf=is_pair)
+        for pair in jax.tree.leaves(
+            pairs, is_leaf=lambda node: isinstance(node, gdmam.GradientPair)
+        )
     ]
     return {
         "b1": released.decay,

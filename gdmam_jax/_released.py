@@ -1,5 +1,6 @@
 """The released form: one AdamW with AMSGrad whose first decay is steered, and its clipping."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -8,35 +9,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gdmam_jax._allocation import Allocation, Allocator, cosine_gate, open_gate, ratcheted_momentum
 from gdmam_jax._checks import check_range
-from gdmam_jax._dataclass import pytree_dataclass
-from gdmam_jax.allocation import (
-    Allocation,
-    allocate,
-    cosine_gate,
-    init_allocation,
-    norm_weighting,
-    ratcheted_momentum,
-)
-from gdmam_jax.geometry import (
+from gdmam_jax._numerics import (
     EPS,
-    Geometry,
     floored_sqrt,
-    norm,
+    map_leaves,
+    pytree_dataclass,
     safe_sqrt,
     widen,
     zeros_like,
 )
-from gdmam_jax.pairs import (
-    GradientPair,
-    as_pairs,
-    check_floating,
-    check_pairs,
-    check_structure,
-    is_pair,
-    named_leaves,
-)
-from gdmam_jax.transform import check_momentum_hyperparameters
+from gdmam_jax._pairs import GradientPair, begin_update, named_leaves
+from gdmam_jax._weightings import constant_weighting, norm_weighting
 
 
 @pytree_dataclass
@@ -120,7 +105,7 @@ def clip_by_recent_norm(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RecentNormState]:
         del params, extra_args
-        size = norm(jax.tree.leaves(updates))
+        size = safe_sqrt(optax.tree.norm(jax.tree.map(widen, updates), squared=True))
         scale, state = _accept(state, size, factor)
         scaled = jax.tree.map(
             lambda leaf: (scale * widen(leaf)).astype(jnp.result_type(leaf)), updates
@@ -267,16 +252,24 @@ def _scale_by_released(
     axis_name: str | Sequence[str] | None,
 ) -> optax.GradientTransformationExtraArgs:
     """The released form's direction, before weight decay and learning rate."""
-    check_momentum_hyperparameters(
-        initial_momentum, minimum_momentum, maximum_momentum, sensitivity, statistics_decay
+    # The components' own norms are what the momenta follow: nothing is weighed or gated before.
+    allocator = Allocator(
+        weighting=constant_weighting(1, 1),
+        gate=open_gate,
+        momentum=ratcheted_momentum,
+        initial_momentum=initial_momentum,
+        minimum_momentum=minimum_momentum,
+        maximum_momentum=maximum_momentum,
+        sensitivity=sensitivity,
+        statistics_decay=statistics_decay,
+        axis_name=axis_name,
     )
     check_range("b2", b2, 0, 1, below_maximum=True)
     check_range("eps", eps, above_minimum=True)
     clipping = clip_by_recent_norm(clip_factor, clip_window)
 
     def init(params: optax.Params) -> ReleasedState:
-        check_floating(params, "parameter")
-        allocation = init_allocation(params, None, initial_momentum)
+        allocation = allocator.init(params)
         squares = zeros_like(jax.tree.map(widen, params))
         return ReleasedState(
             count=jnp.zeros((), jnp.int32),
@@ -293,62 +286,51 @@ def _scale_by_released(
         state: ReleasedState,
         params: optax.Params | None = None,
         *,
-        alignment: optax.Updates | None = None,
+        alignment: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReleasedState]:
         del extra_args
-        pairs = as_pairs(updates, alignment)
-        check_pairs(pairs, like=state.first_moment)
-        if params is not None:
-            check_structure("params", params, state.first_moment)
-        leaves = jax.tree.leaves(pairs, is_leaf=is_pair)
-        allocation = allocate(
-            leaves,
-            state.allocation,
-            weighting=norm_weighting,
-            gate=cosine_gate,
-            momentum=ratcheted_momentum,
-            initial_momentum=initial_momentum,
-            minimum_momentum=minimum_momentum,
-            maximum_momentum=maximum_momentum,
-            sensitivity=sensitivity,
-            statistics_decay=statistics_decay,
-            axis_name=axis_name,
-        )
-        weights = allocation.weights
+        leaves, structure = begin_update(updates, alignment, params, state.first_moment, losses=1)
+        if not leaves:
+            return structure.unflatten([]), state
+        allocation = allocator.step(leaves, state.allocation)
+        geometry = allocation.geometry
+        weights = norm_weighting(allocation.gramian, allocation.norms)
+        gate = jnp.stack(cosine_gate(geometry.cosine, geometry.cosine))
+        momentum = allocation.statistics.momentum
         b1 = jnp.clip(
-            jnp.sum(allocation.statistics.momentum * jnp.append(weights[0], allocation.gate)),
-            minimum_momentum,
-            maximum_momentum,
+            jnp.sum(momentum * jnp.append(weights[0], gate)), minimum_momentum, maximum_momentum
         ).astype(weights.dtype)
-        size = _weighted_norm(allocation.geometry, weights)
-        scale, clipped = _accept(state.clipping, size, clip_factor)
+        # The weighted gradient's norm, from its parts along and across the prediction gradient.
+        along = (weights[0] + weights[1] * geometry.projection[0]) * safe_sqrt(
+            allocation.gramian[0, 0]
+        )
+        across = weights[1] * (geometry.orthogonal_norm[0] - EPS)
+        scale, clipped = _accept(state.clipping, safe_sqrt(along**2 + across**2), clip_factor)
         count = optax.safe_increment(state.count)
         steps = count.astype(weights.dtype)
-        corrections = _correction(b1, steps), jnp.sqrt(_correction(b2, steps))
-        structure: Any = jax.tree.structure(state.first_moment)
-        moments = (state.first_moment, state.second_moment, state.second_moment_maximum)
-        columns = [structure.flatten_up_to(tree) for tree in moments]
-        like = jax.tree.leaves(state.first_moment if params is None else params)
-        results = [
-            _leaf_step(
-                pair,
-                scale * weights,
-                *buffers,
-                b1=b1,
-                b2=(b2, 1 - b2),
-                corrections=corrections,
-                eps=eps,
-                dtype=jnp.result_type(leaf),
-            )
-            for pair, leaf, *buffers in zip(leaves, like, *columns, strict=True)
-        ]
-        directions, first, second, largest = [
-            structure.unflatten(column) for column in zip(*results, strict=True)
-        ] or [structure.unflatten([])] * 4
+        leaf_step = partial(
+            _leaf_step,
+            b1=b1,
+            b2=jnp.asarray(b2, b1.dtype),
+            corrections=(_correction(b1, steps), jnp.sqrt(_correction(b2, steps))),
+            eps=jnp.asarray(eps, b1.dtype),
+        )
+        like = state.first_moment if params is None else params
+        directions, first, second, largest = map_leaves(
+            lambda pair, leaf, *moments: leaf_step(
+                pair, scale * weights, *moments, dtype=jnp.result_type(leaf)
+            ),
+            structure,
+            structure.unflatten(leaves),
+            like,
+            state.first_moment,
+            state.second_moment,
+            state.second_moment_maximum,
+        )
         return directions, ReleasedState(
             count=count,
-            allocation=allocation,
+            allocation=dataclasses.replace(allocation, weights=weights, gate=gate),
             decay=b1,
             first_moment=first,
             second_moment=second,
@@ -369,39 +351,22 @@ def _leaf_step(
     largest: jax.Array,
     *,
     b1: jax.Array,
-    b2: tuple[Any, Any],
+    b2: jax.Array,
     corrections: tuple[jax.Array, jax.Array],
-    eps: Any,
+    eps: jax.Array,
     dtype: Any,
 ) -> tuple[jax.Array, ...]:
-    """A leaf's update and its new moments; ``b2`` is (b2, 1 - b2)."""
-    gradient = factors[0] * widen(pair.prediction) + factors[1] * widen(pair.alignment)
-    first = (b1 * widen(first) + (1 - b1) * gradient).astype(first.dtype)
-    second = (b2[0] * second + b2[1] * gradient**2).astype(second.dtype)
+    """A leaf's update and its new moments."""
+    precision = second.dtype
+    factors, b1, b2, eps, first_correction, root = (
+        scalar.astype(precision) for scalar in (factors, b1, b2, eps, *corrections)
+    )
+    prediction, alignment = widen(pair.prediction), widen(pair.alignment)
+    gradient = factors[0] * prediction.astype(precision) + factors[1] * alignment.astype(precision)
+    first = (b1 * first.astype(precision) + (1 - b1) * gradient).astype(first.dtype)
+    second = b2 * second + (1 - b2) * gradient**2
     largest = jnp.maximum(largest, second)
     # (m / c_1) / (sqrt(v_max) / c_2 + eps), with one division an element.
-    denominator = floored_sqrt(largest) + eps * corrections[1]
-    direction = (corrections[1] / corrections[0]) * widen(first) / denominator
+    denominator = floored_sqrt(largest) + eps * root
+    direction = (root / first_correction) * first.astype(precision) / denominator
     return direction.astype(dtype), first, second, largest
-
-
-def _weighted_norm(geometry: Geometry, weights: jax.Array) -> jax.Array:
-    """The norm of the weighted gradient, from its parts along and across the prediction gradient.
-
-    No pass over the gradients is needed, and where they cancel, this does not.
-    """
-    n_p = geometry.prediction_norm
-    length = n_p - EPS
-    # The projection divides by n_p, which is longer by EPS than the gradient.
-    product = (
-        geometry.projection * n_p * jnp.where(length > 0, n_p / jnp.where(length > 0, length, 1), 0)
-    )
-    along = weights[0] * length + weights[1] * product
-    return _hypotenuse(along, weights[1] * (geometry.orthogonal_norm - EPS))
-
-
-def _hypotenuse(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The root of ``x**2 + y**2``, also where a square would overflow; its derivative at 0 is 0."""
-    largest = jnp.maximum(jnp.abs(x), jnp.abs(y))
-    unit = jnp.where(largest > 0, largest, 1)
-    return largest * safe_sqrt((x / unit) ** 2 + (y / unit) ** 2)

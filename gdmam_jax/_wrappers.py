@@ -1,18 +1,19 @@
 """Optax wrappers over pairs."""
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 
-from gdmam_jax.pairs import GradientPair, as_pairs, check_pairs, is_pair
+from gdmam_jax._pairs import GradientPair, begin_update, is_nnx_variable, is_pair
 
 
 def over_pairs(
     wrapper: Callable[[optax.GradientTransformation], Any],
     optimizer: optax.GradientTransformation,
+    *,
+    alignment_losses: int | Sequence[str] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Lifts an Optax wrapper that needs updates in and out of one structure.
 
@@ -27,6 +28,8 @@ def over_pairs(
         ``lambda tx: optax.MultiSteps(tx, 4)`` or
         ``lambda tx: optax.chain(optax.zero_nans(), tx)``.
       optimizer: the optimizer that takes pairs.
+      alignment_losses: as the optimizer has it: how many alignment losses there are, which then
+        come in a tuple, or their names, if they come in a dictionary.
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
@@ -61,40 +64,44 @@ def over_pairs(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         updates, state = inner.update(pairs, state, _first_half(params), **extra_args)
-        return _doubled(updates), state
+        return doubled(updates), state
 
     wrapped = wrapper(optax.GradientTransformationExtraArgs(paired_init, paired_update))
     if isinstance(wrapped, optax.GradientTransformation):  # optax.MultiSteps is none
         wrapped = optax.with_extra_args_support(wrapped)
 
+    def doubled(tree: Any) -> Any:
+        # flax.nnx.Optimizer initialises with variables, updates with arrays, and keeps variables
+        # of arrays only: a pair of variables has to be made, and not a variable with a pair in it.
+        return jax.tree.map(
+            lambda leaf: GradientPair(leaf, _alignment(leaf, alignment_losses)),
+            tree,
+            is_leaf=is_nnx_variable,
+        )
+
     def init(params: optax.Params) -> optax.OptState:
-        return wrapped.init(_doubled(params))
+        return wrapped.init(doubled(params))
 
     def update(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
         *,
-        alignment: optax.Updates | None = None,
+        alignment: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        pairs = as_pairs(updates, alignment)
-        check_pairs(pairs)
-        results, state = wrapped.update(pairs, state, _doubled(params), **extra_args)
+        leaves, structure = begin_update(updates, alignment)
+        pairs = structure.unflatten(leaves)
+        results, state = wrapped.update(pairs, state, doubled(params), **extra_args)
         return _first_half(results), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _doubled(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: GradientPair(leaf, leaf), tree, is_leaf=_is_nnx_variable)
-
-
-def _is_nnx_variable(node: Any) -> bool:
-    # flax.nnx.Optimizer initialises with variables, updates with arrays, and keeps variables of
-    # arrays only: a pair of variables has to be made, and not a variable with a pair in it.
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(node, nnx.Variable)
+def _alignment(leaf: Any, losses: int | Sequence[str]) -> Any:
+    if isinstance(losses, int):
+        return leaf if losses == 1 else (leaf,) * losses
+    return dict.fromkeys(losses, leaf)
 
 
 def _first_half(tree: Any) -> Any:

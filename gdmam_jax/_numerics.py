@@ -1,0 +1,86 @@
+"""Small numerical tools, and the one kind of dataclass that trees and states are made of."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+import chex
+import jax
+import jax.numpy as jnp
+
+EPS = 1e-12
+"""Added to every norm, so that nothing divides by zero."""
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree_dataclass(cls: type[T]) -> type[T]:
+    """A frozen `chex.dataclass` that type checkers know as one, and that is no mapping."""
+    return chex.dataclass(cls, frozen=True, mappable_dataclass=False)
+
+
+def widen(x: Any) -> jax.Array:
+    """``x`` in float32 or better, the precision in which inner products and updates are taken."""
+    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` in ``dtype``, cut at its largest number where that is smaller."""
+    if x.dtype == dtype:
+        return x
+    limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -limit, limit).astype(dtype)
+
+
+def zeros_like(tree: Any, dtype: Any = None) -> Any:
+    """Zeros of the leaves' shapes and shardings, the latter also where a compiled ``init`` runs.
+
+    There zeros that depend on nothing would be left on one device by XLA; a comparison that no
+    number passes depends on the leaf.
+    """
+
+    def zeros(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.core.Tracer):
+            return (leaf > jnp.inf).astype(dtype or leaf.dtype)
+        return jnp.zeros_like(leaf, dtype=dtype)
+
+    return jax.tree.map(zeros, tree)
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Square root of ``max(x, 0)`` whose derivative at 0 is 0."""
+    positive = x > 0
+    root = jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+    return jnp.where(jnp.isnan(x), x, root)
+
+
+def floored_sqrt(x: jax.Array) -> jax.Array:
+    """Square root of the larger of ``x`` and the smallest normal number: 1e-19 at 0, in float32.
+
+    Its derivative at 0 is 0 too. XLA repeats what precedes a loop's scalars in every loop, but
+    nothing from before a root: `safe_sqrt`, which looks at ``x`` again, would let it through.
+    """
+    return jnp.sqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+
+
+def divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x / y``, 0 where ``y`` is 0."""
+    zero = y == 0
+    return jnp.where(zero, 0, x / jnp.where(zero, 1, y))
+
+
+def map_leaves(function: Callable[..., Any], structure: Any, *trees: Any) -> Any:
+    """Maps a function with several results over trees, to one tree of each result.
+
+    Args:
+      function: of one leaf of each tree; its results may be None, or tuples.
+      structure: of the trees' leaves; what is below them stays together.
+      *trees: what to map over; None stands for a tree of Nones.
+    """
+    columns = [
+        [None] * structure.num_leaves if tree is None else structure.flatten_up_to(tree)
+        for tree in trees
+    ]
+    results = [function(*row) for row in zip(*columns, strict=True)]
+    inner: Any = jax.tree.structure(results[0])
+    return jax.tree.transpose(structure, inner, structure.unflatten(results))

@@ -1,0 +1,427 @@
+"""Paired gradients: where a prediction and an alignment gradient meet."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gdmam_jax._numerics import pytree_dataclass
+
+_FLATTENED = (
+    ". Inside optax.flatten? It makes one vector of all gradients, in which the pairs are lost: "
+    "put it around the other links of the chain only"
+)
+
+
+@pytree_dataclass
+class GradientPair:
+    """The gradients of one parameter.
+
+    A tree of pairs has the shape of the parameters, each leaf replaced by a pair. That is what
+    lets masks, partitions and other transformations that match updates with parameters work.
+
+    Attributes:
+      prediction: the prediction loss's gradient; shape and dtype of the parameter.
+      alignment: the alignment loss's gradient; the same shape and dtype. With several alignment
+        losses a tree of such arrays: a tuple, or a dictionary by name.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> pair = GradientPair(jnp.ones(3), jnp.zeros(3))
+      >>> pair.alignment.shape
+      (3,)
+    """
+
+    prediction: Any
+    alignment: Any
+
+
+def is_pair(node: Any) -> bool:
+    """Whether ``node`` is a `GradientPair`: the ``is_leaf`` of maps over trees of pairs."""
+    return isinstance(node, GradientPair)
+
+
+def halves(pair: GradientPair) -> list[Any]:
+    """A pair's gradients: the prediction's, then the alignment losses' in `jax.tree` order."""
+    return [pair.prediction, *jax.tree.leaves(pair.alignment)]
+
+
+def is_nnx_variable(node: Any) -> bool:
+    """Whether ``node`` is a variable of Flax NNX, which holds its array in an attribute."""
+    return isinstance(node, getattr(sys.modules.get("flax.nnx"), "Variable", ()))
+
+
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
+    """The leaves of a tree by path: ``"encoder/kernel"``; ``"(root)"`` for a tree of one leaf.
+
+    The attribute that an NNX variable holds its array in is no part of the name.
+    """
+
+    def is_node(node: Any) -> bool:
+        return is_nnx_variable(node) or (is_leaf is not None and is_leaf(node))
+
+    return [
+        (jax.tree_util.keystr((*path, *inner[1:]), simple=True, separator="/") or "(root)", leaf)
+        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
+        for inner, leaf in jax.tree_util.tree_leaves_with_path(node, is_leaf=is_leaf)
+    ]
+
+
+def pair_gradients(prediction: optax.Updates, alignment: Any) -> optax.Updates:
+    """Joins gradient trees to one tree of pairs.
+
+    Args:
+      prediction: gradients of the prediction loss, a tree of floating-point arrays.
+      alignment: gradients of the alignment loss, the same structure, shapes and dtypes. For
+        several alignment losses a tuple, list or dictionary of such trees.
+
+    Returns:
+      A tree of the same structure with a `GradientPair` for each leaf.
+
+    Raises:
+      ValueError: the structures differ, or two leaves differ in shape or dtype.
+      TypeError: a leaf is not a floating-point array.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> pairs = pair_gradients({"w": jnp.ones(2)}, {"w": jnp.zeros(2)})
+      >>> pairs["w"].prediction
+      Array([1., 1.], dtype=float32)
+      >>> several = {"first": {"w": jnp.zeros(2)}, "second": {"w": jnp.ones(2)}}
+      >>> sorted(pair_gradients({"w": jnp.ones(2)}, several)["w"].alignment)
+      ['first', 'second']
+    """
+    structure: Any = jax.tree.structure(prediction)
+    if jax.tree.structure(alignment) == structure:
+        pairs = jax.tree.map(GradientPair, prediction, alignment)
+    else:
+        trees, losses = _several(alignment, structure)
+        if losses is None:
+            raise ValueError(
+                "prediction and alignment gradients must have one structure, got\n"
+                f"{structure} and\n{jax.tree.structure(alignment)}"
+                + (_FLATTENED if _is_vector(prediction) else "")
+            )
+        pairs = jax.tree.map(
+            lambda gradient, *others: GradientPair(gradient, losses.unflatten(others)),
+            prediction,
+            *trees,
+        )
+    check_pairs(pairs)
+    return pairs
+
+
+def _several(alignment: Any, structure: Any) -> tuple[list[Any], Any]:
+    """The trees of ``structure`` that a tuple, list or dictionary holds, and its own structure."""
+    if not isinstance(alignment, tuple | list | dict) or not alignment:
+        return [], None
+    trees, losses = jax.tree.flatten(alignment, is_leaf=lambda node: node is not alignment)
+    same = all(jax.tree.structure(tree) == structure for tree in trees)
+    return trees, losses if same else None
+
+
+def unpair_gradients(pairs: optax.Updates) -> tuple[optax.Updates, Any]:
+    """Splits a tree of pairs into the prediction and the alignment gradients.
+
+    Args:
+      pairs: a tree of `GradientPair`.
+
+    Returns:
+      ``(prediction, alignment)``, two trees of the parameters' structure; with several alignment
+      losses, ``alignment`` is a tuple or dictionary of such trees.
+
+    Raises:
+      TypeError: a leaf is not a `GradientPair`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> prediction, alignment = unpair_gradients({"w": GradientPair(jnp.ones(2), jnp.zeros(2))})
+      >>> alignment["w"]
+      Array([0., 0.], dtype=float32)
+    """
+    check_pairs(pairs)
+    prediction = jax.tree.map(lambda pair: pair.prediction, pairs, is_leaf=is_pair)
+    alignment = jax.tree.map(lambda pair: pair.alignment, pairs, is_leaf=is_pair)
+    leaves = jax.tree.leaves(pairs, is_leaf=is_pair)
+    if leaves:
+        outer, inner = jax.tree.structure(prediction), jax.tree.structure(leaves[0].alignment)
+        if not jax.tree_util.treedef_is_leaf(inner):
+            alignment = jax.tree.transpose(outer, inner, alignment)
+    return prediction, alignment
+
+
+def check_floating(tree: Any, what: str, advice: str = "") -> None:
+    """Raise a ``TypeError`` that names the first leaf that is not a real floating-point array."""
+    for name, leaf in named_leaves(tree):
+        kind = getattr(leaf, "dtype", None)
+        if kind is None and isinstance(leaf, int | float | complex):
+            kind = jnp.result_type(leaf)
+        if kind is None or not jnp.issubdtype(kind, jnp.floating):
+            has = f"is a {type(leaf).__name__}" if kind is None else f"has dtype {kind}"
+            raise TypeError(
+                f"{what} at {name} {has}; expected a real floating-point array "
+                f"(keep other leaves out with {advice or 'optax.masked or a filter'})"
+            )
+
+
+def begin_update(
+    updates: optax.Updates,
+    alignment: Any,
+    params: optax.Params | None = None,
+    like: Any = None,
+    losses: Any = None,
+) -> tuple[list[GradientPair], Any]:
+    """What every update does first: takes pairs as they are given, and checks them.
+
+    Args:
+      updates: a tree of pairs or, with ``alignment``, the prediction gradients.
+      alignment: the alignment gradients, or None.
+      params: the parameters, or None.
+      like: a tree of the parameters' structure and shapes to hold pairs and parameters against.
+      losses: how many alignment losses there are, or their names; None for any.
+
+    Returns:
+      The pairs in a list, and the structure of their tree.
+
+    Raises:
+      TypeError: a leaf is not a pair, or not floating-point.
+      ValueError: halves of a pair differ, or a tree differs from ``like``.
+    """
+    pairs = updates if alignment is None else pair_gradients(updates, alignment)
+    check_pairs(pairs, like)
+    if params is not None and like is not None:
+        _check_structure("params", params, like)
+    leaves = jax.tree.leaves(pairs, is_leaf=is_pair)
+    if losses is not None and leaves:
+        _check_losses_of(leaves[0].alignment, losses)
+    return leaves, jax.tree.structure(pairs if like is None else like, is_leaf=is_pair)
+
+
+def _check_losses_of(alignment: Any, losses: int | tuple[str, ...]) -> None:
+    count = len(jax.tree.leaves(alignment))
+    names = None if isinstance(losses, int) else sorted(losses)
+    found = sorted(alignment) if isinstance(alignment, dict) else count
+    if count != losses if names is None else found != names:
+        raise ValueError(
+            f"the optimizer was made for alignment_losses={losses!r}, but the pairs hold "
+            f"{found}; give alignment_losses the number of alignment losses, or their names"
+        )
+
+
+def check_pairs(pairs: Any, like: Any = None) -> None:
+    """Checks a tree of pairs, by structure, shape and dtype alone.
+
+    Args:
+      pairs: what should be a tree of `GradientPair`.
+      like: a tree of the parameters' structure and shapes to hold it against, or None.
+
+    Raises:
+      TypeError: a leaf is not a pair, or not floating-point.
+      ValueError: the halves of a pair differ, or the tree differs from ``like``.
+    """
+    leaves = named_leaves(pairs, is_leaf=is_pair)
+    losses = None
+    for where, pair in leaves:
+        if not is_pair(pair):
+            raise TypeError(
+                f"update at {where} is {describe(pair)}; expected a GradientPair: make pairs with "
+                "value_and_paired_grad or pair_gradients, or pass alignment=gradients to update"
+                + (_FLATTENED if _is_vector(pairs) else "")
+            )
+        if not jax.tree_util.all_leaves([pair.prediction]):
+            raise TypeError(
+                f"the prediction half of the pair at {where} is {describe(pair.prediction)}; "
+                "expected an array: make pairs of two trees with pair_gradients"
+            )
+        check_floating(pair.prediction, f"prediction gradient of the pair at {where}:")
+        check_floating(pair.alignment, f"alignment gradient of the pair at {where}:")
+        for gradient in jax.tree.leaves(pair.alignment):
+            if jnp.shape(pair.prediction) != jnp.shape(gradient) or (
+                jnp.result_type(pair.prediction) != jnp.result_type(gradient)
+            ):
+                raise ValueError(
+                    f"the two gradients at {where} must agree in shape and dtype, got prediction "
+                    f"{describe(pair.prediction)} and alignment {describe(gradient)}"
+                )
+        structure: Any = jax.tree.structure(pair.alignment)
+        if structure.num_leaves == 0 or (losses is not None and structure != losses):
+            raise ValueError(
+                f"the alignment half of the pair at {where} must hold the gradients of the same "
+                f"alignment losses as every other pair, got {structure} beside {losses}"
+            )
+        losses = structure
+    if like is None:
+        return
+    _check_structure("the tree of pairs", pairs, like, is_leaf=is_pair)
+    for (where, pair), leaf in zip(leaves, jax.tree.leaves(like), strict=True):
+        if jnp.shape(pair.prediction) != jnp.shape(leaf):
+            raise ValueError(
+                f"the pair at {where} has gradients of shape "
+                f"{jnp.shape(pair.prediction)}; expected the parameter's {jnp.shape(leaf)}"
+            )
+
+
+def _check_structure(what: str, tree: Any, like: Any, is_leaf: Any = None) -> None:
+    expected: Any = jax.tree.structure(like)
+    found: Any = jax.tree.structure(tree, is_leaf=is_leaf)
+    if found != expected:
+        difference = _first_difference(named_leaves(tree, is_leaf=is_leaf), named_leaves(like))
+        raise ValueError(
+            f"{what} must have the structure of the parameters that the optimizer was "
+            f"initialised with{difference}; expected {expected}, got {found}"
+        )
+
+
+def _is_vector(tree: Any) -> bool:
+    return getattr(tree, "ndim", None) == 1
+
+
+def describe(leaf: Any) -> str:
+    """Dtype and shape of an array, the type of anything else: for messages."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return f"a {type(leaf).__name__}"
+
+
+def _first_difference(leaves: list, like: list) -> str:
+    found, expected = ({name for name, _ in named} for named in (leaves, like))
+    missing, unknown = sorted(expected - found), sorted(found - expected)
+    return "".join(
+        f" ({word}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for word, names in (("missing", missing), ("unknown", unknown))
+        if names
+    )
+
+
+def value_and_paired_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
+    r"""Values and paired gradients of two or more losses, from one forward pass.
+
+    Like `jax.value_and_grad`, for a function that returns several scalars. The losses are evaluated
+    and linearised once, and the linear map is transposed once for each loss. What only one of them
+    depends on is left out of the others' backward passes.
+
+    Args:
+      loss_fn: returns ``(prediction_loss, alignment_loss)``, or
+        ``((prediction_loss, alignment_loss), aux)`` with ``has_aux=True``. Each loss is a
+        floating-point scalar; ``alignment_loss`` may be a tuple or dictionary of them.
+      argnums: which positional argument, or arguments, to differentiate with respect to; trees of
+        floating-point arrays.
+      has_aux: whether ``loss_fn`` returns auxiliary data beside the losses.
+
+    Returns:
+      A function with the arguments of ``loss_fn`` that returns ``(losses, pairs)``, or
+      ``((losses, aux), pairs)`` with ``has_aux=True``. ``pairs`` has the structure of the argument
+      with a `GradientPair` for each leaf; for several ``argnums`` a tuple of such trees.
+
+    Raises:
+      TypeError: ``loss_fn`` does not return floating-point scalars, or an argument to
+        differentiate holds other than floating-point arrays. Raised while tracing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> def losses(w, x):
+      ...     hidden = w * x
+      ...     return jnp.sum(hidden**2), jnp.sum(hidden)
+      >>> (prediction, alignment), pair = value_and_paired_grad(losses)(jnp.array(2.0), 3.0)
+      >>> float(pair.prediction), float(pair.alignment)
+      (36.0, 3.0)
+    """
+
+    def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        positions = argument_positions(argnums, len(args))
+        for position in positions:
+            _check_argument(args[position], position)
+
+        def losses_of(*differentiated: Any) -> tuple[Any, Any]:
+            full = list(args)
+            for position, value in zip(positions, differentiated, strict=True):
+                full[position] = value
+            result = loss_fn(*full, **kwargs)
+            losses, aux = split_aux(result) if has_aux else (result, None)
+            return _check_losses(losses), aux
+
+        chosen = tuple(args[position] for position in positions)
+        losses, pushforward, aux = jax.linearize(losses_of, *chosen, has_aux=True)
+        structure: Any
+        scalars, structure = jax.tree.flatten(losses)
+
+        def pull_back(index: int) -> Any:
+            pullback = jax.linear_transpose(
+                lambda *tangents: jax.tree.leaves(pushforward(*tangents))[index], *chosen
+            )
+            return pullback(jax.lax.full_like(scalars[index], 1))
+
+        def pair(*gradients: Any) -> GradientPair:
+            return GradientPair(*structure.unflatten(gradients))
+
+        pairs = jax.tree.map(pair, *map(pull_back, range(len(scalars))))
+        return (losses, aux) if has_aux else losses, pairs[0] if isinstance(argnums, int) else pairs
+
+    return paired
+
+
+def _check_argument(argument: Any, position: int) -> None:
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(argument, nnx.Module):
+        raise TypeError(
+            f"argument {position} of the loss function is the NNX module "
+            f"{type(argument).__name__}; use gdmam_jax.nnx.value_and_paired_grad for modules"
+        )
+    equinox: Any = sys.modules.get("equinox")
+    is_module = equinox is not None and isinstance(argument, equinox.Module)
+    advice = "eqx.partition(model, eqx.is_inexact_array)" if is_module else ""
+    check_floating(argument, f"argument {position} of the loss function,", advice)
+
+
+def argument_positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """Which of ``count`` positional arguments ``argnums`` means, counted from 0."""
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    for position in positions:
+        if not -count <= position < count:
+            raise TypeError(
+                f"argnums={argnums} needs an argument at position {position}, "
+                f"but {count} positional arguments were given"
+            )
+    return tuple(position % count for position in positions)
+
+
+def split_aux(result: Any) -> tuple[Any, Any]:
+    """The losses and the auxiliary data that a loss function returned."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            "with has_aux=True the loss function must return "
+            f"((prediction_loss, alignment_loss), aux), got {type(result).__name__}"
+        )
+    return result
+
+
+def _check_losses(losses: Any) -> tuple[jax.Array, Any]:
+    if not isinstance(losses, tuple | list) or len(losses) != 2:
+        raise TypeError(
+            "the loss function must return two losses, (prediction_loss, alignment_loss), got "
+            + (f"{len(losses)} values" if isinstance(losses, tuple | list) else describe(losses))
+        )
+    prediction, alignment = losses
+    if isinstance(prediction, tuple | list) and len(prediction) == 2:
+        raise TypeError(
+            "the prediction loss is a pair of values: did the loss function return "
+            "((prediction_loss, alignment_loss), aux)? Then give has_aux=True"
+        )
+    named = [("prediction loss", prediction)]
+    named += [
+        ("alignment loss" + (f" {name}" if name != "(root)" else ""), loss)
+        for name, loss in named_leaves(alignment)
+    ]
+    for name, loss in named:
+        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise TypeError(f"the {name} must be a floating-point scalar, got {describe(loss)}")
+    if len(named) == 1:
+        raise TypeError(f"there is no alignment loss: got {alignment!r}")
+    return jnp.asarray(prediction), jax.tree.map(jnp.asarray, alignment)

@@ -1,0 +1,91 @@
+"""Which leaves are decomposed together."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gdmam_jax._pairs import named_leaves
+
+Scope = Callable[[str], Hashable]
+
+
+def leaf_scope(path: str) -> str:
+    """The scope that gives each leaf a geometry of its own.
+
+    Args:
+      path: the leaf's path, such as ``"encoder/kernel"``.
+
+    Returns:
+      The path itself, as the leaf's label.
+
+    Examples:
+      >>> leaf_scope("encoder/kernel")
+      'encoder/kernel'
+    """
+    return path
+
+
+@jax.tree_util.register_static
+class Scopes:
+    """Which leaf belongs to which scope: static data in an optimizer state.
+
+    Attributes:
+      labels: the scopes' names, in order of first appearance; empty for one scope over all leaves.
+      index: for each leaf, the position of its label; empty for one scope over all leaves.
+    """
+
+    def __init__(self, labels: tuple[str, ...] = (), index: tuple[int, ...] = ()):
+        self.labels = labels
+        self.index = index
+
+    @classmethod
+    def of(cls, tree: Any, scope: Scope | None, is_leaf: Any = None) -> "Scopes":
+        """Labels the leaves of ``tree`` by ``scope`` of their paths."""
+        if scope is None:
+            return cls()
+        names = [str(scope(name)) for name, _ in named_leaves(tree, is_leaf=is_leaf)]
+        numbers: dict[str, int] = {}
+        index = tuple(numbers.setdefault(name, len(numbers)) for name in names)
+        return cls(tuple(numbers), index)
+
+    # optax.tree.map_params initialises a state without parameters and matches it with a real one:
+    # scopes without leaves equal any others.
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Scopes):
+            return NotImplemented
+        same = self.labels == other.labels and self.index == other.index
+        return same or not self.index or not other.index
+
+    def __hash__(self) -> int:
+        return hash(Scopes)
+
+    def __repr__(self) -> str:
+        return f"Scopes({', '.join(self.labels)})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a scalar of every scope: ``()`` for one scope, else ``(scopes,)``."""
+        return (len(self.labels),) if self.labels else ()
+
+    def total(self, terms: Sequence[Sequence[jax.Array]]) -> jax.Array:
+        """Adds the same number of scalars from each leaf up, to one of each for every scope."""
+        groups: list[list[Sequence[jax.Array]]] = [[] for _ in range(max(1, len(self.labels)))]
+        for position, scalars in enumerate(terms):
+            groups[self.index[position] if self.index else 0].append(scalars)
+        totals = [_sum_in_pairs(group) for group in groups]
+        return jnp.stack(totals) if self.labels else totals[0]
+
+    def at(self, scalars: jax.Array, leaf: int) -> jax.Array:
+        """The entry of ``scalars``, one per scope, that leaf number ``leaf`` goes by."""
+        return scalars[self.index[leaf]] if self.index else scalars
+
+
+def _sum_in_pairs(rows: Sequence[Sequence[jax.Array]]) -> jax.Array:
+    """Adds rows of scalars in pairs: rounding and the program grow with the logarithm."""
+    total = jnp.stack([scalar for row in rows for scalar in row]).reshape(len(rows), -1)
+    while len(total) > 1:
+        half = len(total) // 2
+        total = jnp.concatenate([total[:half] + total[half : 2 * half], total[2 * half :]])
+    return total[0]

@@ -1,0 +1,47 @@
+"""Sums over the shards of gradients that lie on several devices."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+
+def as_axis_names(axis_name: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The mesh axes that an ``axis_name`` argument names."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+
+def explicit_mesh(leaves: Any) -> Any:
+    """The mesh that all leaves lie on, where their types tell how; else None."""
+    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(leaves)]
+    meshes = {sharding.mesh for sharding in shardings}
+    mesh = meshes.pop() if len(meshes) == 1 else None
+    return mesh if mesh is not None and mesh.shape and mesh.are_all_axes_explicit else None
+
+
+class Across:
+    """Sums over shards inside `jax.shard_map`, in which what several shards hold counts once."""
+
+    def __init__(self, leaves: Any, names: tuple[str, ...]):
+        # check_vma=False: nothing is known to vary, not even the index along the axis itself.
+        self.known = {name for name in names if name in _varying(jax.lax.axis_index(name))}
+        varied = frozenset().union(*map(_varying, jax.tree.leaves(leaves))) if names else ()
+        self.axes = tuple(name for name in names if name in varied or name not in self.known)
+
+    def share(self, term: jax.Array) -> jax.Array:
+        """What one shard adds to the sum of ``term`` over the axes."""
+        whole = tuple(name for name in self.axes if name in self.known - _varying(term))
+        if not whole:
+            return term
+        copies = math.prod(jax.lax.axis_size(name) for name in whole)
+        return jax.lax.pcast(term / copies, whole, to="varying")
+
+    def sum(self, totals: jax.Array) -> jax.Array:
+        """The sum of all shards' totals: one message."""
+        return jax.lax.psum(totals, self.axes) if self.axes else totals
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes along which ``x`` is known to differ, inside `jax.shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying

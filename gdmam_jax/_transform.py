@@ -1,0 +1,333 @@
+"""The allocated form: weigh, gate, then remember, as an Optax transformation."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gdmam_jax._allocation import (
+    Allocation,
+    Allocator,
+    Gate,
+    MomentumRule,
+    constant_momentum,
+    priority_gate,
+)
+from gdmam_jax._checks import check_range
+from gdmam_jax._numerics import (
+    divide,
+    floored_sqrt,
+    map_leaves,
+    narrow,
+    pytree_dataclass,
+    widen,
+    zeros_like,
+)
+from gdmam_jax._pairs import GradientPair, begin_update, halves
+from gdmam_jax._scopes import Scope
+from gdmam_jax._weightings import Weighting, balanced_weighting, unit_weighting
+
+
+@pytree_dataclass
+class GDMAMState:
+    r"""State of `scale_by_gdmam`.
+
+    Attributes:
+      count: steps taken; int32, shape ``()``.
+      allocation: the norms' statistics and what the last step decided; see `Allocation`.
+      momentum_correction: $1 - \prod_t \beta_t$ of each momentum, for the exact bias correction;
+        kept as the running mean of 1, since the difference would cancel; float32 or better, shape
+        ``(1,)`` with steered momenta, ``(3,)`` with separate ones, after the scopes' axis.
+      momenta: bias-corrected momenta, updated as such:
+        $\hat m \leftarrow (1 - s) \hat m + s A$ with $s = (1 - \beta) / (1 - \prod_t \beta_t)$. A
+        tuple of trees like the parameters, of their dtypes or ``momentum_dtype``: one for the sum
+        of the allocated components, or one for each of (prediction, parallel, orthogonal), the
+        last two once for each alignment loss.
+      second_moment: running mean of the square of the components' sum; a tree like the parameters,
+        float32 or better; None without ``b2``.
+      second_moment_maximum: its largest value so far, with ``amsgrad``; else None.
+      second_moment_correction: $1 - \prod_t b_{2,t}$; shape ``()``; None without ``b2``.
+    """
+
+    count: jax.Array
+    allocation: Allocation
+    momentum_correction: jax.Array
+    momenta: tuple[Any, ...]
+    second_moment: Any
+    second_moment_maximum: Any
+    second_moment_correction: Any
+
+
+def scale_by_gdmam(
+    *,
+    weighting: Weighting | None = None,
+    gate: Gate = priority_gate,
+    momentum: MomentumRule = constant_momentum,
+    momenta: Literal["steered", "separate"] = "steered",
+    scope: Scope | None = None,
+    alignment_losses: int | Sequence[str] = 1,
+    initial_momentum: Any = 0.95,
+    minimum_momentum: Any = 0.7,
+    maximum_momentum: Any = 0.999,
+    prediction_sensitivity: Any = None,
+    parallel_sensitivity: Any = None,
+    orthogonal_sensitivity: Any = None,
+    statistics_decay: Any = 0.9,
+    b2: Any = None,
+    eps: Any = 1e-8,
+    amsgrad: bool = False,
+    momentum_dtype: Any = None,
+    axis_name: str | Sequence[str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Turns pairs of gradients into one update: weighed, gated, then remembered.
+
+    The alignment gradient is split along and across the prediction gradient (see `decompose`).
+    Weights and gate make the three allocated components of the step,
+
+    $$
+    A_p = w_p g_p, \qquad A_\parallel = w_a v_\parallel g_\parallel, \qquad
+    A_\perp = w_a v_\perp g_\perp,
+    $$
+
+    and the update is the bias-corrected momentum of their sum, with a decay that is the mean of
+    the components' own by their norms (``momenta="steered"``), or the sum of a momentum of each
+    (``"separate"``). With equal decays both are the same.
+
+    With ``b2`` the update is divided by $\sqrt{v / (1 - \prod_t b_{2,t})} + eps$, where $v$
+    follows the square of the components' sum.
+
+    Every number is a scalar that `optax.inject_hyperparams` can inject or schedule.
+
+    Args:
+      weighting: the tasks' weights: a function ``(gramian, norms) -> weights`` of the gradients'
+        inner products and their norms' running means, shapes ``(..., K, K)``, ``(..., K)`` and
+        ``(..., K)``; index 0 is the prediction. None: `unit_weighting` with ``b2``; without,
+        `balanced_weighting`, whose updates shrink as the gradients do.
+      gate: the factors of the two parts of the alignment gradient: a function
+        ``(cosine, ratio) -> (parallel, orthogonal)`` of the angle and of the weighted norms'
+        ratio.
+      momentum: the momentum coefficients: a function
+        ``(statistics, initial, sensitivity) -> momentum``, for example `relative_momentum`.
+      momenta: ``"steered"``, one buffer, or ``"separate"``, one for each component.
+      scope: what is decomposed together: a function of a leaf's path, such as
+        ``"encoder/kernel"``, to a label, for example `leaf_scope`. None: all leaves together.
+      alignment_losses: how many alignment losses there are, or the names of those that the loss
+        function returns in a dictionary.
+      initial_momentum: $\beta_k$ before the first step, in [0, 1).
+      minimum_momentum: lower bound of $\beta_k$ where a rule lowers it, in [0, 1).
+      maximum_momentum: upper bound of $\beta_k$ where a rule raises it, in [0, 1).
+      prediction_sensitivity: how strongly noise lowers the prediction momentum, at least 0. None:
+        the momentum rule's own.
+      parallel_sensitivity: the same for the parallel part.
+      orthogonal_sensitivity: the same for the orthogonal part.
+      statistics_decay: decay of the norms' running statistics, in [0, 1).
+      b2: decay of the second moment, in [0, 1); None for no second moment.
+      eps: added to the root of the second moment, above 0.
+      amsgrad: divide by the largest second moment so far instead of the current one.
+      momentum_dtype: dtype of the momenta; None: that of the parameters. Second moment and
+        statistics are float32 or better in any case.
+      axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded: the inner
+        products are summed over them.
+
+    Returns:
+      A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
+      with ``alignment=`` the alignment gradients, and returns updates of the parameters' dtypes;
+      where ``update`` is not given the parameters, of the wider of gradient and momentum.
+
+    Raises:
+      ValueError: a number is out of range or narrower than float32, ``momenta`` is unknown,
+        ``amsgrad`` is asked for without ``b2``, or ``momentum_dtype`` is not floating-point. While
+        tracing: pairs whose halves differ, a structure or shape other than the parameters', or a
+        state that was made with other choices.
+      TypeError: a choice is no function. While tracing: an update that is not a `GradientPair`, or
+        a parameter or gradient that is not floating-point.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import gdmam_jax as gdmam
+      >>> def losses(w):
+      ...     return jnp.sum((w - 1) ** 2), 0.1 * jnp.sum(w**2)
+      >>> optimizer = optax.chain(gdmam.scale_by_gdmam(), optax.scale_by_learning_rate(0.1))
+      >>> w = jnp.zeros(2)
+      >>> state = optimizer.init(w)
+      >>> _, pairs = gdmam.value_and_paired_grad(losses)(w)
+      >>> updates, state = optimizer.update(pairs, state, w)
+      >>> optax.apply_updates(w, updates)
+      Array([0.2, 0.2], dtype=float32)
+
+    References:
+      The method's public description, made precise; see the project's documentation for what of it
+      is released code and what is this library's reading.
+    """
+    if weighting is None:
+        weighting = balanced_weighting if b2 is None else unit_weighting
+    allocator = Allocator(
+        weighting=weighting,
+        gate=gate,
+        momentum=momentum,
+        scope=scope,
+        alignment_losses=alignment_losses,
+        initial_momentum=initial_momentum,
+        minimum_momentum=minimum_momentum,
+        maximum_momentum=maximum_momentum,
+        sensitivity=(prediction_sensitivity, parallel_sensitivity, orthogonal_sensitivity),
+        statistics_decay=statistics_decay,
+        axis_name=axis_name,
+    )
+    check_range("b2", 0 if b2 is None else b2, 0, 1, below_maximum=True)
+    check_range("eps", eps, above_minimum=True)
+    if momenta not in ("steered", "separate"):
+        raise ValueError(f"momenta must be 'steered' or 'separate', got {momenta!r}")
+    if amsgrad and b2 is None:
+        raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
+    if momentum_dtype is not None and not jnp.issubdtype(momentum_dtype, jnp.floating):
+        raise ValueError(f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}")
+    steered = momenta == "steered"
+
+    def init(params: optax.Params) -> GDMAMState:
+        allocation = allocator.init(params)
+        decays = allocation.statistics.momentum[..., : 1 if steered else None]
+
+        def second_moment() -> optax.Params:
+            return zeros_like(jax.tree.map(widen, params))
+
+        return GDMAMState(
+            count=jnp.zeros((), jnp.int32),
+            allocation=allocation,
+            momentum_correction=jnp.zeros_like(decays),
+            momenta=tuple(zeros_like(params, momentum_dtype) for _ in range(decays.shape[-1])),
+            second_moment=None if b2 is None else second_moment(),
+            second_moment_maximum=second_moment() if amsgrad else None,
+            second_moment_correction=None if b2 is None else jnp.zeros((), decays.dtype),
+        )
+
+    def check_state(state: GDMAMState, pairs: Any) -> None:
+        allocator.check_state(state.allocation, pairs)
+        buffers = 1 if steered else state.allocation.statistics.momentum.shape[-1]
+        for name, found, expected in (
+            ("momenta", len(state.momenta), buffers),
+            ("b2", state.second_moment is not None, b2 is not None),
+            ("amsgrad", state.second_moment_maximum is not None, amsgrad),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"the optimizer state was made with another choice of {name} than this "
+                    "optimizer's; make a state with its own init, or give it the old choice"
+                )
+
+    def update(
+        updates: optax.Updates,
+        state: GDMAMState,
+        params: optax.Params | None = None,
+        *,
+        alignment: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GDMAMState]:
+        del extra_args
+        leaves, structure = begin_update(
+            updates, alignment, params, like=state.momenta[0], losses=allocator.losses
+        )
+        check_state(state, structure.unflatten(leaves))
+        count = optax.safe_increment(state.count)
+        if not leaves:
+            return structure.unflatten([]), state
+        allocation = allocator.step(leaves, state.allocation)
+        decays, factors = allocation.statistics.momentum, allocation.factors
+        if steered:
+            sizes = allocation.sizes
+            total = jnp.sum(sizes, axis=-1, keepdims=True)
+            sizes = jnp.where(total > 0, divide(sizes, total), 1 / sizes.shape[-1])
+            decays = jnp.sum(sizes * decays, axis=-1, keepdims=True)
+            factors = jnp.sum(factors, axis=-2, keepdims=True)
+        correction = decays * state.momentum_correction + (1 - decays)
+        # The newest gradient's share of a bias-corrected momentum.
+        share = (1 - decays) / correction
+        second = None
+        if b2 is not None:
+            decay = jnp.asarray(b2, share.dtype)
+            second_correction = decay * state.second_moment_correction + (1 - decay)
+            root = jnp.sqrt(second_correction)
+            second = (decay, root, root * jnp.asarray(eps, root.dtype))
+        per_scope = (share, share[..., None] * factors, jnp.sum(factors, axis=-2))
+        dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+
+        def leaf_step(number: int, pair: GradientPair, moment: Any, largest: Any, *old: Any) -> Any:
+            dtype = dtypes[number] if dtypes else jnp.result_type(pair.prediction, old[0])
+            return _leaf_step(
+                halves(pair),
+                tuple(allocation.scopes.at(scalars, number) for scalars in per_scope),
+                old,
+                moment,
+                largest,
+                second,
+                dtype=jnp.dtype(dtype),
+            )
+
+        direction, new_momenta, moment, largest = map_leaves(
+            leaf_step,
+            structure,
+            structure.unflatten(range(len(leaves))),
+            structure.unflatten(leaves),
+            state.second_moment,
+            state.second_moment_maximum,
+            *state.momenta,
+        )
+        return direction, GDMAMState(
+            count=count,
+            allocation=allocation,
+            momentum_correction=correction,
+            momenta=new_momenta,
+            second_moment=moment,
+            second_moment_maximum=largest,
+            second_moment_correction=None if b2 is None else second_correction,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# One compiled function for a leaf's step: leaves of one shape are traced once.
+@partial(jax.jit, static_argnames="dtype")
+def _leaf_step(
+    gradients: list[Any],
+    scalars: tuple[jax.Array, jax.Array, jax.Array],
+    momenta: tuple[jax.Array, ...],
+    second: jax.Array | None,
+    largest: jax.Array | None,
+    second_scalars: tuple[jax.Array, jax.Array, jax.Array] | None,
+    *,
+    dtype: Any,
+) -> tuple[Any, ...]:
+    """A leaf's update and its new buffers.
+
+    ``scalars`` are the newest components' shares of the momenta, ``(M,)``, these times the
+    components' factors of the gradients, ``(M, K)``, and the factors of the components' sum,
+    ``(K,)``; ``second_scalars`` are b2, the root of its correction, and that times eps.
+    """
+    wide = [widen(gradient) for gradient in gradients]
+    precision = jnp.result_type(wide[0], widen(momenta[0]), *(() if second is None else [second]))
+    wide = [gradient.astype(precision) for gradient in wide]
+    share, share_of, factors = (scalar.astype(precision) for scalar in scalars)
+
+    def combined(weights: jax.Array) -> jax.Array:
+        total = weights[0] * wide[0]
+        for number in range(1, len(wide)):
+            total = total + weights[number] * wide[number]
+        return total
+
+    new = [
+        (1 - share[m]) * old.astype(precision) + combined(share_of[m])
+        for m, old in enumerate(momenta)
+    ]
+    direction = sum(new[1:], new[0])
+    if second is not None and second_scalars is not None:
+        b2, root, root_eps = (scalar.astype(precision) for scalar in second_scalars)
+        second = (b2 * second + (1 - b2) * combined(factors) ** 2).astype(second.dtype)
+        largest = None if largest is None else jnp.maximum(largest, second)
+        # u / (sqrt(v) / root + eps), with one division an element.
+        denominator = floored_sqrt(second if largest is None else largest) + root_eps
+        direction = root * direction / denominator
+    stored = tuple(narrow(each, old.dtype) for each, old in zip(new, momenta, strict=True))
+    return narrow(direction, dtype), stored, second, largest
