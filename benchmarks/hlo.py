@@ -16,8 +16,7 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 def bytes_moved(program: str) -> int:
     """Bytes that the instructions of a compiled program's main path read and write.
 
-    Each instruction reads its operands and writes its result once. Branches are left out: GDMAM's
-    run only where gradients overflow or are parallel.
+    Each instruction reads its operands and writes its result once. Branches are left out.
     """
     entry = program[program.index("\nENTRY ") :]
     sizes: dict[str, int] = {}

@@ -99,7 +99,7 @@ def _case(
     name: str, pairs: Any, leaves: int, dtype: str, momentum_dtype: str | None, steps: int
 ) -> tuple[Case, int, int]:
     optimizer = OPTIMIZERS[name](momentum_dtype)
-    params = jax.tree.map(lambda pair: 0.1 * pair.prediction, pairs, is_leaf=lambda node: isinstance(node, gdmam.GradientPair))
+    params = optax.tree.scale(0.1, gdmam.unpair_gradients(pairs)[0])
     held = [params, jax.jit(optimizer.init)(params)]
 
     def step(params: Any, state: Any, pairs: Any) -> Any:

@@ -143,13 +143,7 @@ def main():
     methods = {
         "labels only": gdmam.summed(optax.adam(rate), alignment_weight=0.0),
         "both losses, summed": gdmam.summed(optax.adam(rate)),
-        "both losses, GDMAM": gdmam.gdmam(
-            rate,
-            weighting=gdmam.balanced_weighting,
-            gate=gdmam.conflict_gate,
-            momentum=gdmam.relative_momentum,
-            weight_decay=0.0,
-        ),
+        "both losses, GDMAM": gdmam.gdmam(rate, weight_decay=0.0),
     }
     print(f"{'':<22} {'unseen digits read':>20} {'error of drawing':>18}")
     results, report = {}, {}

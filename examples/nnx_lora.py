@@ -139,13 +139,7 @@ def main():
     methods = {
         "fine-tuned on the new digits only": gdmam.summed(optax.adam(rate), 1.0, 0.0),
         "both losses, summed": gdmam.summed(optax.adam(rate)),
-        "both losses, GDMAM": gdmam.gdmam(
-            rate,
-            weighting=gdmam.balanced_weighting,
-            gate=gdmam.conflict_gate,
-            momentum=gdmam.relative_momentum,
-            weight_decay=0.0,
-        ),
+        "both losses, GDMAM": gdmam.gdmam(rate, weight_decay=0.0),
     }
     results, cosines = {}, []
     for name, transformation in methods.items():

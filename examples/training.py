@@ -27,12 +27,6 @@ METHODS = {
     "prediction alone": lambda rate: gdmam.summed(optax.adamw(rate), alignment_weight=0.0),
     BASELINE: lambda rate: gdmam.summed(optax.adamw(rate)),
     "GDMAM": lambda rate: gdmam.gdmam(rate),
-    "GDMAM, balanced": lambda rate: gdmam.gdmam(
-        rate,
-        weighting=gdmam.balanced_weighting,
-        gate=gdmam.conflict_gate,
-        momentum=gdmam.relative_momentum,
-    ),
 }
 
 

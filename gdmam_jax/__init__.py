@@ -34,6 +34,7 @@ from gdmam_jax._transform import GDMAMState as GDMAMState
 from gdmam_jax._transform import scale_by_gdmam as scale_by_gdmam
 from gdmam_jax._weightings import Weighting as Weighting
 from gdmam_jax._weightings import balanced_weighting as balanced_weighting
+from gdmam_jax._weightings import config_weighting as config_weighting
 from gdmam_jax._weightings import constant_weighting as constant_weighting
 from gdmam_jax._weightings import norm_weighting as norm_weighting
 from gdmam_jax._weightings import pcgrad_weighting as pcgrad_weighting

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from gdmam_jax._checks import check_ordered, check_range
 from gdmam_jax._geometry import Geometry, gramian, norms
-from gdmam_jax._numerics import EPS, divide, floored_sqrt, pytree_dataclass
+from gdmam_jax._numerics import EPS, divide, floored_sqrt, pytree_dataclass, wide_dtype
 from gdmam_jax._pairs import GradientPair, check_floating, is_pair
 from gdmam_jax._scopes import Scope, Scopes
 from gdmam_jax._weightings import Weighting
@@ -54,7 +54,7 @@ MomentumRule = Callable[[NormStatistics, Any, tuple[Any, Any, Any]], Any]
 
 
 def cosine_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""The better the tasks agree, the more of the parallel part: ``(gate, 1 - gate)``. As released.
+    r"""The better the tasks agree, the more of the parallel part, as released: (gate, 1 - gate).
 
     $$gate = clip(\cos(g_a, g_p), 0, 1)$$
 
@@ -339,7 +339,7 @@ class Allocator:
     gate: Gate
     momentum: MomentumRule
     scope: Scope | None = None
-    alignment_losses: int | Sequence[str] = 1
+    alignment_losses: int | Sequence[str] | None = None
     initial_momentum: Any = 0.95
     minimum_momentum: Any = 0.7
     maximum_momentum: Any = 0.999
@@ -358,32 +358,32 @@ class Allocator:
                 )
         for name in ("minimum_momentum", "maximum_momentum", "initial_momentum"):
             check_range(name, getattr(self, name), 0, 1, below_maximum=True)
-        check_ordered(
-            "minimum_momentum", self.minimum_momentum, "maximum_momentum", self.maximum_momentum
-        )
+        for name in ("minimum_momentum", "initial_momentum"):
+            check_ordered(name, getattr(self, name), "maximum_momentum", self.maximum_momentum)
         check_range("statistics_decay", self.statistics_decay, 0, 1, below_maximum=True)
         for name, value in zip(COMPONENTS, self.sensitivity, strict=True):
             check_range(f"{name}_sensitivity", 0 if value is None else value)
         losses = self.alignment_losses
-        if isinstance(losses, int):
-            check_range("alignment_losses", losses, 1)
-        elif isinstance(losses, str) or not losses or len({*losses}) != len(losses):
+        number = losses is None or (isinstance(losses, int) and losses >= 1)
+        names = isinstance(losses, tuple | list) and 0 < len(losses) == len({*losses})
+        if not (number or names):
             raise ValueError(
-                "alignment_losses must be a number of losses, or a sequence of their names, each "
-                f"once; got {losses!r}"
+                "alignment_losses must be a number of losses, at least 1, or a sequence of their "
+                f"names, each once; got {losses!r}. optax.inject_hyperparams takes numbers for "
+                "what it injects: give it static_args=('alignment_losses',)"
             )
 
     @property
     def losses(self) -> int | tuple[str, ...]:
         """How many alignment losses there are, or their names in `jax.tree` order."""
         given = self.alignment_losses
-        return given if isinstance(given, int) else tuple(sorted(given))
+        return 1 if given is None else given if isinstance(given, int) else tuple(sorted(given))
 
     def init(self, params: Any) -> Allocation:
         """The allocation before the first step."""
         check_floating(params, "parameter")
         scopes = Scopes.of(params, self.scope)
-        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        dtype = wide_dtype(*jax.tree.leaves(params))
         losses = self.losses
         count = losses if isinstance(losses, int) else len(losses)
         names = tuple(map(str, range(losses))) if isinstance(losses, int) else losses
@@ -433,7 +433,9 @@ class Allocator:
         weights = _as_array(
             "weighting", self.weighting(products, means), means.shape, dtype, "weights"
         )
-        ratio = weights[..., 1:] * n_a / jnp.maximum(weights[..., :1] * n_p, EPS**2)
+        size_p, size_a = weights[..., :1] * n_p, weights[..., 1:] * n_a
+        counts = size_p > EPS * size_a
+        ratio = jnp.where(counts, size_a / jnp.where(counts, size_p, 1), 1 / EPS)
         parts = self.gate(geometry.cosine, ratio)
         gate = jnp.moveaxis(
             _as_array("gate", parts, (*ratio.shape, 2), dtype, "factors", stacked=True), -1, -2
@@ -459,7 +461,7 @@ class Allocator:
         momentum = jnp.clip(
             momentum,
             jnp.minimum(jnp.asarray(self.minimum_momentum, dtype), initial),
-            jnp.maximum(jnp.asarray(self.maximum_momentum, dtype), initial),
+            jnp.asarray(self.maximum_momentum, dtype),
         )
         statistics = dataclasses.replace(statistics, momentum=momentum)
         return dataclasses.replace(decided, statistics=statistics)

@@ -19,9 +19,15 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
     return chex.dataclass(cls, frozen=True, mappable_dataclass=False)
 
 
+def wide_dtype(*arrays: Any) -> Any:
+    """float64 where one of the arrays is, else float32: the precision of inner products."""
+    double = any(jnp.result_type(array) == jnp.float64 for array in arrays)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
 def widen(x: Any) -> jax.Array:
     """``x`` in float32 or better, the precision in which inner products and updates are taken."""
-    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+    return jnp.asarray(x).astype(wide_dtype(x))
 
 
 def narrow(x: jax.Array, dtype: Any) -> jax.Array:

@@ -14,7 +14,6 @@ from gdmam_jax._allocation import (
     MomentumRule,
     constant_momentum,
     open_gate,
-    priority_gate,
 )
 from gdmam_jax._checks import check_range
 from gdmam_jax._numerics import narrow, pytree_dataclass, widen
@@ -28,11 +27,11 @@ def gdmam(
     learning_rate: optax.ScalarOrSchedule,
     *,
     weighting: Weighting | None = None,
-    gate: Gate = priority_gate,
-    momentum: MomentumRule = constant_momentum,
+    gate: Gate | None = None,
+    momentum: MomentumRule | None = None,
     momenta: Literal["steered", "separate"] = "steered",
     scope: Scope | None = None,
-    alignment_losses: int | Sequence[str] = 1,
+    alignment_losses: int | Sequence[str] | None = None,
     initial_momentum: Any = 0.95,
     minimum_momentum: Any = 0.7,
     maximum_momentum: Any = 0.999,
@@ -196,7 +195,7 @@ def weighed(
     weighting: Weighting,
     *,
     scope: Scope | None = None,
-    alignment_losses: int | Sequence[str] = 1,
+    alignment_losses: int | Sequence[str] | None = None,
     statistics_decay: Any = 0.9,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -209,7 +208,7 @@ def weighed(
       weighting: the tasks' weights, a function ``(gramian, norms) -> weights``; see
         `scale_by_gdmam`.
       scope: which leaves are weighed together; see `scale_by_gdmam`.
-      alignment_losses: how many alignment losses there are, or their names.
+      alignment_losses: how many alignment losses there are, or their names. None: one.
       statistics_decay: decay of the norms' running means, in [0, 1).
       axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded.
 

@@ -17,6 +17,7 @@ from gdmam_jax._numerics import (
     map_leaves,
     pytree_dataclass,
     safe_sqrt,
+    wide_dtype,
     widen,
     zeros_like,
 )
@@ -95,7 +96,7 @@ def clip_by_recent_norm(
     check_range("window", window, 1)
 
     def init(params: optax.Params) -> RecentNormState:
-        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        dtype = wide_dtype(*jax.tree.leaves(params))
         return RecentNormState(norms=jnp.zeros(window, dtype).at[-1].set(jnp.inf))
 
     def update(

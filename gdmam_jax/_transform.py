@@ -23,12 +23,13 @@ from gdmam_jax._numerics import (
     map_leaves,
     narrow,
     pytree_dataclass,
+    wide_dtype,
     widen,
     zeros_like,
 )
 from gdmam_jax._pairs import GradientPair, begin_update, halves
 from gdmam_jax._scopes import Scope
-from gdmam_jax._weightings import Weighting, balanced_weighting, unit_weighting
+from gdmam_jax._weightings import Weighting, config_weighting, unit_weighting
 
 
 @pytree_dataclass
@@ -64,11 +65,11 @@ class GDMAMState:
 def scale_by_gdmam(
     *,
     weighting: Weighting | None = None,
-    gate: Gate = priority_gate,
-    momentum: MomentumRule = constant_momentum,
+    gate: Gate | None = None,
+    momentum: MomentumRule | None = None,
     momenta: Literal["steered", "separate"] = "steered",
     scope: Scope | None = None,
-    alignment_losses: int | Sequence[str] = 1,
+    alignment_losses: int | Sequence[str] | None = None,
     initial_momentum: Any = 0.95,
     minimum_momentum: Any = 0.7,
     maximum_momentum: Any = 0.999,
@@ -105,17 +106,18 @@ def scale_by_gdmam(
       weighting: the tasks' weights: a function ``(gramian, norms) -> weights`` of the gradients'
         inner products and their norms' running means, shapes ``(..., K, K)``, ``(..., K)`` and
         ``(..., K)``; index 0 is the prediction. None: `unit_weighting` with ``b2``; without,
-        `balanced_weighting`, whose updates shrink as the gradients do.
+        `config_weighting`, whose updates shrink as the gradients do.
       gate: the factors of the two parts of the alignment gradient: a function
         ``(cosine, ratio) -> (parallel, orthogonal)`` of the angle and of the weighted norms'
-        ratio.
+        ratio. None: `priority_gate`.
       momentum: the momentum coefficients: a function
         ``(statistics, initial, sensitivity) -> momentum``, for example `relative_momentum`.
+        None: `constant_momentum`.
       momenta: ``"steered"``, one buffer, or ``"separate"``, one for each component.
       scope: what is decomposed together: a function of a leaf's path, such as
         ``"encoder/kernel"``, to a label, for example `leaf_scope`. None: all leaves together.
       alignment_losses: how many alignment losses there are, or the names of those that the loss
-        function returns in a dictionary.
+        function returns in a dictionary. None: one.
       initial_momentum: $\beta_k$ before the first step, in [0, 1).
       minimum_momentum: lower bound of $\beta_k$ where a rule lowers it, in [0, 1).
       maximum_momentum: upper bound of $\beta_k$ where a rule raises it, in [0, 1).
@@ -163,11 +165,11 @@ def scale_by_gdmam(
       is released code and what is this library's reading.
     """
     if weighting is None:
-        weighting = balanced_weighting if b2 is None else unit_weighting
+        weighting = config_weighting if b2 is None else unit_weighting
     allocator = Allocator(
         weighting=weighting,
-        gate=gate,
-        momentum=momentum,
+        gate=gate or priority_gate,
+        momentum=momentum or constant_momentum,
         scope=scope,
         alignment_losses=alignment_losses,
         initial_momentum=initial_momentum,
@@ -306,9 +308,8 @@ def _leaf_step(
     components' factors of the gradients, ``(M, K)``, and the factors of the components' sum,
     ``(K,)``; ``second_scalars`` are b2, the root of its correction, and that times eps.
     """
-    wide = [widen(gradient) for gradient in gradients]
-    precision = jnp.result_type(wide[0], widen(momenta[0]), *(() if second is None else [second]))
-    wide = [gradient.astype(precision) for gradient in wide]
+    precision = wide_dtype(*gradients, *momenta, *(() if second is None else [second]))
+    wide = [jnp.asarray(gradient).astype(precision) for gradient in gradients]
     share, share_of, factors = (scalar.astype(precision) for scalar in scalars)
 
     def combined(weights: jax.Array) -> jax.Array:

@@ -171,3 +171,46 @@ def pcgrad_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     del norms
     squares = jnp.diagonal(gramian, axis1=-2, axis2=-1)
     return 1 - divide(jnp.minimum(gramian[..., 0, 1:], 0), squares)
+
+
+@_with_settings
+def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = None) -> jax.Array:
+    r"""ConFIG: equal projections on all unit gradients, as long as the sum of the gradients' own.
+
+    With unit gradients $u_k = g_k / n_k$ and their inner products $C$, the direction is
+    $d = \sum_k a_k u_k$ with $a = C^{+} preference$, and the length
+    $\sum_k \langle g_k, d\rangle / |d|$. For two losses the weights are
+    $w_k = (n_0 + n_1) / (2 n_k)$: along the bisector. It is against no loss, and its length
+    shrinks as the gradients do. A task without a gradient is left out.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+      preference: the wanted projections on the unit gradients, shape ``(K,)``. None: equal ones.
+
+    Returns:
+      The weights, shape ``(..., K)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> config_weighting(jnp.array([[9.0, -1.0], [-1.0, 1.0]]), None).tolist()
+      [0.6666666865348816, 2.0]
+
+    References:
+      Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural
+      Networks, ICLR 2025.
+    """
+    del norms
+    lengths = _geometry.norms(gramian)
+    active = (lengths > 0).astype(lengths.dtype)
+    if gramian.shape[-1] == 2 and preference is None:
+        total = jnp.sum(lengths, axis=-1, keepdims=True)
+        return divide(divide(total, jnp.sum(active, axis=-1, keepdims=True)), lengths)
+    inverse = divide(active, lengths)
+    cosines = inverse[..., :, None] * gramian * inverse[..., None, :]
+    wanted = active if preference is None else active * jnp.asarray(preference, active.dtype)
+    combined = jnp.einsum("...ij,...j->...i", jnp.linalg.pinv(cosines, hermitian=True), wanted)
+    projections = jnp.einsum("...ij,...j->...i", cosines, combined)
+    square = jnp.sum(combined * projections, axis=-1, keepdims=True)
+    length = jnp.sum(lengths * projections, axis=-1, keepdims=True)
+    return divide(length, square) * combined * inverse

@@ -13,7 +13,7 @@ def over_pairs(
     wrapper: Callable[[optax.GradientTransformation], Any],
     optimizer: optax.GradientTransformation,
     *,
-    alignment_losses: int | Sequence[str] = 1,
+    alignment_losses: int | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lifts an Optax wrapper that needs updates in and out of one structure.
 
@@ -29,7 +29,7 @@ def over_pairs(
         ``lambda tx: optax.chain(optax.zero_nans(), tx)``.
       optimizer: the optimizer that takes pairs.
       alignment_losses: as the optimizer has it: how many alignment losses there are, which then
-        come in a tuple, or their names, if they come in a dictionary.
+        come in a tuple, or their names, if they come in a dictionary. None: one.
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
@@ -98,9 +98,11 @@ def over_pairs(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _alignment(leaf: Any, losses: int | Sequence[str]) -> Any:
+def _alignment(leaf: Any, losses: int | Sequence[str] | None) -> Any:
+    if losses is None or losses == 1:
+        return leaf
     if isinstance(losses, int):
-        return leaf if losses == 1 else (leaf,) * losses
+        return (leaf,) * losses
     return dict.fromkeys(losses, leaf)
 
 

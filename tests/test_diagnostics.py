@@ -25,15 +25,76 @@ def one_step(optimizer):
 
 
 def test_scalars_are_those_of_the_step():
-    seen = gdmam.diagnostics(one_step(gdmam.gdmam(0.1)))
-    assert set(seen) == KEYS
-    geometry = gdmam.decompose(PAIRS).geometry
-    for name in ("cosine", "projection", "orthogonal_norm", "prediction_weight", "gate"):
-        np.testing.assert_allclose(seen[name], getattr(geometry, name), rtol=1e-6)
+    """Every key against a value computed here."""
+    optimizer = gdmam.gdmam(0.1, momentum=gdmam.relative_momentum)
+    state = optimizer.init(PARAMS)
+    for _ in range(2):
+        _, state = optimizer.update(PAIRS, state, PARAMS)
+    seen = gdmam.diagnostics(state)
+    n_p, n_a, product = np.sqrt(6), np.sqrt(0.25 + 1 + 4 + 10), -0.5
+    conflict = -product / (n_p * n_a)
+    expected = {
+        "prediction_norm": n_p,
+        "alignment_norm": n_a,
+        "cosine": -conflict,
+        "projection": product / 6,
+        "parallel_norm": -product / n_p,
+        "orthogonal_norm": np.sqrt(n_a**2 - product**2 / 6),
+        "prediction_weight": 1 / n_p,
+        "alignment_weight": 1 / n_a,
+        "gate": max(0, (conflict + conflict**2 - 1) / conflict**2),
+        "orthogonal_gate": 1,
+        "prediction_momentum": 0.95,
+        "parallel_momentum": 0.95,
+        "orthogonal_momentum": 0.95,
+    }
+    assert set(seen) == KEYS == set(expected)
     assert all(value.shape == () for value in seen.values())
-    n_p, n_a = np.sqrt(6), np.sqrt(0.25 + 1 + 4 + 10)
-    np.testing.assert_allclose(seen["prediction_norm"], n_p, rtol=1e-6)
-    np.testing.assert_allclose(seen["cosine"], -0.5 / (n_p * n_a), rtol=1e-5)
+    for name, value in expected.items():
+        np.testing.assert_allclose(seen[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_momenta_are_reported_one_by_one():
+    optimizer = gdmam.scale_by_gdmam(
+        momentum=lambda statistics, initial, sensitivity: jnp.array([0.8, 0.9, 0.7])
+    )
+    seen = gdmam.diagnostics(one_step(optimizer))
+    found = [seen[f"{part}_momentum"] for part in ("prediction", "parallel", "orthogonal")]
+    np.testing.assert_allclose(found, [0.8, 0.9, 0.7], rtol=1e-6)
+
+
+def test_gates_are_reported_one_by_one():
+    optimizer = gdmam.scale_by_gdmam(gate=lambda cosine, ratio: (0.25, 0.5))
+    seen = gdmam.diagnostics(one_step(optimizer))
+    assert (float(seen["gate"]), float(seen["orthogonal_gate"])) == (0.25, 0.5)
+
+
+def test_before_the_first_step_all_is_zero_but_the_momenta():
+    for name, value in gdmam.diagnostics(gdmam.gdmam(0.1).init(PARAMS)).items():
+        assert float(value) == (np.float32(0.95) if name.endswith("momentum") else 0)
+
+
+def test_several_alignment_losses_are_told_apart_by_name():
+    alignment = gdmam.unpair_gradients(PAIRS)[1]
+    prediction = gdmam.unpair_gradients(PAIRS)[0]
+    pairs = gdmam.pair_gradients(
+        prediction, {"near": prediction, "far": jax.tree.map(jnp.negative, alignment)}
+    )
+    optimizer = gdmam.gdmam(0.1, alignment_losses=("near", "far"))
+    seen = gdmam.diagnostics(optimizer.update(pairs, optimizer.init(PARAMS), PARAMS)[1])
+    np.testing.assert_allclose(seen["cosine/near"], 1, rtol=1e-6)
+    np.testing.assert_allclose(seen["cosine/far"], 0.5 / (np.sqrt(6) * np.sqrt(15.25)), rtol=1e-5)
+    assert {key.split("/")[0] for key in seen} == KEYS
+    numbered = gdmam.gdmam(0.1, alignment_losses=2)
+    pairs = gdmam.pair_gradients(prediction, (alignment, prediction))
+    seen = gdmam.diagnostics(numbered.update(pairs, numbered.init(PARAMS), PARAMS)[1])
+    np.testing.assert_allclose(seen["cosine/1"], 1, rtol=1e-6)
+
+
+def test_a_weighed_optimizer_reports_its_weights():
+    seen = gdmam.diagnostics(one_step(gdmam.weighed(optax.sgd(0.1), gdmam.pcgrad_weighting)))
+    np.testing.assert_allclose(seen["prediction_weight"], 1 + 0.5 / 6, rtol=1e-6)
+    np.testing.assert_allclose(seen["alignment_weight"], 1 + 0.5 / 15.25, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_movie_ratings_lowers_for(movie_ratings, platform):
     data = movie_ratings.load_data()
     features, labels = data["train"]
     model = ldl.RDA(features.shape[1], labels.shape[1], rngs=nnx.Rngs(0))
-    name = "GDMAM, balanced"
+    name = "GDMAM"
     epoch = movie_ratings.make_epoch(name, nnx.graphdef(model), data)
     params = nnx.state(model)
     opt_state = movie_ratings.METHODS[name](1e-3).init(params)
@@ -67,15 +67,46 @@ def test_movie_ratings_lowers_for(movie_ratings, platform):
     assert exported.lower(lowering_platforms=(platform,)).as_text()
 
 
+def test_burgers_trains_concludes_and_draws(tmp_path, monkeypatch, capsys):
+    example = load_example("burgers")
+    picture = tmp_path / "new" / "burgers.png"
+    arguments = ["--steps", "200", "--width", "8", "--picture", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["burgers.py", *arguments])
+    example.main()
+    printed = capsys.readouterr().out
+    assert "Relative error: summed Adam" in printed
+    assert "opposed each other" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_burgers_residual_of_the_solution_vanishes(x64):
+    """The example's own derivatives, on a solution known in closed form: u = x / (1 + t)."""
+    example = load_example("burgers")
+    points = jax.random.uniform(jax.random.key(0), (20, 2))
+    found = example.residual(lambda points: points[:, :1] / (1 + points[:, 1:]), points)
+    np.testing.assert_allclose(found, 0, atol=1e-14)
+    wrong = example.residual(lambda points: points[:, :1] ** 2, points)
+    assert np.min(np.abs(wrong)) > 1e-4
+
+
+def test_burgers_refuses_steps_that_make_no_record(monkeypatch, capsys):
+    example = load_example("burgers")
+    monkeypatch.setattr(sys, "argv", ["burgers.py", "--steps", "150"])
+    with pytest.raises(SystemExit) as stopped:
+        example.main()
+    assert stopped.value.code == 2
+    assert "multiple of 100" in capsys.readouterr().err
+
+
 def test_ldl_choices_compares_variants(tmp_path, monkeypatch, capsys):
     example = load_example("ldl_choices")
     monkeypatch.setattr(example, "BASELINES", ["adamw"])
-    arguments = ["--out", str(tmp_path), "--variants", "lean2", "--rates", "1e-3", "1e-2"]
+    arguments = ["--out", str(tmp_path), "--variants", "preference2", "--rates", "1e-3", "1e-2"]
     arguments += ["--folds", "2", "--epochs", "2"]
     monkeypatch.setattr(sys, "argv", ["ldl_choices.py", *arguments])
     example.main()
     printed = capsys.readouterr().out
-    for name in ("lean2", "adamw"):
+    for name in ("preference2", "adamw"):
         with np.load(tmp_path / f"{name}.npz") as curves:
             found = curves["tuning_natural_kld"].mean((1, 2))
         row = next(line for line in printed.splitlines() if name in line)
@@ -84,7 +115,7 @@ def test_ldl_choices_compares_variants(tmp_path, monkeypatch, capsys):
 
 def test_ldl_choices_refuses_unknown_variants(tmp_path, monkeypatch, capsys):
     example = load_example("ldl_choices")
-    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--variants", "lean3"])
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--variants", "preference3"])
     with pytest.raises(SystemExit):
         example.main()
-    assert "unknown variants ['lean3']; expected some of preset" in capsys.readouterr().err
+    assert "unknown variants ['preference3']; expected some of default" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gdmam_jax as gdmam
-from gdmam_jax.geometry import norm
+from gdmam_jax._geometry import Geometry, gramian
+from gdmam_jax._scopes import Scopes
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Few tree shapes: each compiles once a dtype.
@@ -162,9 +163,6 @@ def test_scalars_are_those_of_extended_precision(trees):
         rtol=1e-3,
         atol=float(n_a) * rounding,
     )
-    weight = float(n_p / (n_p + n_a))
-    np.testing.assert_allclose(float(geometry.prediction_weight), weight, rtol=rounding)
-    np.testing.assert_allclose(float(geometry.alignment_weight), 1 - weight, atol=rounding)
     assert float(geometry.gate) == np.clip(float(geometry.cosine), 0, 1)
 
 
@@ -215,23 +213,36 @@ def test_scaling_both_losses_scales_norms_and_leaves_the_rest(seed, exponent, dt
         ratio = getattr(after, f"{name}_norm") / getattr(before, f"{name}_norm")
         cancelled = float(before.alignment_norm / getattr(before, f"{name}_norm"))
         np.testing.assert_allclose(ratio, 10.0**exponent, rtol=rounding * (1 + cancelled) ** 2)
-    for name in ("cosine", "gate", "prediction_weight", "alignment_weight"):
+    for name in ("cosine", "gate"):
         np.testing.assert_allclose(getattr(after, name), getattr(before, name), atol=rounding)
 
 
+SCALES = [0.0, 1e-30, 1e-8, 1e18]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scale_p", [0.0, 1e-30, 1e-8, 1e18, 1e30, 3e38])
-@pytest.mark.parametrize("scale_a", [0.0, 1e-30, 1e-8, 1e18, 1e30, 3e38])
-def test_finite_at_every_scale_that_the_dtype_holds(dtype, scale_p, scale_a):
+@pytest.mark.parametrize("scale_p", SCALES)
+@pytest.mark.parametrize("scale_a", SCALES)
+def test_finite_at_every_scale_whose_squares_the_dtype_holds(dtype, scale_p, scale_a):
     g_p, g_a = jnp.array([1.0, -0.5, 0.25, 0.1]), jnp.array([0.3, 1.0, -0.2, 0.7])
     pair = gdmam.GradientPair((scale_p * g_p).astype(dtype), (scale_a * g_a).astype(dtype))
     parts = gdmam.decompose(pair)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(parts))
-    limit = float(jnp.finfo(jnp.float32).max) / 8
     for name in ("prediction", "alignment"):
         found = float(getattr(parts.geometry, f"{name}_norm"))
         expected = np.linalg.norm(np.float64(getattr(pair, name).astype(jnp.float32))) + 1e-12
-        np.testing.assert_allclose(found, min(expected, limit), rtol=1e-5)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [1e30, np.inf, np.nan])
+def test_norms_of_gradients_too_long_to_square_are_not_finite(value):
+    """As in Optax: what to do with such a step is not the geometry's business."""
+    pair = gdmam.GradientPair(jnp.ones(3), jnp.ones(3).at[1].set(value))
+    geometry = gdmam.decompose(pair).geometry
+    np.testing.assert_allclose(geometry.prediction_norm, np.sqrt(3), rtol=1e-6)
+    assert not np.isfinite(geometry.alignment_norm)
+    assert np.isnan(geometry.alignment_norm) == np.isnan(value)
+    assert not np.isfinite(geometry.orthogonal_norm)
 
 
 def test_float16_is_cut_at_its_largest_number():
@@ -267,13 +278,37 @@ def test_each_scope_has_a_geometry_of_its_own():
         np.testing.assert_allclose(scoped.geometry.cosine[number], alone.geometry.cosine, rtol=1e-6)
 
 
+def test_a_nearly_parallel_scope_beside_an_ordinary_one_keeps_its_accuracy():
+    g_p = {"near": jnp.array([3.0, 4.0]), "far": jnp.array([1.0, 0.0])}
+    across = {"near": 1e-3 * jnp.array([-0.8, 0.6]), "far": jnp.array([0.0, 2.0])}
+    pairs = gdmam.pair_gradients(g_p, jax.tree.map(lambda g, a: 2 * g + a, g_p, across))
+    geometry = gdmam.decompose(pairs, scope=gdmam.leaf_scope).geometry
+    np.testing.assert_allclose(geometry.orthogonal_norm, [2, 1e-3], rtol=1e-3)
+    np.testing.assert_allclose(geometry.parallel_norm, [2, 10], rtol=1e-6)
+    np.testing.assert_allclose(geometry.projection, [2, 2], rtol=1e-6)
+    np.testing.assert_allclose(geometry.cosine, [np.sqrt(0.5), 1], rtol=1e-6)
+
+
+def test_the_gramians_own_orthogonal_norm_is_good_enough_for_statistics():
+    """3e-4 of the alignment norm in float32, at every angle."""
+    random = np.random.default_rng(7)
+    for angle in (1e-6, 1e-3, 0.1, 1.0, np.pi - 1e-4):
+        g_p, other = random.normal(size=(2, 1000))
+        other -= other @ g_p / (g_p @ g_p) * g_p
+        g_a = np.cos(angle) * g_p / np.linalg.norm(g_p)
+        g_a += np.sin(angle) * other / np.linalg.norm(other)
+        pair = gdmam.GradientPair(jnp.float32(g_p), jnp.float32(g_a))
+        found = Geometry.of(gramian([pair], Scopes())).orthogonal_norm
+        np.testing.assert_allclose(found, [np.sin(angle)], atol=1e-3)
+
+
 def test_vmap_gives_what_each_pair_gives_alone():
-    """Also where one pair of a batch takes the careful branch and the others do not."""
+    """Also where one pair of a batch is nearly parallel, one long and one zero."""
     random = np.random.default_rng(6)
     g_p = np.float32(random.normal(size=(4, 9)))
     g_a = np.float32(random.normal(size=(4, 9)))
     g_a[1] = 2 * g_p[1] + 1e-4 * g_a[1]
-    g_a[2] *= 1e30
+    g_a[2] *= 1e15
     g_p[3] = 0
     batch = jax.vmap(gdmam.decompose)(gdmam.GradientPair(jnp.asarray(g_p), jnp.asarray(g_a)))
     for row in range(4):
@@ -288,10 +323,26 @@ def test_vmap_gives_what_each_pair_gives_alone():
             np.testing.assert_allclose(found[row], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_norm_of_a_tree_neither_overflows_nor_misses_a_leaf():
-    for scale in (0.0, 1.0, 1e18, 1e30):
-        leaves = [jnp.full(900, scale), jnp.full((40, 40), scale), jnp.float32(0)]
-        np.testing.assert_allclose(norm(leaves), scale * 50, rtol=1e-6)
+def test_several_alignment_losses_are_decomposed_one_by_one(x64):
+    random = np.random.default_rng(8)
+    g_p, first, second = (jnp.asarray(random.normal(size=6)) for _ in range(3))
+    tree = {"w": g_p[:4], "b": g_p[4:]}
+    others = {name: {"w": g[:4], "b": g[4:]} for name, g in (("first", first), ("second", second))}
+    together = gdmam.decompose(gdmam.pair_gradients(tree, others))
+    for number, name in enumerate(("first", "second")):
+        alone = gdmam.decompose(gdmam.pair_gradients(tree, others[name]))
+        np.testing.assert_allclose(together.parallel["w"][name], alone.parallel["w"], rtol=1e-14)
+        np.testing.assert_allclose(
+            together.orthogonal["b"][name], alone.orthogonal["b"], rtol=1e-13
+        )
+        for scalar in ("alignment_norm", "cosine", "projection", "orthogonal_norm"):
+            found = getattr(together.geometry, scalar)[number]
+            np.testing.assert_allclose(found, getattr(alone.geometry, scalar), rtol=1e-14)
+    named = gdmam.decompose(gdmam.pair_gradients(tree, {"first": others["first"]}))
+    np.testing.assert_array_equal(
+        named.parallel["w"]["first"],
+        gdmam.decompose(gdmam.pair_gradients(tree, others["first"])).parallel["w"],
+    )
 
 
 def test_axis_names_may_be_a_list():

@@ -1,14 +1,128 @@
-"""`summed`, the baseline. `gdmam` itself: tests/test_transform.py."""
+"""`summed`, `weighed` and `gdmam`: what they do to a pair, against formulas."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import gdmam_jax as gdmam
+
+PAIR = gdmam.GradientPair(jnp.array([1.0, 3.0]), jnp.array([4.0, -2.0]))
+
+
+def one_update(optimizer, pair=PAIR, params=None):
+    params = jnp.zeros_like(pair.prediction) if params is None else params
+    return optimizer.update(pair, optimizer.init(params), params)[0]
 
 
 def test_summed_weighs_both_gradients():
     optimizer = gdmam.summed(optax.sgd(1.0), prediction_weight=2.0, alignment_weight=0.5)
-    pair = gdmam.GradientPair(jnp.array([1.0, 3.0]), jnp.array([4.0, -2.0]))
-    update, _ = optimizer.update(pair, optimizer.init(jnp.zeros(2)))
-    np.testing.assert_array_equal(update, [-4, -5])
+    np.testing.assert_array_equal(one_update(optimizer), [-4, -5])
+
+
+def test_summed_weighs_every_alignment_gradient():
+    pair = gdmam.GradientPair(PAIR.prediction, (PAIR.alignment, 10 * PAIR.alignment))
+    optimizer = gdmam.summed(optax.sgd(1.0), alignment_weight=0.5)
+    np.testing.assert_array_equal(one_update(optimizer, pair), [-23, 8])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sums_keep_half_precision_and_are_taken_in_float32(dtype):
+    """256 + 1 is 256 in bfloat16; twice 0.5 of it is not lost in a float32 sum."""
+    pair = gdmam.GradientPair(jnp.full(2, 256, dtype), jnp.full(2, 2, dtype))
+    for optimizer in (
+        gdmam.summed(optax.identity(), 1.0, 0.5),
+        gdmam.weighed(optax.identity(), gdmam.constant_weighting(1.0, 0.5)),
+    ):
+        update = one_update(optimizer, pair)
+        assert update.dtype == dtype
+        np.testing.assert_array_equal(update, jnp.full(2, 257, jnp.float32).astype(dtype))
+
+
+def test_float16_sums_are_cut_and_not_infinite():
+    pair = gdmam.GradientPair(jnp.full(2, 6e4, jnp.float16), jnp.full(2, 6e4, jnp.float16))
+    assert float(one_update(gdmam.summed(optax.identity()), pair)[0]) == 65504
+
+
+def test_weighed_by_constants_is_summed():
+    for weights in ((1.0, 1.0), (2.0, 0.5)):
+        found = one_update(gdmam.weighed(optax.sgd(1.0), gdmam.constant_weighting(*weights)))
+        np.testing.assert_array_equal(found, one_update(gdmam.summed(optax.sgd(1.0), *weights)))
+
+
+def test_weighed_by_pcgrad_is_pcgrad(x64):
+    g_p, g_a = np.array([1.0, 2.0, 0.5]), np.array([-1.0, 0.5, -2.0])
+    product = g_p @ g_a
+    expected = g_p - product / (g_a @ g_a) * g_a + g_a - product / (g_p @ g_p) * g_p
+    pair = gdmam.GradientPair(jnp.asarray(g_p), jnp.asarray(g_a))
+    found = one_update(gdmam.weighed(optax.identity(), gdmam.pcgrad_weighting), pair)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    agreeing = gdmam.GradientPair(pair.prediction, -pair.alignment)
+    found = one_update(gdmam.weighed(optax.identity(), gdmam.pcgrad_weighting), agreeing)
+    np.testing.assert_allclose(found, g_p - g_a, rtol=1e-12)
+
+
+def test_weighed_sees_running_means_scopes_and_extra_arguments():
+    seen = []
+
+    def weighting(gramian, norms):
+        seen.append((gramian.shape, norms.shape))
+        return norms
+
+    optimizer = gdmam.weighed(
+        optax.scale_by_backtracking_linesearch(1), weighting, scope=gdmam.leaf_scope
+    )
+    params = {"a": jnp.array([3.0]), "b": jnp.array([4.0, 0.0])}
+    pairs = gdmam.pair_gradients(params, params)
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(
+        pairs, state, params, value=1.0, grad=params, value_fn=lambda p: jnp.sum(p["a"])
+    )
+    assert seen == [((2, 2, 2), (2, 2))]
+    ratio = float(updates["b"][0] / updates["a"][0])
+    np.testing.assert_allclose(ratio, (2 * 4 * 4) / (2 * 3 * 3), rtol=1e-6)
+
+
+def test_default_weight_decay_and_mask_of_gdmam_against_the_formula():
+    params = {"kernel": jnp.array([2.0, -1.0]), "bias": jnp.array([3.0])}
+    pairs = gdmam.pair_gradients(params, params)
+    rate = 0.5
+
+    def update(**arguments):
+        optimizer = gdmam.gdmam(rate, **arguments)
+        return optimizer.update(pairs, optimizer.init(params), params)[0]
+
+    bare = update(weight_decay=0.0)
+    by_default, masked = update(), update(weight_decay=0.1, mask={"kernel": True, "bias": False})
+    for name, leaf in params.items():
+        np.testing.assert_allclose(by_default[name], bare[name] - rate * 1e-4 * leaf, rtol=1e-6)
+    np.testing.assert_allclose(
+        masked["kernel"], bare["kernel"] - rate * 0.1 * params["kernel"], rtol=1e-6
+    )
+    np.testing.assert_array_equal(masked["bias"], bare["bias"])
+    # The first step of a bias-corrected momentum over the root of its own square is the sign.
+    for name, leaf in params.items():
+        np.testing.assert_allclose(bare[name], -rate * np.sign(leaf), rtol=1e-6)
+
+
+def test_the_preference_can_be_injected_and_scheduled():
+    def make(preference):
+        return gdmam.scale_by_gdmam(
+            weighting=gdmam.unit_weighting(preference=preference),
+            gate=gdmam.open_gate,
+            initial_momentum=0.0,
+        )
+
+    optimizer = optax.inject_hyperparams(make)(preference=optax.linear_schedule(0.5, 1.5, 2))
+    state = optimizer.init(jnp.zeros(2))
+    pair = gdmam.GradientPair(jnp.array([2.0, 0.0]), jnp.array([0.0, 5.0]))
+    for preference in (0.5, 1.0, 1.5):
+        update, state = jax.jit(optimizer.update)(pair, state)
+        np.testing.assert_allclose(update, [1, preference], rtol=1e-6)
+
+
+@pytest.mark.parametrize("preference", [-0.5, [1.0, -1.0]])
+def test_a_negative_preference_is_refused(preference):
+    with pytest.raises(ValueError, match="preference"):
+        gdmam.unit_weighting(jnp.eye(2), jnp.ones(2), preference=preference)

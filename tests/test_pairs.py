@@ -179,8 +179,8 @@ def test_pairing_and_unpairing_keep_any_structure():
 
 GOOD = gdmam.GradientPair(jnp.ones(3), jnp.ones(3))
 BAD_LOSSES = {
-    "one number": (lambda w: jnp.sum(w), "two scalars"),
-    "three": (lambda w: (jnp.sum(w),) * 3, "two scalars.*3 values"),
+    "one number": (lambda w: jnp.sum(w), "two losses"),
+    "three": (lambda w: (jnp.sum(w),) * 3, "two losses.*3 values"),
     "a vector": (lambda w: (w, jnp.sum(w)), r"prediction loss.*scalar.*float32\[3\]"),
     "an integer": (lambda w: (jnp.sum(w), jnp.array(1)), "alignment loss.*floating.*int32"),
 }

@@ -33,7 +33,7 @@ def run(
         str, typer.Option(help="films, a registered name (see data list), or a file.")
     ] = "films",
     methods: Annotated[str, typer.Option(help="Names, separated by commas, or all.")] = (
-        "gdmam,gdmam-balanced,gdmam-released,rda"
+        "gdmam,gdmam-pcgrad,gdmam-released,rda"
     ),
     folds: Annotated[int, typer.Option(help="Of the cross-validation.")] = 10,
     seeds: Annotated[int, typer.Option(help="Repetitions of every fold.")] = 5,
@@ -132,9 +132,7 @@ def report_command(
 @app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Experiments' folders, one a data set.")],
-    method: Annotated[str, typer.Option(help="Which the others are compared with.")] = (
-        "gdmam-balanced"
-    ),
+    method: Annotated[str, typer.Option(help="Which the others are compared with.")] = ("gdmam"),
     csv: Annotated[
         Path | None, typer.Option(help="Also write the runs of all of them here.")
     ] = None,

@@ -21,7 +21,7 @@ methods.register(
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -163,107 +163,6 @@ def released_adamw(
     )
 
 
-def _combine(
-    combination: Callable[[Any, Any], Any], optimizer: optax.GradientTransformation
-) -> optax.GradientTransformation:
-    """An optimizer on pairs, through a function of the two gradient trees."""
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        return optimizer.update(combination(*gdmam.unpair_gradients(updates)), state, params)
-
-    return optax.GradientTransformation(optimizer.init, update)
-
-
-def _add(scale_left: Scalar, left: Any, scale_right: Scalar, right: Any) -> Any:
-    return jax.tree.map(lambda a, b: scale_left * a + scale_right * b, left, right)
-
-
-def pcgrad(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    r"""PCGrad: where two gradients conflict, each loses its part along the other; then the sum.
-
-    If $\langle g_p, g_a \rangle < 0$:
-    $g_p - \frac{\langle g_p, g_a \rangle}{|g_a|^2} g_a + g_a
-    - \frac{\langle g_p, g_a \rangle}{|g_p|^2} g_p$, else $g_p + g_a$.
-
-    Args:
-        optimizer: what takes the sum.
-
-    Returns:
-        A transformation of pairs.
-
-    References:
-        Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020.
-
-    >>> import jax.numpy as jnp, optax
-    >>> from gdmam_jax import pair_gradients
-    >>> pairs = pair_gradients(jnp.array([1.0, 0.0]), jnp.array([-1.0, 1.0]))
-    >>> transformation = pcgrad(optax.identity())
-    >>> transformation.update(pairs, transformation.init(jnp.zeros(2)))[0].tolist()
-    [0.5, 1.5]
-    """
-
-    def combination(prediction: Any, alignment: Any) -> Any:
-        inner = jnp.minimum(optax.tree.vdot(prediction, alignment), 0)
-        return _add(
-            1 - inner / jnp.maximum(optax.tree.norm(prediction, squared=True), 1e-24),
-            prediction,
-            1 - inner / jnp.maximum(optax.tree.norm(alignment, squared=True), 1e-24),
-            alignment,
-        )
-
-    return _combine(combination, optimizer)
-
-
-def equal_norm(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    r"""Both gradients weighted to one norm: $(n_a g_p + n_p g_a) / (n_p + n_a)$.
-
-    Args:
-        optimizer: what takes the weighted sum.
-
-    Returns:
-        A transformation of pairs.
-
-    >>> import jax.numpy as jnp, optax
-    >>> from gdmam_jax import pair_gradients
-    >>> pairs = pair_gradients(jnp.array([1.0, 0.0]), jnp.array([0.0, 3.0]))
-    >>> transformation = equal_norm(optax.identity())
-    >>> transformation.update(pairs, transformation.init(jnp.zeros(2)))[0].tolist()
-    [0.75, 0.75]
-    """
-
-    def combination(prediction: Any, alignment: Any) -> Any:
-        prediction_norm, alignment_norm = optax.tree.norm(prediction), optax.tree.norm(alignment)
-        total = jnp.maximum(prediction_norm + alignment_norm, 1e-12)
-        return _add(alignment_norm / total, prediction, prediction_norm / total, alignment)
-
-    return _combine(combination, optimizer)
-
-
-def balanced(learning_rate: Scalar) -> optax.GradientTransformation:
-    """The preset *gdmam-balanced*: the choices found to do best, see the documentation's results.
-
-    Balanced weights, so that both weighted gradients have one norm; the parallel part of the
-    alignment gradient dropped where it opposes the prediction gradient; momenta from relative
-    noise; all that for every parameter array apart; AMSGrad.
-
-    Args:
-        learning_rate: of the steps and the decay.
-
-    Returns:
-        A transformation of pairs.
-    """
-    return gdmam.gdmam(
-        learning_rate,
-        weighting=gdmam.balanced_weighting,
-        gate=gdmam.conflict_gate,
-        momentum=gdmam.relative_momentum,
-        scope=gdmam.leaf_scope,
-        amsgrad=True,
-    )
-
-
 METHODS: dict[str, Method] = {}
 """All methods by name."""
 
@@ -306,9 +205,29 @@ def _prediction_only(
     return lambda learning_rate: gdmam.summed(optimizer(learning_rate), 1.0, 0.0)
 
 
+def _weighed(weighting: gdmam.Weighting) -> Callable[[Scalar], optax.GradientTransformation]:
+    return lambda rate: gdmam.weighed(released_adamw(rate, clip=False), weighting)
+
+
 for _method in (
     Method("gdmam", "GDMAM", partial(gdmam.gdmam, amsgrad=True)),
-    Method("gdmam-balanced", "GDMAM balanced", balanced),
+    Method(
+        "gdmam-pcgrad",
+        "GDMAM PCGrad",
+        partial(gdmam.gdmam, weighting=gdmam.pcgrad_weighting, gate=gdmam.open_gate, amsgrad=True),
+    ),
+    Method(
+        "gdmam-described",
+        "GDMAM described",
+        partial(
+            gdmam.gdmam,
+            weighting=gdmam.norm_weighting,
+            gate=gdmam.cosine_gate,
+            momentum=gdmam.ratcheted_momentum,
+            momenta="separate",
+            amsgrad=True,
+        ),
+    ),
     Method("gdmam-released", "GDMAM released", gdmam.gdmam_released, similarity="sum"),
     Method("rda", "RDA", lambda rate: gdmam.summed(released_adamw(rate)), rescale=over_total),
     Method("adamw", "AdamW", _prediction_only(optax.adamw), alignment=False),
@@ -327,7 +246,7 @@ for _method in (
         alignment=False,
     ),
     Method("ofr-db", "OFR-DB", _prediction_only(released_adamw), alignment=False),
-    Method("pcgrad", "PCGrad", lambda rate: pcgrad(released_adamw(rate, clip=False))),
-    Method("equal-norm", "Equal norm", lambda rate: equal_norm(released_adamw(rate, clip=False))),
+    Method("pcgrad", "PCGrad", _weighed(gdmam.pcgrad_weighting)),
+    Method("equal-norm", "Equal norm", _weighed(gdmam.balanced_weighting)),
 ):
     register(_method)

@@ -267,7 +267,7 @@ def summary(folder: str | os.PathLike[str]) -> str:
     return "\n".join(lines)
 
 
-def compare(folders: Sequence[str | os.PathLike[str]], *, method: str = "gdmam-balanced") -> str:
+def compare(folders: Sequence[str | os.PathLike[str]], *, method: str = "gdmam") -> str:
     """Several experiments side by side, and one method against all others.
 
     Args:

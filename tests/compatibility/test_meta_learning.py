@@ -87,7 +87,9 @@ def hyperparameters_of(name):
             0.9,
         )
     if name == "orthogonal_sensitivity":
-        return lambda value: gdmam.gdmam(0.1, orthogonal_sensitivity=value), 0.3
+        return lambda value: gdmam.gdmam(
+            0.1, momentum=gdmam.ratcheted_momentum, orthogonal_sensitivity=value
+        ), 0.3
     return lambda rate: gdmam.gdmam(rate), 0.1
 
 

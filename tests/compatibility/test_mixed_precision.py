@@ -63,7 +63,7 @@ def test_accuracy():
     full = gdmam.diagnostics(runs["full"].states)
     for name, ((_, _, momentum), bounds) in CASES.items():
         dtypes = jax.tree.map(lambda leaf: leaf.dtype, runs[f"{name}, b2"].states)
-        assert set(jax.tree.leaves(dtypes.parallel)) == {jnp.dtype(momentum)}
+        assert set(jax.tree.leaves(dtypes.momenta)) == {jnp.dtype(momentum)}
         assert set(jax.tree.leaves(dtypes.second_moment)) == {jnp.dtype("float32")}
         assert set(jax.tree.leaves(dtypes.allocation)) == {jnp.dtype("float32")}
         report = gdmam.diagnostics(runs[name].states)

@@ -1,5 +1,7 @@
 """Every row of the Optax table in docs/compatibility.md, tested for what it computes."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -395,8 +397,17 @@ def test_labels_by_a_function(function):
 # Numbers that change.
 
 
+RESTLESS = {
+    # On the raw components, with a rule that meets both bounds.
+    "weighting": gdmam.constant_weighting(1, 1),
+    "gate": gdmam.open_gate,
+    "momentum": lambda *given: gdmam.relative_momentum(*given) + 0.05,
+    "momenta": "separate",
+}
+
+
 SCALARS = {
-    "initial_momentum": 0.95,
+    "initial_momentum": 0.93,
     "minimum_momentum": 0.6,
     "maximum_momentum": 0.94,
     "prediction_sensitivity": 0.3,
@@ -406,9 +417,23 @@ SCALARS = {
     "b2": 0.99,
     "eps": 1e-2,
 }
+SENSITIVE = {
+    "minimum_momentum": 0.9,
+    "prediction_sensitivity": 0.5,
+    "parallel_sensitivity": 0.1,
+    "orthogonal_sensitivity": 0.5,
+}
 FACTORIES = {
-    "scale_by_gdmam": (gdmam.scale_by_gdmam, SCALARS, ()),
-    "gdmam": (gdmam.gdmam, SCALARS | {"learning_rate": 0.1, "weight_decay": 0.1}, ()),
+    "scale_by_gdmam": (
+        functools.partial(gdmam.scale_by_gdmam, **RESTLESS),
+        SCALARS | SENSITIVE,
+        ("weighting", "gate", "momentum"),
+    ),
+    "gdmam": (
+        functools.partial(gdmam.gdmam, **RESTLESS),
+        SCALARS | SENSITIVE | {"learning_rate": 0.1, "weight_decay": 0.1},
+        ("weighting", "gate", "momentum"),
+    ),
     "gdmam_released": (
         gdmam.gdmam_released,
         SCALARS
@@ -732,14 +757,15 @@ def test_flatten_says_why_not_and_what_to_do(optimizer, keywords):
 
 
 MAPPED = {
-    "scale_by_gdmam": (base(), 3),
-    "gdmam": (gdmam.gdmam(0.1), 4),
-    "amsgrad": (gdmam.gdmam(0.1, amsgrad=True), 5),
+    "scale_by_gdmam": (base(), 1),
+    "separate": (gdmam.scale_by_gdmam(momenta="separate"), 3),
+    "gdmam": (gdmam.gdmam(0.1), 2),
+    "amsgrad": (gdmam.gdmam(0.1, amsgrad=True), 3),
     "gdmam_released": (gdmam.gdmam_released(0.1), 3),
-    "scopes": (gdmam.scale_by_gdmam(scope=gdmam.leaf_scope), 3),
-    "partition": (optax.partition({"trunk": base(), "head": base()}, LABELS), 3),
-    "multi_steps": (gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 2), base()), 5),
-    "injected": (optax.inject_hyperparams(gdmam.gdmam)(0.1), 4),
+    "scopes": (gdmam.scale_by_gdmam(scope=gdmam.leaf_scope), 1),
+    "partition": (optax.partition({"trunk": base(), "head": base()}, LABELS), 1),
+    "multi_steps": (gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 2), base()), 3),
+    "injected": (optax.inject_hyperparams(gdmam.gdmam)(0.1), 2),
 }
 
 

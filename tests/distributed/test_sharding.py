@@ -124,7 +124,7 @@ def test_float32_stays_within_rounding_of_one_device(single):
     found, _ = train(OPTIMIZERS["gdmam"](), place(parameters(), mesh, specs), x)
     # Four steps of 1e-2 each, divided by the root of a second moment: rounding of the gradients
     # (a few 1e-7) enters the parameters scaled by the step.
-    assert_same(found, single("gdmam", jnp.float32)[0], tolerance=1e-6)
+    assert_same(found, single("gdmam", jnp.float32)[0], tolerance=3e-6)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -255,7 +255,7 @@ def test_inside_shard_map_the_axis_names_sum_the_inner_products(x64, form):
             out_specs=(specs, state_specs),
         )
     )
-    for noise in (1.0, 1e-3):  # the usual branch, and the one for nearly parallel gradients
+    for noise in (1.0, 1e-3):  # also nearly parallel
         alignment = jax.tree.map(lambda g, noise=noise: noise * g**2 - 0.3 * g, prediction)
         pairs = gdmam.pair_gradients(prediction, alignment)
         expected = jax.jit(alone.update)(pairs, state, params)

@@ -1,0 +1,149 @@
+"""Command line of the physics-informed benchmark."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks.physics import report as reports
+from benchmarks.physics.equations import EQUATIONS
+from benchmarks.physics.methods import DATA_FIRST, METHODS
+from benchmarks.physics.training import PAPER, SMALL, train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Train physics-informed networks by several methods, and compare their errors.",
+)
+MOMENTUM_CONFIG = "m-config"
+ALL_METHODS = [*METHODS, DATA_FIRST, MOMENTUM_CONFIG]
+CHOICES = [name for name in METHODS if name.startswith("gdmam ")]
+TUNING_SEEDS = 1000
+"""The first seed that rates are tuned on; results have seeds from 0."""
+
+Folder = Annotated[
+    Path, typer.Option(help="Where the results lie; what is there is not run again.")
+]
+
+
+def _names(text: str, known: list[str]) -> list[str]:
+    names = known if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"unknown name {name!r}; expected some of {', '.join(known)}")
+    return names
+
+
+@app.command()
+def run(
+    out: Folder = Path("results/physics"),
+    equations: Annotated[
+        str, typer.Option(help=f"Commas between, or all: {', '.join(EQUATIONS)}.")
+    ] = "burgers,schroedinger,kovasznay,beltrami,helmholtz,klein-gordon,soliton",
+    methods: Annotated[
+        str, typer.Option(help=f"Commas between, or all: {', '.join(ALL_METHODS)}.")
+    ] = ",".join([name for name in ALL_METHODS if name not in (*CHOICES, DATA_FIRST)]),
+    rates: Annotated[str, typer.Option(help="Peak learning rates to tune over.")] = "3e-3,1e-2",
+    seeds: Annotated[int, typer.Option(help="Of the results, from 0.", min=1)] = 5,
+    tuning_seeds: Annotated[int, typer.Option(help="That the rate is tuned on.", min=1)] = 2,
+    steps: Annotated[
+        int | None, typer.Option(help="Fewer or more than the scale's.", min=1)
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The ConFIG paper's size, for a GPU: 5 x 50 networks.")
+    ] = False,
+) -> None:
+    """Tune each method's rate on seeds of their own, then train; resumes where it was stopped."""
+    scale = PAPER if paper else SMALL
+    if steps is not None:
+        records = min(scale.records, steps)
+        scale = scale._replace(steps=steps - steps % records, records=records)
+    grid = [float(rate) for rate in rates.split(",")]
+    settings = {
+        "scale": scale._asdict(), "rates": grid, "seeds": seeds, "tuning_seeds": tuning_seeds
+    }  # fmt: skip
+    pairs = [
+        (equation, method)
+        for equation in _names(equations, list(EQUATIONS))
+        for method in _names(methods, ALL_METHODS)
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    started, fresh = time.perf_counter(), 0
+    for number, (equation, method) in enumerate(pairs):
+        path = out / f"{equation}-{method.replace(' ', '_')}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found["settings"] != settings:
+                raise typer.BadParameter(
+                    f"{path} was made with other settings, {found['settings']}; "
+                    "give the same again, or another --out"
+                )
+            continue
+        record = _compare(equation, method, grid, seeds, tuning_seeds, scale)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(record | {"settings": settings}))
+        os.replace(partial, path)
+        fresh += 1
+        left = (time.perf_counter() - started) / fresh * (len(pairs) - number - 1)
+        typer.echo(
+            f"{number + 1} of {len(pairs)}: {equation}, {method}: median error "
+            f"{np.median(record['errors'], axis=0)[-1]:.2e} with rate {record['rate']:g}; "
+            f"about {left / 60:.0f} minutes left",
+            err=True,
+        )
+    typer.echo(reports.table(reports.load(out)))
+
+
+def _compare(
+    equation: str, method: str, grid: list[float], seeds: int, tuning_seeds: int, scale: Any
+) -> dict[str, Any]:
+    """Tuning, then results; one program, whose lanes both have."""
+    lanes = max(seeds, len(grid) * tuning_seeds)
+
+    def padded(values: Any) -> np.ndarray:
+        return np.resize(np.asarray(values), lanes)
+
+    tuned_rates = np.repeat(grid, tuning_seeds)
+    tuned_seeds = np.tile(TUNING_SEEDS + np.arange(tuning_seeds), len(grid))
+    tuning = train(EQUATIONS[equation], method, padded(tuned_rates), padded(tuned_seeds), scale)
+    finals = tuning.errors[: len(tuned_rates), -1].reshape(len(grid), tuning_seeds)
+    # The geometric mean: one failed run does not hide that another rate is far better.
+    scores = np.nan_to_num(np.log(finals), nan=np.inf, posinf=np.inf).mean(axis=1)
+    rate = grid[int(np.argmin(scores))]
+    start = time.perf_counter()
+    curves = train(EQUATIONS[equation], method, np.full(lanes, rate), padded(range(seeds)), scale)
+    seconds = time.perf_counter() - start
+    return {
+        "equation": equation,
+        "method": method,
+        "rate": rate,
+        "tuning": finals.tolist(),
+        "errors": curves.errors[:seeds].tolist(),
+        "cosines": curves.cosines[:seeds].tolist(),
+        "milliseconds": 1e3 * seconds / scale.steps / lanes,
+    }
+
+
+@app.command()
+def report(
+    out: Folder = Path("results/physics"),
+    picture: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Where to write every final error.")] = None,
+) -> None:
+    """Print the table of what has been run; draw the errors over time."""
+    records = reports.load(out)
+    if not records:
+        raise typer.BadParameter(f"no results in {out}; run the benchmark first")
+    typer.echo(reports.table(records))
+    if picture is not None:
+        reports.draw(records, picture)
+    if csv is not None:
+        reports.write_csv(records, csv)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks.physics")

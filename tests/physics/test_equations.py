@@ -1,0 +1,125 @@
+"""Equations, their losses, points and references."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+from benchmarks.physics import equations
+from benchmarks.physics.equations import EQUATIONS, derivatives
+
+EXACT = [name for name in EQUATIONS if name not in ("burgers", "schroedinger")]
+
+
+def sample(equation):
+    return equation.sample(jax.random.key(0), 200, 100)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_exact_solution_has_no_loss_and_a_wrong_one_has(name, x64):
+    equation = EQUATIONS[name]
+
+    def exact(points):
+        return equation.values(points, jnp)
+
+    found = equation.losses(exact, sample(equation))
+    assert set(found) == {"residual", "boundary"} | ({"initial"} if equation.timed else set())
+    for part, loss in found.items():
+        assert float(loss) < 1e-18, part
+    points = sample(equation)["residual"]
+    np.testing.assert_allclose(exact(points), equation.solution(np.asarray(points)), atol=1e-12)
+
+    def inexact(points):
+        return exact(points) + 0.1 * jnp.cos(3 * points[:, :1] + 1)
+
+    wrong = equation.losses(inexact, sample(equation))
+    assert all(float(loss) > 1e-5 for loss in wrong.values())
+
+
+def test_the_quadrature_of_burgers_equation_converges():
+    points, _ = EQUATIONS["burgers"].reference
+    coarse, fine = (equations.burgers_solution(points, nodes) for nodes in (100, 200))
+    assert np.max(np.abs(coarse - fine)) < 1e-3
+    finer = equations.burgers_solution(points, 300)
+    assert np.max(np.abs(fine - finer)) < np.max(np.abs(coarse - finer)) + 1e-12
+    at_first = np.stack([np.linspace(-1, 1, 50), np.zeros(50)], axis=1)
+    np.testing.assert_allclose(
+        equations.burgers_solution(at_first)[:, 0], -np.sin(np.pi * at_first[:, 0]), atol=1e-12
+    )
+
+
+def test_the_reference_of_burgers_equation_satisfies_it():
+    """By central differences, away from the shock."""
+    random = np.random.default_rng(0)
+    points = random.uniform([0.1, 0.05], [0.9, 0.95], (200, 2))
+    h = 1e-4
+
+    def at(dx, dt):
+        return equations.burgers_solution(points + h * np.array([dx, dt]), 300)
+
+    slope, speed = (at(1, 0) - at(-1, 0)) / (2 * h), (at(0, 1) - at(0, -1)) / (2 * h)
+    curvature = (at(1, 0) - 2 * at(0, 0) + at(-1, 0)) / h**2
+    residual = speed + at(0, 0) * slope - equations.VISCOSITY * curvature
+    assert np.max(np.abs(residual)) < 1e-4
+
+
+def test_the_reference_of_schroedingers_equation_converges_and_keeps_what_it_must():
+    grids = {steps: equations.schroedinger_grid(128, steps)[2][-1] for steps in (1000, 2000, 4000)}
+    errors = [np.max(np.abs(grids[steps] - grids[4000])) for steps in (1000, 2000)]
+    assert errors[1] < errors[0] / 3  # second order: a quarter, but for the reference's own
+    assert errors[1] < 1e-3
+    _, _, rows = equations.schroedinger_grid()
+    mass = np.sum(np.abs(rows) ** 2, axis=1)
+    np.testing.assert_allclose(mass, mass[0], rtol=1e-10)
+
+
+def test_the_reference_of_schroedingers_equation_is_that_of_another_integrator():
+    """An adaptive Runge-Kutta method of order eight, on the same Fourier modes."""
+    x, moments, rows = equations.schroedinger_grid(128, 4000)
+    square = (2 * np.pi * np.fft.fftfreq(128, d=10 / 128)) ** 2
+
+    def slope(_, h):
+        return -0.5j * np.fft.ifft(square * np.fft.fft(h)) + 1j * np.abs(h) ** 2 * h
+
+    found = solve_ivp(
+        slope, (0, np.pi / 2), 2 / np.cosh(x) + 0j, method="DOP853", rtol=1e-8, atol=1e-8
+    ).y[:, -1]
+    assert np.max(np.abs(found - rows[-1])) < 1e-3
+    np.testing.assert_allclose(moments[-1], np.pi / 2)
+
+
+def test_between_the_grid_the_reference_of_schroedingers_equation_is_smooth():
+    equation = EQUATIONS["schroedinger"]
+    x, moments, rows = equations.schroedinger_grid()
+    on_grid = np.stack(np.meshgrid(x[::16], moments[::100]), axis=-1).reshape(-1, 2)
+    found = equation.solution(on_grid) @ [1, 1j]
+    np.testing.assert_allclose(found, rows[::100, ::16].ravel(), atol=1e-10)
+    at_first = np.stack([np.linspace(-5, 5, 40, endpoint=False), np.zeros(40)], axis=1)
+    np.testing.assert_allclose(
+        equation.solution(at_first), equation.values(at_first, np), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_points_lie_where_they_should(name):
+    equation = EQUATIONS[name]
+    points = sample(equation)
+    lower, upper = np.float32(equation.lower), np.float32(equation.upper)
+    for part in points.values():
+        assert np.all((part >= lower) & (part <= upper))
+    space = len(lower) - equation.timed
+    on_wall = (points["boundary"] == lower) | (points["boundary"] == upper)
+    assert np.all(np.any(on_wall[:, :space], axis=1))
+    assert len(np.unique(points["residual"][:, 0])) > 190
+    if equation.timed:
+        assert np.all(points["initial"][:, -1] == lower[-1])
+        assert len(points["initial"]) == len(points["boundary"]) == 50
+
+
+def test_derivatives_are_those_of_a_polynomial(x64):
+    points = jnp.array([[2.0, 3.0], [-1.0, 0.5]])
+    found = derivatives(lambda x: x[:, :1] ** 3 * x[:, 1:], points, 0, 3)
+    x, y = points[:, :1], points[:, 1:]
+    for value, expected in zip(found, [x**3 * y, 3 * x**2 * y, 6 * x * y, 6 * y], strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-14)

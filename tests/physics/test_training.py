@@ -1,0 +1,90 @@
+"""The trainer and its command line, on few steps."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import gdmam_jax as gdmam
+from benchmarks.physics.__main__ import app
+from benchmarks.physics.equations import EQUATIONS
+from benchmarks.physics.methods import METHODS
+from benchmarks.physics.training import SMALL, train
+
+TINY = SMALL._replace(width=8, depth=2, residual_points=16, data_points=8, steps=200, records=2)
+HEAT = EQUATIONS["heat"]
+
+
+def test_every_lane_is_what_it_is_alone_and_seeds_differ():
+    together = train(HEAT, "gdmam", [1e-2, 1e-2, 1e-3], [0, 1, 0], TINY).errors
+    again = train(HEAT, "gdmam", [1e-2, 1e-2, 1e-3], [0, 1, 0], TINY).errors
+    alone = train(HEAT, "gdmam", [1e-2], [1], TINY).errors
+    np.testing.assert_array_equal(together, again)
+    np.testing.assert_allclose(together[1], alone[0], rtol=1e-2)
+    assert len(np.unique(together[:, -1])) == 3
+
+
+def test_errors_fall_with_a_step_of_its_own():
+    errors = train(HEAT, "m-config", [1e-2], [0], TINY._replace(steps=600, records=3)).errors
+    assert errors[0, -1] < 0.9 * errors[0, 0]
+
+
+def test_config_is_what_it_is_defined_as(x64):
+    """Equal projections on both unit gradients; the length is the sum of both projections."""
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        g = random.normal(size=(2, 6))
+        w = np.asarray(gdmam.config_weighting(jnp.asarray(g @ g.T), None))
+        direction = w @ g
+        units = g / np.linalg.norm(g, axis=1, keepdims=True)
+        np.testing.assert_allclose(units[0] @ direction, units[1] @ direction, rtol=1e-9)
+        along = direction / np.linalg.norm(direction)
+        np.testing.assert_allclose(np.linalg.norm(direction), np.sum(g @ along), rtol=1e-9)
+
+
+def test_equal_projections_of_two_are_balanced_weights(x64):
+    """IMTL-G: weights that add up to 1 and equal projections on both unit gradients."""
+    g = np.random.default_rng(1).normal(size=(2, 5))
+    w = np.asarray(gdmam.balanced_weighting(jnp.asarray(g @ g.T), None))
+    units = g / np.linalg.norm(g, axis=1, keepdims=True)
+    np.testing.assert_allclose(w.sum(), 1, rtol=1e-12)
+    np.testing.assert_allclose(units[0] @ (w @ g), units[1] @ (w @ g), rtol=1e-9)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_the_command_resumes_reports_and_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.physics.__main__.SMALL", TINY)
+    given = ["run", "--out", tmp_path, "--equations", "heat", "--seeds", 2, "--tuning-seeds", 1]
+    assert invoke(*given, "--methods", "summed").exit_code == 0
+    kept = (tmp_path / "heat-summed.json").read_bytes()
+    result = invoke(*given, "--methods", "summed,gdmam")
+    assert result.exit_code == 0
+    assert (tmp_path / "heat-summed.json").read_bytes() == kept
+    assert "| gdmam |" in result.output
+    other = invoke(*given, "--methods", "summed", "--rates", "1e-2")
+    assert other.exit_code == 2
+    assert "other settings" in other.output
+    assert invoke(*given, "--methods", "nonsense").exit_code == 2
+    picture, csv = tmp_path / "new" / "curves.png", tmp_path / "new" / "errors.csv"
+    result = invoke("report", "--out", tmp_path, "--picture", picture, "--csv", csv)
+    assert result.exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    lines = csv.read_text().splitlines()
+    assert len(lines) == 1 + 2 * 2
+    record = json.loads((tmp_path / "heat-gdmam.json").read_text())
+    median = np.median(np.array(record["errors"])[:, -1])
+    assert f"{median:.2g}" in result.output
+    assert invoke("report", "--out", tmp_path / "none").exit_code == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_pairs(name):
+    optimizer, params = METHODS[name](lambda count: 0.1), jnp.ones(2)
+    pair = gdmam.GradientPair(jnp.array([1.0, 2.0]), jnp.array([-1.0, 1.0]))
+    update, _ = optimizer.update(pair, optimizer.init(params), params)
+    assert 0.01 < float(jnp.max(jnp.abs(update))) < 0.2
