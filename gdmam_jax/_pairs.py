@@ -38,6 +38,16 @@ class GradientPair:
     prediction: Any
     alignment: Any
 
+    def _refuse(self, *others: Any) -> Any:
+        raise TypeError(
+            "a GradientPair was taken for an array. A wrapper that needs updates in and out of one "
+            "structure, such as optax.MultiSteps, is lifted by over_pairs; an ordinary optimizer "
+            "takes pairs through summed or weighed"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __pow__ = __neg__ = __jax_array__ = _refuse
+
 
 def is_pair(node: Any) -> bool:
     """Whether ``node`` is a `GradientPair`: the ``is_leaf`` of maps over trees of pairs."""
@@ -153,8 +163,11 @@ def unpair_gradients(pairs: optax.Updates) -> tuple[optax.Updates, Any]:
     return prediction, alignment
 
 
-def check_floating(tree: Any, what: str, advice: str = "") -> None:
-    """Raise a ``TypeError`` that names the first leaf that is not a real floating-point array."""
+def check_floating(tree: Any, what: str, advice: str = "", where: str = "") -> None:
+    """Raise a ``TypeError`` that names the first leaf that is not a real floating-point array.
+
+    Its name is its path, or ``where``.
+    """
     for name, leaf in named_leaves(tree):
         kind = getattr(leaf, "dtype", None)
         if kind is None and isinstance(leaf, int | float | complex):
@@ -162,7 +175,7 @@ def check_floating(tree: Any, what: str, advice: str = "") -> None:
         if kind is None or not jnp.issubdtype(kind, jnp.floating):
             has = f"is a {type(leaf).__name__}" if kind is None else f"has dtype {kind}"
             raise TypeError(
-                f"{what} at {name} {has}; expected a real floating-point array "
+                f"{what} at {where or name} {has}; expected a real floating-point array "
                 f"(keep other leaves out with {advice or 'optax.masked or a filter'})"
             )
 
@@ -228,7 +241,8 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
         if not is_pair(pair):
             raise TypeError(
                 f"update at {where} is {describe(pair)}; expected a GradientPair: make pairs with "
-                "value_and_paired_grad or pair_gradients, or pass alignment=gradients to update"
+                "value_and_paired_grad or pair_gradients, or pass alignment=gradients to update; "
+                "lift a wrapper such as optax.MultiSteps by over_pairs"
                 + (_FLATTENED if _is_vector(pairs) else "")
             )
         if not jax.tree_util.all_leaves([pair.prediction]):
@@ -236,8 +250,8 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
                 f"the prediction half of the pair at {where} is {describe(pair.prediction)}; "
                 "expected an array: make pairs of two trees with pair_gradients"
             )
-        check_floating(pair.prediction, f"prediction gradient of the pair at {where}:")
-        check_floating(pair.alignment, f"alignment gradient of the pair at {where}:")
+        check_floating(pair.prediction, "the prediction gradient", where=where)
+        check_floating(pair.alignment, "the alignment gradient", where=where)
         for gradient in jax.tree.leaves(pair.alignment):
             if jnp.shape(pair.prediction) != jnp.shape(gradient) or (
                 jnp.result_type(pair.prediction) != jnp.result_type(gradient)
