@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from gdmam_jax import _geometry
 from gdmam_jax._checks import check_range
-from gdmam_jax._numerics import EPS, divide
+from gdmam_jax._numerics import EPS, divide, safe_sqrt
+from gdmam_jax._programmes import ITERATIONS, minimise, normalised, quadratic
 
 Weighting = Callable[[jax.Array, jax.Array], Any]
 
@@ -147,18 +148,59 @@ def constant_weighting(*weights: Any) -> Weighting:
     return weighting
 
 
-def pcgrad_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
-    r"""PCGrad for two losses: each gradient loses its part along the other where they conflict.
-
-    $w_k = 1 - \min(\langle g_0, g_1\rangle, 0) / |g_k|^2$, so that
-    $w_0 g_0 + w_1 g_1$ is the sum of both projections.
+def mean_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
+    """The mean of the gradients: every weight is 1 / K.
 
     Args:
-      gramian: inner products of the gradients, shape ``(..., 2, 2)``.
+      gramian: inner products of the gradients, shape ``(..., K, K)``; only its shape counts.
       norms: unused.
 
     Returns:
-      The weights, shape ``(..., 2)``.
+      The weights, shape ``(..., K)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> mean_weighting(jnp.eye(2), None).tolist()
+      [0.5, 0.5]
+    """
+    del norms
+    return jnp.full(gramian.shape[:-1], 1 / gramian.shape[-1], gramian.dtype)
+
+
+def sum_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
+    """The sum of the gradients: every weight is 1.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``; only its shape counts.
+      norms: unused.
+
+    Returns:
+      The weights, shape ``(..., K)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> sum_weighting(jnp.eye(2), None).tolist()
+      [1.0, 1.0]
+    """
+    del norms
+    return jnp.ones(gramian.shape[:-1], gramian.dtype)
+
+
+@_with_settings
+def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -> jax.Array:
+    r"""PCGrad: each gradient loses its part along every other that it conflicts with; then the sum.
+
+    For two losses $w_k = 1 - \min(\langle g_0, g_1\rangle, 0) / |g_k|^2$. For more, the others are
+    gone through one after the other, and what is left of the gradient is compared.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+      key: a random key that the order of the others is drawn by; None: in their own order. For a
+        new order at every step, make the weighting with a new key at every step.
+
+    Returns:
+      The weights, shape ``(..., K)``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -169,8 +211,305 @@ def pcgrad_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
       Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020.
     """
     del norms
+    count = gramian.shape[-1]
     squares = jnp.diagonal(gramian, axis1=-2, axis2=-1)
-    return 1 - divide(jnp.minimum(gramian[..., 0, 1:], 0), squares)
+    orders = jnp.broadcast_to(jnp.arange(count), (count, count))
+    if key is not None:
+        orders = jax.random.permutation(key, orders, axis=1, independent=True)
+    rows = []
+    for own in range(count):
+        row = jnp.broadcast_to(jnp.eye(count, dtype=gramian.dtype)[own], gramian.shape[:-1])
+        for position in range(count):
+            other = orders[own, position]
+            products = jnp.take(gramian, other, axis=-1)
+            conflict = jnp.minimum(jnp.sum(row * products, axis=-1), 0)
+            removed = divide(conflict, jnp.take(squares, other, axis=-1))
+            counts = jnp.where(other == own, 0, removed)[..., None]
+            row = row - counts * jnp.reshape(
+                jnp.arange(count) == other, (1,) * (row.ndim - 1) + (count,)
+            ).astype(row.dtype)
+        rows.append(row)
+    return sum(rows[1:], rows[0])
+
+
+def imtl_g_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
+    r"""IMTL-G: the sum has equal projections on all unit gradients; weights add up to 1.
+
+    $w \propto G^{+} n$ with $n_k = |g_k|$. For two losses these are `balanced_weighting`'s.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+
+    Returns:
+      The weights, shape ``(..., K)``; some may be negative where K > 2.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> imtl_g_weighting(jnp.diag(jnp.array([9.0, 1.0])), None).tolist()
+      [0.25, 0.75]
+
+    References:
+      Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021.
+    """
+    if gramian.shape[-1] == 2:
+        return balanced_weighting(gramian, norms)
+    lengths = _geometry.norms(gramian)
+    solved = jnp.linalg.pinv(gramian, hermitian=True) @ lengths[..., None]
+    return divide(solved[..., 0], jnp.sum(solved, axis=-2))
+
+
+def _over_scopes(weights: Callable[[jax.Array], jax.Array], gramian: jax.Array) -> jax.Array:
+    """Applies a function of one Gramian to those of all scopes."""
+    for _ in range(gramian.ndim - 2):
+        weights = jax.vmap(weights)
+    return weights(gramian)
+
+
+def mgda_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
+    r"""MGDA: the shortest vector among all averages of the gradients.
+
+    $w = \arg\min_{w \ge 0, \sum w = 1} w^T G w$. The result is against no gradient, and 0 where no
+    direction improves all. It follows the smallest gradient.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+
+    Returns:
+      The weights, shape ``(..., K)``, at least 0 and adding up to 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> mgda_weighting(jnp.diag(jnp.array([3.0, 1.0])), None).tolist()
+      [0.25, 0.75]
+
+    References:
+      Desideri, Multiple-gradient descent algorithm, Comptes Rendus Mathematique 2012; Sener and
+      Koltun, Multi-Task Learning as Multi-Objective Optimization, NeurIPS 2018.
+    """
+    del norms
+    if gramian.shape[-1] == 2:
+        first, second, product = gramian[..., 0, 0], gramian[..., 1, 1], gramian[..., 0, 1]
+        apart = first + second - 2 * product
+        share = jnp.where(apart > 0, divide(second - product, apart), 0.5)
+        share = jnp.clip(share, 0, 1)
+        return jnp.stack([share, 1 - share], axis=-1)
+
+    def weights(gramian: jax.Array) -> jax.Array:
+        matrix = normalised(gramian)
+        return quadratic(matrix, jnp.zeros_like(matrix[0]), simplex=True)
+
+    return _over_scopes(weights, gramian)
+
+
+@_with_settings
+def cagrad_weighting(gramian: jax.Array, norms: jax.Array, *, c: Any = 0.5) -> jax.Array:
+    r"""CAGrad: near the mean gradient, the direction that improves the worst loss most.
+
+    $\max_d \min_k \langle g_k, d\rangle$ subject to $|d - g_0| \le c |g_0|$, with $g_0$ the mean:
+    $d = g_0 + c |g_0| g_w / |g_w|$, where $w$ minimises
+    $\langle g_w, g_0\rangle + c |g_0| |g_w|$ over the simplex.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+      c: how far from the mean gradient, at least 0; 0 gives the mean.
+
+    Returns:
+      The weights, shape ``(..., K)``.
+
+    Raises:
+      ValueError: ``c`` is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> [round(w, 3) for w in cagrad_weighting(jnp.eye(2), None, c=0.5).tolist()]
+      [0.75, 0.75]
+
+    References:
+      Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021.
+    """
+    del norms
+    check_range("c", c)
+
+    def weights(gramian: jax.Array) -> jax.Array:
+        matrix = normalised(gramian)
+        count = matrix.shape[0]
+        mean = jnp.full(count, 1 / count, matrix.dtype)
+        radius = c * safe_sqrt(mean @ matrix @ mean)
+
+        def slopes(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+            moved = matrix @ w
+            length = jnp.sqrt(w @ moved)
+            curvature = (matrix - jnp.outer(moved, moved) / length**2) / length
+            return matrix @ mean + radius * moved / length, radius * curvature
+
+        w = minimise(slopes, mean, simplex=True)
+        return mean + divide(radius, safe_sqrt(w @ matrix @ w)) * w
+
+    return _over_scopes(weights, gramian)
+
+
+def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
+    r"""Nash-MTL: the bargaining solution, $G w = 1 / w$: each loss gains in proportion.
+
+    The minimiser of $\frac12 w^T G w - \sum_k \log w_k$. It does not change, but for its weights'
+    scale, when a loss is rescaled.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+
+    Returns:
+      The weights, shape ``(..., K)``, above 0. Where gradients oppose each other exactly there is
+      no solution, and the weights are large.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> [round(w, 4) for w in nash_mtl_weighting(jnp.diag(jnp.array([4.0, 1.0])), None).tolist()]
+      [0.5, 1.0]
+
+    References:
+      Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022.
+    """
+    del norms
+
+    def weights(gramian: jax.Array) -> jax.Array:
+        # In units of each gradient's length, where all weights are of order one.
+        lengths = _geometry.norms(gramian)
+        inverse = divide((lengths > 0).astype(gramian.dtype), lengths)
+        matrix = normalised(inverse[:, None] * gramian * inverse[None]) * gramian.shape[0]
+        w = jnp.ones_like(lengths)
+
+        def newton(w: jax.Array, _: None) -> tuple[jax.Array, None]:
+            slope = matrix @ w - 1 / w
+            change = jnp.linalg.solve(matrix + jnp.diag(1 / w**2), slope)
+            # Damped by the decrement, as suits a self-concordant function.
+            decrement = safe_sqrt(jnp.sum(slope * change))
+            return w - change / (1 + decrement), None
+
+        w = jax.lax.scan(newton, w, length=ITERATIONS)[0]
+        return w * inverse
+
+    return _over_scopes(weights, gramian)
+
+
+@_with_settings
+def aligned_mtl_weighting(
+    gramian: jax.Array, norms: jax.Array, *, preference: Any = None
+) -> jax.Array:
+    r"""Aligned-MTL: the gradients made orthogonal, all as long as the least principal one.
+
+    $w = \sqrt{\lambda_{min}} V \Lambda^{-1/2} V^T p$ with $G = V \Lambda V^T$ and
+    $\lambda_{min}$ the least eigenvalue that is not 0.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+      preference: $p$, shape ``(K,)``. None: 1 / K each.
+
+    Returns:
+      The weights, shape ``(..., K)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> gramian = jnp.diag(jnp.array([4.0, 1.0]))
+      >>> [round(w, 4) for w in aligned_mtl_weighting(gramian, None).tolist()]
+      [0.25, 0.5]
+
+    References:
+      Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023.
+    """
+    del norms
+    count, dtype = gramian.shape[-1], gramian.dtype
+    wanted = jnp.full(count, 1 / count, dtype) if preference is None else preference
+    values, vectors = jnp.linalg.eigh(gramian)
+    limit = values[..., -1:] * count * float(jnp.finfo(dtype).eps)
+    kept = values > limit
+    least = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1, keepdims=True)
+    scales = jnp.where(kept, safe_sqrt(divide(jnp.where(kept, least, 0), values)), 0)
+    along = jnp.swapaxes(vectors, -1, -2) @ jnp.asarray(wanted, dtype)
+    return (vectors @ (scales * along)[..., None])[..., 0]
+
+
+def _projected(matrix: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The weights, at least ``wanted``, of the combination closest to the wanted one that is
+    against no gradient: its projection on the dual cone.
+    """
+    return wanted + quadratic(matrix, matrix @ wanted)
+
+
+@_with_settings
+def dual_proj_weighting(
+    gramian: jax.Array, norms: jax.Array, *, preference: Any = None
+) -> jax.Array:
+    r"""DualProj: the mean gradient, moved as little as makes it conflict with no gradient.
+
+    $w = \arg\min_{w \ge p} w^T G w$: the projection of $\sum_k p_k g_k$ onto the cone of what is
+    against no gradient.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+      preference: $p$, shape ``(K,)``. None: 1 / K each.
+
+    Returns:
+      The weights, shape ``(..., K)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> gramian = jnp.array([[1.0, -2.0], [-2.0, 8.0]])
+      >>> [round(w, 3) for w in dual_proj_weighting(gramian, None).tolist()]
+      [1.0, 0.5]
+
+    References:
+      Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017; named
+      as in Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
+    """
+    del norms
+    count = gramian.shape[-1]
+    wanted = jnp.full(count, 1 / count, gramian.dtype)
+    wanted = wanted if preference is None else jnp.asarray(preference, gramian.dtype)
+    return _over_scopes(lambda gramian: _projected(normalised(gramian), wanted), gramian)
+
+
+@_with_settings
+def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = None) -> jax.Array:
+    r"""UPGrad: each gradient is made to conflict with none; then their mean.
+
+    $w = \sum_k p_k \arg\min_{v \ge e_k} v^T G v$. The result is against no gradient, and grows in
+    proportion when a gradient does.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+      preference: $p$, shape ``(K,)``. None: 1 / K each.
+
+    Returns:
+      The weights, shape ``(..., K)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 2.0]])
+      >>> [round(w, 3) for w in upgrad_weighting(gramian, None).tolist()]
+      [1.0, 0.75]
+
+    References:
+      Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
+    """
+    if gramian.shape[-1] == 2 and preference is None:
+        return pcgrad_weighting(gramian, norms) / 2
+    count = gramian.shape[-1]
+    wanted = jnp.full(count, 1 / count, gramian.dtype)
+    wanted = wanted if preference is None else jnp.asarray(preference, gramian.dtype)
+
+    def weights(gramian: jax.Array) -> jax.Array:
+        matrix = normalised(gramian)
+        unit = jnp.eye(count, dtype=gramian.dtype)
+        return wanted @ jax.vmap(lambda each: _projected(matrix, each))(unit)
+
+    return _over_scopes(weights, gramian)
 
 
 @_with_settings

@@ -1,0 +1,182 @@
+"""Weightings against TorchJD's aggregators, run side by side on made-up Jacobians, in float64.
+
+TorchJD's quadratic programmes are regularised by 1e-4 by default: here by 1e-12. Its MGDA stops
+after so many steps of Frank and Wolfe, and its CAGrad asks a solver with a tolerance of its own:
+with those, what is minimised is compared. Its PCGrad draws the order of the tasks, which for two
+does not matter.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import gdmam_jax as gdmam
+
+torchjd = pytest.importorskip("torchjd.aggregation")
+pytest.importorskip("quadprog")
+from torchjd._linalg._dual_cone import QuadprogProjector  # noqa: E402
+
+EXACT = QuadprogProjector(norm_eps=0.0, reg_eps=1e-12)
+CLOSED = {
+    "mean": (gdmam.mean_weighting, torchjd.Mean),
+    "sum": (gdmam.sum_weighting, torchjd.Sum),
+    "IMTL-G": (gdmam.imtl_g_weighting, torchjd.IMTLG),
+    "Aligned-MTL": (gdmam.aligned_mtl_weighting, torchjd.AlignedMTL),
+    "ConFIG": (gdmam.config_weighting, torchjd.ConFIG),
+}
+PROJECTED = {
+    "UPGrad": (gdmam.upgrad_weighting, lambda: torchjd.UPGrad(projector=EXACT)),
+    "DualProj": (gdmam.dual_proj_weighting, lambda: torchjd.DualProj(projector=EXACT)),
+}
+KINDS = ("random", "conflicting", "rank-deficient", "badly scaled")
+COUNTS = (2, 3, 5, 8)
+
+
+def jacobian(kind, count):
+    random = np.random.default_rng(count)
+    if kind == "rank-deficient":
+        return random.normal(size=(count, 2)) @ random.normal(size=(2, 10))
+    rows = random.normal(size=(count, 10))
+    if kind == "conflicting":
+        rows = rows - 1.2 * rows.mean(axis=0)
+    if kind == "badly scaled":
+        rows = rows * 10 ** random.uniform(-3, 3, size=(count, 1))
+    return rows
+
+
+def ours(weighting, rows):
+    return np.asarray(weighting(jnp.asarray(rows @ rows.T), None)) @ rows
+
+
+def theirs(aggregator, rows):
+    return aggregator(torch.tensor(rows)).numpy()
+
+
+def deviation(name, kind, count):
+    """Relative difference of the two results."""
+    weighting, make = (CLOSED | PROJECTED)[name]
+    rows = jacobian(kind, count)
+    with jax.enable_x64(True):
+        found, expected = ours(weighting, rows), theirs(make(), rows)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CLOSED)
+def test_closed_forms(name, kind):
+    # Where norms span six orders of magnitude, both sides round what they invert.
+    tolerance = 1e-6 if kind == "badly scaled" else 1e-10
+    assert max(deviation(name, kind, count) for count in COUNTS) < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("name", PROJECTED)
+def test_projections_on_the_dual_cone(name, kind):
+    # Eight gradients in a plane leave no common direction: both are 0, see below.
+    counts = COUNTS[:3] if kind == "rank-deficient" else COUNTS
+    assert max(deviation(name, kind, count) for count in counts) < 1e-8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PROJECTED)
+def test_projections_conflict_with_no_gradient(name, kind, x64):
+    for count in COUNTS:
+        rows = jacobian(kind, count)
+        direction = ours(PROJECTED[name][0], rows)
+        units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        assert np.min(units @ direction) > -1e-5 * np.linalg.norm(rows, axis=1).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mgda_finds_no_longer_a_vector(kind, x64):
+    for count in COUNTS:
+        rows = jacobian(kind, count)
+        weights = np.asarray(gdmam.mgda_weighting(jnp.asarray(rows @ rows.T), None))
+        np.testing.assert_allclose(weights.sum(), 1, rtol=1e-9)
+        assert weights.min() >= 0
+        scale = np.linalg.norm(rows, axis=1).max()
+        found = np.linalg.norm(weights @ rows)
+        expected = np.linalg.norm(theirs(torchjd.MGDA(epsilon=1e-12, max_iters=2000), rows))
+        assert found <= expected + 1e-7 * scale
+        assert found >= expected - 1e-2 * scale
+
+
+def worst_improvement(direction, rows):
+    return np.min(rows @ direction)
+
+
+@pytest.mark.parametrize("c", [0.2, 0.8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cagrad_improves_the_worst_loss_at_least_as_much(kind, c, x64):
+    pytest.importorskip("cvxpy")
+    for count in COUNTS:
+        rows = jacobian(kind, count)
+        direction = ours(gdmam.cagrad_weighting(c=c), rows)
+        mean = rows.mean(axis=0)
+        assert np.linalg.norm(direction - mean) <= c * np.linalg.norm(mean) * (1 + 1e-6)
+        expected = theirs(torchjd.CAGrad(c=c, norm_eps=0.0), rows)
+        scale = np.linalg.norm(rows, axis=1).max() * np.linalg.norm(direction)
+        found = worst_improvement(direction, rows)
+        assert found >= worst_improvement(expected, rows) - 1e-6 * scale
+
+
+@pytest.mark.parametrize("kind", ["random", "conflicting", "badly scaled"])
+def test_nash_mtl_solves_its_equation(kind, x64):
+    for count in COUNTS[:3]:
+        gramian = (rows := jacobian(kind, count)) @ rows.T
+        weights = np.asarray(gdmam.nash_mtl_weighting(jnp.asarray(gramian), None))
+        np.testing.assert_allclose(weights * (gramian @ weights), 1, rtol=1e-6)
+        assert (weights > 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pcgrad_of_two(kind, x64):
+    rows = jacobian(kind, 2)
+    expected = theirs(torchjd.PCGrad(), rows)
+    np.testing.assert_allclose(ours(gdmam.pcgrad_weighting, rows), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_pcgrad_of_several_in_fixed_and_in_drawn_order(count, x64):
+    rows = jacobian("conflicting", count)
+
+    def reference(orders):
+        total = np.zeros(rows.shape[1])
+        for own, order in enumerate(orders):
+            g = rows[own].copy()
+            for other in order:
+                if other != own and g @ rows[other] < 0:
+                    g -= g @ rows[other] / (rows[other] @ rows[other]) * rows[other]
+            total += g
+        return total
+
+    fixed = [list(range(count))] * count
+    np.testing.assert_allclose(
+        ours(gdmam.pcgrad_weighting, rows), reference(fixed), rtol=1e-10, atol=1e-12
+    )
+    key = jax.random.key(3)
+    orders = jnp.broadcast_to(jnp.arange(count), (count, count))
+    drawn = np.asarray(jax.random.permutation(key, orders, axis=1, independent=True))
+    found = ours(gdmam.pcgrad_weighting(key=key), rows)
+    np.testing.assert_allclose(found, reference(drawn), rtol=1e-10, atol=1e-12)
+    assert not np.allclose(found, reference(fixed)) or np.array_equal(drawn, fixed)
+
+
+@pytest.mark.parametrize("kind", ["random", "conflicting"])
+@pytest.mark.parametrize(
+    ("name", "weighting"),
+    [
+        ("ConFIGOperator", gdmam.config_weighting),
+        ("IMTLGOperator", gdmam.imtl_g_weighting),
+        ("PCGradOperator", gdmam.pcgrad_weighting),
+    ],
+)
+def test_configs_own_package_in_float32(name, weighting, kind):
+    operators = pytest.importorskip("conflictfree.grad_operator")
+    rows = jacobian(kind, 2).astype(np.float32)
+    expected = getattr(operators, name)().calculate_gradient(torch.tensor(rows)).numpy()
+    weights = np.asarray(weighting(jnp.asarray(rows @ rows.T), None))
+    scale = np.linalg.norm(expected)
+    np.testing.assert_allclose(weights @ rows, expected, rtol=0, atol=2e-6 * scale)

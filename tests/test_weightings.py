@@ -1,0 +1,124 @@
+"""Weightings as functions of the Gramian and the norms' running means."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdmam_jax as gdmam
+
+EVERY = {
+    "norm": gdmam.norm_weighting,
+    "balanced": gdmam.balanced_weighting,
+    "unit": gdmam.unit_weighting,
+    "pcgrad": gdmam.pcgrad_weighting,
+    "config": gdmam.config_weighting,
+    "constant": gdmam.constant_weighting(1.0, 0.5),
+}
+
+
+def gramian_of(gradients):
+    return jnp.asarray(gradients @ np.swapaxes(gradients, -1, -2))
+
+
+def test_balanced_weights_give_all_weighted_gradients_one_norm(x64):
+    g = np.random.default_rng(0).normal(size=(4, 6)) * np.array([[1.0], [10], [0.1], [3]])
+    w = np.asarray(gdmam.balanced_weighting(gramian_of(g), None))
+    sizes = w * np.linalg.norm(g, axis=1)
+    np.testing.assert_allclose(sizes, sizes[0], rtol=1e-12)
+    np.testing.assert_allclose(w.sum(), 1, rtol=1e-12)
+
+
+def test_norm_weights_are_shares_of_the_norms(x64):
+    g = np.random.default_rng(1).normal(size=(3, 6))
+    n = np.linalg.norm(g, axis=1)
+    np.testing.assert_allclose(gdmam.norm_weighting(gramian_of(g), None), n / n.sum(), rtol=1e-10)
+
+
+def test_unit_weights_take_the_mean_and_a_spike_counts_no_more_than_the_rest():
+    means = jnp.array([4.0, 2.0])
+    for norm, expected in ((1.0, 0.25), (4.0, 0.25), (1e6, 1e-6)):
+        weights = gdmam.unit_weighting(jnp.diag(jnp.array([norm**2, 1.0])), means)
+        np.testing.assert_allclose(weights, [expected, 0.5], rtol=1e-6)
+
+
+def test_preferences_are_one_for_each_alignment_task():
+    gramian, means = jnp.eye(3), jnp.array([1.0, 2.0, 4.0])
+    found = gdmam.unit_weighting(preference=(0.5, 3.0))(gramian, means)
+    np.testing.assert_allclose(found, [1, 0.25, 0.75])
+    np.testing.assert_allclose(gdmam.unit_weighting()(gramian, means), [1, 0.5, 0.25])
+    with pytest.raises(ValueError, match="preference must be a number or 2 of them"):
+        gdmam.unit_weighting(gramian, means, preference=(1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("preferred", [False, True])
+def test_config_has_the_wanted_projections_and_its_length(count, preferred, x64):
+    random = np.random.default_rng(count)
+    g = random.normal(size=(count, 8)) * 10.0 ** random.uniform(-2, 2, size=(count, 1))
+    wanted = random.uniform(0.5, 2, size=count) if preferred else np.ones(count)
+    w = gdmam.config_weighting(gramian_of(g), None, preference=wanted if preferred else None)
+    direction = np.asarray(w) @ g
+    units = g / np.linalg.norm(g, axis=1, keepdims=True)
+    projections = units @ direction
+    np.testing.assert_allclose(projections / projections[0], wanted / wanted[0], rtol=1e-7)
+    along = direction / np.linalg.norm(direction)
+    np.testing.assert_allclose(np.linalg.norm(direction), np.sum(g @ along), rtol=1e-7)
+
+
+def test_config_of_two_in_closed_form_is_the_general_one(x64):
+    g = np.random.default_rng(3).normal(size=(2, 5))
+    closed = gdmam.config_weighting(gramian_of(g), None)
+    general = gdmam.config_weighting(gramian_of(g), None, preference=jnp.ones(2))
+    np.testing.assert_allclose(closed, general, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_scopes_are_weighed_one_by_one(name, x64):
+    g = np.random.default_rng(4).normal(size=(5, 2, 6))
+    gramian, means = gramian_of(g), jnp.asarray(np.random.default_rng(5).uniform(size=(5, 2)))
+    together = EVERY[name](gramian, means)
+    assert together.shape == (5, 2)
+    for row in range(5):
+        np.testing.assert_allclose(together[row], EVERY[name](gramian[row], means[row]), rtol=1e-12)
+
+
+DEGENERATE = {
+    "both zero": np.zeros((2, 3)),
+    "no prediction": np.array([[0.0, 0, 0], [1, 2, 3]]),
+    "no alignment": np.array([[1.0, 2, 3], [0, 0, 0]]),
+    "parallel": np.array([[1.0, 2, 3], [2, 4, 6]]),
+    "opposed": np.array([[1.0, 2, 3], [-1, -2, -3]]),
+    "far apart": np.array([[1e-9, 0, 0], [1e9, 1, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_weights_and_derivatives_are_finite(name, case):
+    def total(g):
+        gramian = g @ g.T
+        means = jnp.sqrt(jnp.diagonal(jax.lax.stop_gradient(gramian)))
+        return jnp.sum(EVERY[name](gramian, means)), EVERY[name](gramian, means)
+
+    (_, weights), slope = jax.value_and_grad(total, has_aux=True)(jnp.float32(DEGENERATE[case]))
+    assert np.isfinite(weights).all()
+    assert np.isfinite(slope).all()
+    assert (weights >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["balanced", "unit", "config"])
+def test_a_task_without_gradient_leaves_the_other_its_weight(name):
+    g = np.float32([[0.0, 0, 0], [0, 3, 4]])
+    weights = EVERY[name](gramian_of(g), jnp.array([0.0, 5.0]))
+    expected = {"balanced": 1, "unit": 0.2, "config": 1}[name]
+    np.testing.assert_allclose(weights, [0, expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [1e-12, 1.0, 1e18])
+@pytest.mark.parametrize("weighting", [gdmam.norm_weighting, gdmam.balanced_weighting])
+def test_shares_add_up_to_one_at_every_scale(norm, weighting):
+    for other in (1e-12, 1.0, norm):
+        weights = weighting(jnp.diag(jnp.float32([norm**2, other**2])), None)
+        np.testing.assert_allclose(jnp.sum(weights), 1, rtol=1e-6)
+        assert ((weights >= 0) & (weights <= 1)).all()
