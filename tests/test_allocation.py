@@ -54,7 +54,7 @@ def two_gradients(angle, ratio):
     return np.array([1.0, 0.0]), ratio * np.array([np.cos(angle), np.sin(angle)])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.floats(0, np.pi), st.floats(-3, 3), st.floats(-2, 2), st.sampled_from(["float32", "float64"])
 )

@@ -411,6 +411,17 @@ def test_both_ready_made_signatures_have_the_same_defaults():
     assert set(chain) - set(link) == {"learning_rate", "weight_decay", "mask"}
 
 
+def test_float16_updates_and_momenta_are_cut_and_not_infinite():
+    """Twice the largest number that float16 holds, in the update and in the momentum."""
+    optimizer = gdmam.scale_by_gdmam(
+        weighting=gdmam.constant_weighting(1, 1), gate=gdmam.open_gate, initial_momentum=0.0
+    )
+    pair = gdmam.GradientPair(jnp.full(2, 6e4, jnp.float16), jnp.full(2, 6e4, jnp.float16))
+    update, state = optimizer.update(pair, optimizer.init(jnp.zeros(2, jnp.float16)))
+    for found in (update, state.momenta[0]):
+        np.testing.assert_array_equal(found, jnp.full(2, jnp.finfo(jnp.float16).max))
+
+
 OTHER_STATES = {
     "b2": ({"b2": None}, "choice of b2"),
     "amsgrad": ({"amsgrad": True}, "choice of amsgrad"),

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -32,11 +33,48 @@ def test_wrong_updates_are_refused_while_tracing(updates, error, message):
         jax.eval_shape(optimizer.update, updates, state, PARAMS)
 
 
-@pytest.mark.parametrize("wrapper", [twice, lambda optimizer: optax.masked(optimizer, True)])
-def test_extra_arguments_pass_whatever_the_wrapper_takes(wrapper):
-    optimizer = gdmam.over_pairs(wrapper, gdmam.gdmam(0.1))
+def steps_of_a_given_size():
+    """An optimizer of pairs whose step is the ``value`` it is given, where it is given one."""
+
+    def update(updates, state, params=None, *, value=1.0, **extra_args):
+        del extra_args, params
+        prediction = gdmam.unpair_gradients(updates)[0]
+        return jax.tree.map(lambda g: value * g, prediction), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+@pytest.mark.parametrize(
+    "wrapper", [lambda tx: optax.MultiSteps(tx, 1), lambda tx: optax.masked(tx, True)]
+)
+def test_extra_arguments_have_their_effect_whatever_the_wrapper_takes(wrapper):
+    optimizer = gdmam.over_pairs(wrapper, steps_of_a_given_size())
     pairs = gdmam.pair_gradients(PARAMS, PARAMS)
-    optimizer.update(pairs, optimizer.init(PARAMS), PARAMS, value=1.0)
+    for value in (1.0, 3.0):
+        updates, _ = optimizer.update(pairs, optimizer.init(PARAMS), PARAMS, value=value)
+        np.testing.assert_allclose(updates["w"], value * np.ones(2))
+
+
+def test_the_first_half_of_what_comes_out_is_the_update():
+    """A wrapper that tells the halves apart: it doubles the second."""
+
+    def uneven(optimizer):
+        def update(updates, state, params=None):
+            results, state = optimizer.update(updates, state, params)
+            halves = jax.tree.map(
+                lambda pair: gdmam.GradientPair(pair.prediction, 2 * pair.alignment),
+                results,
+                is_leaf=lambda node: isinstance(node, gdmam.GradientPair),
+            )
+            return halves, state
+
+        return optax.GradientTransformation(optimizer.init, update)
+
+    optimizer = gdmam.over_pairs(uneven, steps_of_a_given_size())
+    updates, _ = optimizer.update(
+        gdmam.pair_gradients(PARAMS, PARAMS), optimizer.init(PARAMS), PARAMS
+    )
+    np.testing.assert_allclose(updates["w"], np.ones(2))
 
 
 def test_a_wrapper_without_extra_arguments_does_not_see_them():
@@ -46,6 +84,7 @@ def test_a_wrapper_without_extra_arguments_does_not_see_them():
 
         return optax.GradientTransformation(optimizer.init, update)
 
-    optimizer = gdmam.over_pairs(plain, gdmam.gdmam(0.1))
+    optimizer = gdmam.over_pairs(plain, steps_of_a_given_size())
     pairs = gdmam.pair_gradients(PARAMS, PARAMS)
-    optimizer.update(pairs, optimizer.init(PARAMS), PARAMS, value=1.0)
+    updates, _ = optimizer.update(pairs, optimizer.init(PARAMS), PARAMS, value=5.0)
+    np.testing.assert_allclose(updates["w"], np.ones(2))

@@ -1,0 +1,241 @@
+"""Small mistakes made in the core on purpose, each with the tests that must notice it.
+
+    python -m tests.mutants
+
+Copies the project to a temporary folder, makes one mistake at a time, and runs the named tests: a
+mutant survives where they all pass. Exits with 1 if one does, or if a mistake no longer fits the
+code. A few seconds each; `-k` chooses some by a part of their description.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One mistake: what of which module becomes what, and which tests notice."""
+
+    what: str
+    module: str
+    old: str
+    new: str
+    tests: str
+
+
+SCOPES = "tests/test_geometry.py -k scope"
+MUTANTS = (
+    Mutant(
+        "a nearly parallel scope's orthogonal norm comes from the inner products",
+        "_geometry", "geometry = dataclasses.replace(geometry, orthogonal_norm=lengths + EPS)", "",
+        SCOPES,
+    ),
+    Mutant(
+        "every leaf goes by the first scope", "_scopes",
+        "return scalars[self.index[leaf]] if self.index", "return scalars[0] if self.index",
+        "tests/compatibility/test_scopes.py -k alone",
+    ),
+    Mutant(
+        "all scopes share one sum", "_scopes",
+        "groups[self.index[position] if self.index else 0]", "groups[0]", SCOPES,
+    ),
+    Mutant(
+        "a norm that is no number counts as none", "_numerics",
+        "return jnp.where(jnp.isnan(x), x, root)", "return root",
+        "tests/test_geometry.py -k too_long",
+    ),
+    Mutant(
+        "the gradient of a root at 0 is infinite", "_numerics",
+        "root = jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)", "root = jnp.sqrt(x)",
+        "tests/test_transform.py -k zero_gradients",
+    ),
+    Mutant(
+        "float16 parts become infinite", "_numerics",
+        "return jnp.clip(x, -limit, limit).astype(dtype)", "return x.astype(dtype)",
+        "tests/test_geometry.py -k float16_is_cut",
+    ),
+    Mutant(
+        "float16 sums become infinite", "_optimizers",
+        "return narrow(sum(terms[1:], terms[0]), dtype)",
+        "return sum(terms[1:], terms[0]).astype(dtype)", "tests/test_optimizers.py -k cut",
+    ),
+    Mutant(
+        "float16 updates become infinite", "_transform",
+        "return narrow(direction, dtype), stored", "return direction.astype(dtype), stored",
+        "tests/test_transform.py -k float16",
+    ),
+    Mutant(
+        "float16 momenta become infinite", "_transform",
+        "tuple(narrow(each, old.dtype)", "tuple(each.astype(old.dtype)",
+        "tests/test_transform.py -k float16",
+    ),
+    Mutant(
+        "sums are taken in half precision", "_optimizers",
+        "wide = [widen(gradient) for gradient in halves(pair)]", "wide = halves(pair)",
+        "tests/test_optimizers.py -k half_precision",
+    ),
+    Mutant(
+        "inner products are taken in half precision", "_geometry",
+        "wide = [widen(gradient) for gradient in gradients]", "wide = list(gradients)",
+        "tests/test_geometry.py -k short_floats",
+    ),
+    Mutant(
+        "no bias correction of the momentum", "_transform",
+        "share = (1 - decays) / correction", "share = 1 - decays",
+        "tests/test_transform.py -k unbiased",
+    ),
+    Mutant(
+        "no bias correction of the second moment", "_transform",
+        "root = jnp.sqrt(second_correction)", "root = jnp.ones_like(second_correction)",
+        "tests/test_optimizers.py -k formula",
+    ),
+    Mutant(
+        "no bias correction of the norms' means", "_allocation",
+        "share = jnp.where(old.remainder == 1, 1, (1 - self.statistics_decay) / (1 - remainder))",
+        "share = 1 - self.statistics_decay + 0 * remainder",
+        "tests/test_allocation.py -k bias_corrected",
+    ),
+    Mutant(
+        "eps is left out of the denominator", "_transform",
+        "+ root_eps", "+ 0 * root_eps", "tests/compatibility/test_optax.py -k every_scalar",
+    ),
+    Mutant(
+        "the second moment follows the momentum", "_transform",
+        "combined(factors) ** 2", "new[0] ** 2", "tests/parity/test_variants.py -k 0.99",
+    ),
+    Mutant(
+        "AMSGrad forgets its maximum", "_transform",
+        "largest = None if largest is None else jnp.maximum(largest, second)",
+        "largest = None if largest is None else second", "tests/parity/test_variants.py -k True",
+    ),
+    Mutant(
+        "steered momentum takes the plain mean of the coefficients", "_transform",
+        "sizes = allocation.sizes", "sizes = jnp.ones_like(allocation.sizes)",
+        "tests/test_allocation.py -k steered",
+    ),
+    Mutant(
+        "the weights do not reach the components", "_allocation",
+        "alignment = self.weights[..., None, 1:] * self.gate", "alignment = self.gate",
+        "tests/test_allocation.py -k steered",
+    ),
+    Mutant(
+        "statistics follow the raw norms", "_allocation",
+        "change = decided.sizes - old.mean",
+        "change = dataclasses.replace(decided, weights=jnp.ones_like(weights)).sizes - old.mean",
+        "tests/parity/test_variants.py -k relative",
+    ),
+    Mutant(
+        "the gate does not see the weights", "_allocation",
+        "size_p, size_a = weights[..., :1] * n_p, weights[..., 1:] * n_a",
+        "size_p, size_a = n_p, n_a", "tests/test_allocation.py -k neither_loss",
+    ),
+    Mutant(
+        "the priority gate drops too much", "_allocation",
+        "conflict**2 - 1) / square, 0, 1)", "conflict**2 - 1) / square - 0.01, 0, 1)",
+        "tests/test_allocation.py -k neither_loss",
+    ),
+    Mutant(
+        "the priority gate drops too little", "_allocation",
+        "conflict**2 - 1) / square, 0, 1)", "conflict**2 - 1) / square + 0.01, 0, 1)",
+        "tests/test_allocation.py -k neither_loss",
+    ),
+    Mutant(
+        "a spike outweighs its mean", "_weightings",
+        "scale = jnp.maximum(_geometry.norms(gramian), norms)", "scale = norms",
+        "tests/test_weightings.py -k spike",
+    ),
+    Mutant(
+        "unit weights forget the recent mean", "_weightings",
+        "scale = jnp.maximum(_geometry.norms(gramian), norms)", "scale = _geometry.norms(gramian)",
+        "tests/test_weightings.py -k spike",
+    ),
+    Mutant(
+        "over_pairs returns the other half", "_wrappers",
+        "lambda leaf: leaf.prediction if is_pair(leaf)",
+        "lambda leaf: leaf.alignment if is_pair(leaf)",
+        "tests/test_wrappers.py -k half",
+    ),
+    Mutant(
+        "over_pairs loses extra arguments", "_wrappers",
+        "_first_half(params), **extra_args)", "_first_half(params))",
+        "tests/test_wrappers.py -k effect",
+    ),
+    Mutant(
+        "gdmam forgets its mask", "_optimizers",
+        "optax.add_decayed_weights(weight_decay, mask)", "optax.add_decayed_weights(weight_decay)",
+        "tests/test_optimizers.py -k mask",
+    ),
+    Mutant(
+        "another default weight decay", "_optimizers",
+        "weight_decay: Any = 1e-4", "weight_decay: Any = 1e-3", "tests/test_optimizers.py -k mask",
+    ),
+    Mutant(
+        "diagnostics exchange the gates", "_diagnostics",
+        '"gate": allocation.gate[..., 0, :]', '"gate": allocation.gate[..., 1, :]',
+        "tests/test_diagnostics.py -k gates",
+    ),
+    Mutant(
+        "diagnostics exchange the momenta", "_diagnostics",
+        "1 + position * count : 1 + (position + 1) * count", "1 : 1 + count",
+        "tests/test_diagnostics.py -k one_by_one",
+    ),
+    Mutant(
+        "the released clipping forgets its window", "_released",
+        "accepted = jnp.append(norms[1:],", "accepted = jnp.append(norms[:-1],",
+        "tests/test_released.py -k queue",
+    ),
+    Mutant(
+        "a leaf that is whole on an axis counts on every device", "_sharding",
+        "jax.lax.pcast(term / copies,", "jax.lax.pcast(term,",
+        "tests/distributed/test_sharding.py -k shard_map_the_axis",
+    ),
+)  # fmt: skip
+
+
+def survives(mutant: Mutant, copy: Path) -> bool:
+    """Whether all of the mutant's tests pass."""
+    path = copy / "gdmam_jax" / f"{mutant.module}.py"
+    original = path.read_text()
+    if original.count(mutant.old) < 1:
+        raise ValueError(f"{mutant.what}: {mutant.old!r} is not in {path.name}")
+    path.write_text(original.replace(mutant.old, mutant.new))
+    try:
+        files, _, chosen = mutant.tests.partition(" -k ")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", files]
+        command += ["-k", chosen] if chosen else []
+        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    finally:
+        path.write_text(original)
+    if result.returncode not in (0, 1):
+        raise RuntimeError(f"{mutant.what}: pytest could not run\n{result.stdout[-2000:]}")
+    return result.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("-k", default="", help="only mutants whose description holds this")
+    chosen = [mutant for mutant in MUTANTS if parser.parse_args().k in mutant.what]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        ignored = shutil.ignore_patterns(".git", "results", "__pycache__", ".*_cache", "*.png")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        for number, mutant in enumerate(chosen, start=1):
+            alive = survives(mutant, copy)
+            survivors += alive
+            verdict = "SURVIVED" if alive else "killed"
+            print(f"{number:>3} of {len(chosen)}  {verdict:<9} {mutant.what}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
