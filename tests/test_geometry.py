@@ -161,7 +161,8 @@ def test_scalars_are_those_of_extended_precision(trees):
         float(geometry.orthogonal_norm),
         float(across + 1e-12),
         rtol=1e-3,
-        atol=float(n_a) * rounding,
+        # n_p holds 1e-12, which leaves this much of a short prediction gradient's part behind.
+        atol=float(n_a) * (rounding + 4e-12 / float(n_p)),
     )
     assert float(geometry.gate) == np.clip(float(geometry.cosine), 0, 1)
 
