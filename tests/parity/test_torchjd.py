@@ -55,28 +55,24 @@ def theirs(aggregator, rows):
 
 
 def deviation(name, kind, count):
-    """Relative difference of the two results."""
+    """Difference of the two results, over the length of the longest gradient."""
     weighting, make = (CLOSED | PROJECTED)[name]
     rows = jacobian(kind, count)
     with jax.enable_x64(True):
         found, expected = ours(weighting, rows), theirs(make(), rows)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(rows, axis=1).max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CLOSED)
 def test_closed_forms(name, kind):
-    # Where norms span six orders of magnitude, both sides round what they invert.
-    tolerance = 1e-6 if kind == "badly scaled" else 1e-10
-    assert max(deviation(name, kind, count) for count in COUNTS) < tolerance
+    assert max(deviation(name, kind, count) for count in COUNTS) < 1e-10
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 @pytest.mark.parametrize("name", PROJECTED)
 def test_projections_on_the_dual_cone(name, kind):
-    # Eight gradients in a plane leave no common direction: both are 0, see below.
-    counts = COUNTS[:3] if kind == "rank-deficient" else COUNTS
-    assert max(deviation(name, kind, count) for count in counts) < 1e-8
+    assert max(deviation(name, kind, count) for count in COUNTS) < 1e-8
 
 
 @pytest.mark.parametrize("kind", KINDS)
