@@ -51,8 +51,19 @@ def default_gdmam(learning_rate):
     return gdmam.gdmam(learning_rate, amsgrad=True, weight_decay=WEIGHT_DECAY)
 
 
+def open_gdmam(learning_rate):
+    """GDMAM that leaves both gradients their lengths: PCGrad's weights, open gate."""
+    return gdmam.gdmam(
+        learning_rate,
+        weighting=gdmam.pcgrad_weighting,
+        gate=gdmam.open_gate,
+        amsgrad=True,
+        weight_decay=WEIGHT_DECAY,
+    )
+
+
 BASELINE = "summed loss"
-METHODS = {BASELINE: summed_adamw, "GDMAM": default_gdmam}
+METHODS = {BASELINE: summed_adamw, "GDMAM, PCGrad weights": open_gdmam, "GDMAM": default_gdmam}
 
 
 def load_data():
