@@ -54,7 +54,7 @@ def run(
         int | None, typer.Option(help="Fewer or more than the scale's.", min=1)
     ] = None,
     paper: Annotated[
-        bool, typer.Option("--paper", help="The ConFIG paper's size, for a GPU: 5 x 50 networks.")
+        bool, typer.Option("--paper", help="For a GPU: 5 x 50 networks as in the ConFIG paper, with fewer points.")
     ] = False,
 ) -> None:
     """Tune each method's rate on seeds of their own, then train; resumes where it was stopped."""

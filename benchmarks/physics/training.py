@@ -131,7 +131,8 @@ def _momentum_config(rate: Rate, losses: Callable[..., Any]) -> tuple[Any, Any]:
 
     A step here evaluates both once, one after the other with an update after each, so that every
     method has the same number of gradients. The second moment follows the gradient that would
-    have made the combined momentum (Liu, Chu and Thuerey, ICLR 2025, algorithm 2).
+    have made the combined momentum. After Liu, Chu and Thuerey, ICLR 2025; not yet checked
+    against their own code.
     """
     b1, b2, eps = 0.9, 0.999, 1e-8
 
