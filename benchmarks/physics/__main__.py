@@ -54,7 +54,10 @@ def run(
         int | None, typer.Option(help="Fewer or more than the scale's.", min=1)
     ] = None,
     paper: Annotated[
-        bool, typer.Option("--paper", help="For a GPU: 5 x 50 networks as in the ConFIG paper, with fewer points.")
+        bool,
+        typer.Option(
+            "--paper", help="For a GPU: the ConFIG paper's 5 x 50 networks; fewer points."
+        ),
     ] = False,
 ) -> None:
     """Tune each method's rate on seeds of their own, then train; resumes where it was stopped."""
