@@ -379,13 +379,17 @@ class Allocator:
         given = self.alignment_losses
         return 1 if given is None else given if isinstance(given, int) else tuple(sorted(given))
 
+    @property
+    def count(self) -> int:
+        """How many alignment losses there are."""
+        return self.losses if isinstance(self.losses, int) else len(self.losses)
+
     def init(self, params: Any) -> Allocation:
         """The allocation before the first step."""
         check_floating(params, "parameter")
         scopes = Scopes.of(params, self.scope)
         dtype = wide_dtype(*jax.tree.leaves(params))
-        losses = self.losses
-        count = losses if isinstance(losses, int) else len(losses)
+        losses, count = self.losses, self.count
         names = tuple(map(str, range(losses))) if isinstance(losses, int) else losses
 
         def zeros(*last: int) -> jax.Array:
@@ -409,8 +413,7 @@ class Allocator:
     def check_state(self, previous: Allocation, pairs: Any) -> None:
         """Raise a ``ValueError`` where a state was made by an optimizer of other choices."""
         scopes = Scopes.of(pairs, self.scope, is_leaf=is_pair)
-        count = self.losses if isinstance(self.losses, int) else len(self.losses)
-        shape = (*scopes.shape, 1 + count)
+        shape = (*scopes.shape, 1 + self.count)
         if previous.scopes != scopes or previous.weights.shape != shape:
             raise ValueError(
                 "the optimizer state was made with another scope or alignment_losses: it has "

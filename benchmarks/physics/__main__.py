@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.__main__ import _names
 from benchmarks.physics import report as reports
 from benchmarks.physics.equations import EQUATIONS
-from benchmarks.physics.methods import DATA_FIRST, METHODS
+from benchmarks.physics.methods import ALL_METHODS, CHOICES
 from benchmarks.physics.training import PAPER, SMALL, train
 
 app = typer.Typer(
@@ -19,9 +20,6 @@ app = typer.Typer(
     add_completion=False,
     help="Train physics-informed networks by several methods, and compare their errors.",
 )
-MOMENTUM_CONFIG = "m-config"
-ALL_METHODS = [*METHODS, DATA_FIRST, MOMENTUM_CONFIG]
-CHOICES = [name for name in METHODS if name.startswith("gdmam ")]
 TUNING_SEEDS = 1000
 """The first seed that rates are tuned on; results have seeds from 0."""
 
@@ -30,12 +28,8 @@ Folder = Annotated[
 ]
 
 
-def _names(text: str, known: list[str]) -> list[str]:
-    names = known if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"unknown name {name!r}; expected some of {', '.join(known)}")
-    return names
+def _chosen(text: str, known: list[str]) -> list[str]:
+    return known if text == "all" else _names(text, known)
 
 
 @app.command()
@@ -46,7 +40,7 @@ def run(
     ] = "burgers,schroedinger,kovasznay,beltrami,helmholtz,klein-gordon,soliton",
     methods: Annotated[
         str, typer.Option(help=f"Commas between, or all: {', '.join(ALL_METHODS)}.")
-    ] = ",".join([name for name in ALL_METHODS if name not in (*CHOICES, DATA_FIRST)]),
+    ] = ",".join([name for name in ALL_METHODS if name not in CHOICES]),
     rates: Annotated[str, typer.Option(help="Peak learning rates to tune over.")] = "3e-3,1e-2",
     seeds: Annotated[int, typer.Option(help="Of the results, from 0.", min=1)] = 5,
     tuning_seeds: Annotated[int, typer.Option(help="That the rate is tuned on.", min=1)] = 2,
@@ -71,8 +65,8 @@ def run(
     }  # fmt: skip
     pairs = [
         (equation, method)
-        for equation in _names(equations, list(EQUATIONS))
-        for method in _names(methods, ALL_METHODS)
+        for equation in _chosen(equations, list(EQUATIONS))
+        for method in _chosen(methods, ALL_METHODS)
     ]
     out.mkdir(parents=True, exist_ok=True)
     started, fresh = time.perf_counter(), 0

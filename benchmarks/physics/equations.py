@@ -50,7 +50,6 @@ class Equation:
         timed: whether the last input is time.
         periodic: whether the solution repeats in space, instead of having values at its ends.
         velocity: whether the first moment prescribes the derivative by time, 0, too.
-        published: of the ConFIG paper.
     """
 
     name: str
@@ -63,7 +62,6 @@ class Equation:
     timed: bool = True
     periodic: bool = False
     velocity: bool = False
-    published: bool = False
 
     def sample(self, key: jax.Array, residual: int, data: int) -> dict[str, jax.Array]:
         """Points of one step: inside, on the boundary, and at the first moment."""
@@ -294,24 +292,24 @@ EQUATIONS = {
         Equation(
             "burgers", (-1.0, 0.0), (1.0, 1.0), 1, _burgers,
             values=lambda points, xp: xp.where(points[:, 1:] == 0, -xp.sin(PI * points[:, :1]), 0),
-            solution=burgers_solution, published=True,
+            solution=burgers_solution,
         ),
         Equation(
             "schroedinger", (-5.0, 0.0), (5.0, PI / 2), 2, _schroedinger,
             values=lambda points, xp: xp.stack(
                 [2 / xp.cosh(points[:, 0]), xp.zeros_like(points[:, 0])], axis=1
             ),
-            solution=_schroedinger_solution, periodic=True, published=True,
+            solution=_schroedinger_solution, periodic=True,
         ),
         Equation(
             "kovasznay", (-0.5, -0.5), (1.0, 1.5), 3,
             lambda network, points: _flow(network, points, 1 / REYNOLDS, timed=False),
-            **_exact(_kovasznay_flow), timed=False, published=True,
+            **_exact(_kovasznay_flow), timed=False,
         ),
         Equation(
             "beltrami", (-1.0, -1.0, -1.0, 0.0), (1.0, 1.0, 1.0, 1.0), 4,
             lambda network, points: _flow(network, points, 1.0, timed=True),
-            **_exact(_beltrami_flow), published=True,
+            **_exact(_beltrami_flow),
         ),
         Equation(
             "helmholtz", (-1.0, -1.0), (1.0, 1.0), 1, _helmholtz,

@@ -39,7 +39,14 @@ METHODS: dict[str, Method] = {
         momenta="separate",
     ),
 }
-"""All by name; ``m-config`` evaluates one loss a step, and is in `training`."""
+"""Those that are optimizers of pairs, by name."""
 
 DATA_FIRST = "gdmam data first"
 """The default with the losses' roles exchanged: the data loss is the prediction."""
+
+MOMENTUM_CONFIG = "m-config"
+"""M-ConFIG, which evaluates one loss a step: see `training`."""
+
+ALL_METHODS = [*METHODS, DATA_FIRST, MOMENTUM_CONFIG]
+CHOICES = [name for name in ALL_METHODS if name.startswith("gdmam ")]
+"""The default with one choice changed."""

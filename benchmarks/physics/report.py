@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.physics.equations import EQUATIONS
+from benchmarks.physics.methods import ALL_METHODS
+
 FAILED = 0.5
 """Relative error from which a run counts as failed."""
 
@@ -14,9 +17,6 @@ Records = dict[str, dict[str, dict[str, Any]]]
 
 def load(folder: Path) -> Records:
     """All results in a folder: by equation, then by method, in the order of the registries."""
-    from benchmarks.physics.__main__ import ALL_METHODS
-    from benchmarks.physics.equations import EQUATIONS
-
     records: Records = {}
     for equation in EQUATIONS:
         for method in ALL_METHODS:

@@ -11,7 +11,7 @@ import optax
 
 import gdmam_jax as gdmam
 from benchmarks.physics.equations import Equation
-from benchmarks.physics.methods import DATA_FIRST, METHODS, Rate
+from benchmarks.physics.methods import DATA_FIRST, METHODS, MOMENTUM_CONFIG, Rate
 
 WARM_UP = 100
 """Steps over which the learning rate climbs to its peak; after them it follows half a cosine."""
@@ -63,7 +63,7 @@ def train(equation: Equation, method: str, rates: Any, seeds: Any, scale: Scale 
 
     Args:
         equation: which.
-        method: a name in `METHODS`, `DATA_FIRST` or "m-config".
+        method: a name in `METHODS`, `DATA_FIRST` or `MOMENTUM_CONFIG`.
         rates: peak learning rates, shape ``(runs,)``.
         seeds: of parameters and points, shape ``(runs,)``.
         scale: sizes.
@@ -113,7 +113,7 @@ def _program(equation: Equation, method: str, scale: Scale) -> Any:
 
 def _stepper(method: str, rate: Rate, losses: Callable[..., Any]) -> tuple[Any, Any]:
     """How a method starts, and its step ``(carry, sample) -> (carry, cosine)``."""
-    if method == "m-config":
+    if method == MOMENTUM_CONFIG:
         return _momentum_config(rate, losses)
     optimizer = METHODS["gdmam" if method == DATA_FIRST else method](rate)
 
