@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gdmam_jax._geometry import norms
 from gdmam_jax._numerics import divide
 
 ITERATIONS = 40
@@ -13,35 +14,42 @@ ITERATIONS = 40
 
 
 def minimise(
-    slopes: Callable[[jax.Array], tuple[jax.Array, jax.Array]], start: jax.Array, simplex: bool
+    slopes: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    start: jax.Array,
+    side: jax.Array | None = None,
 ) -> jax.Array:
     """The minimiser of a convex function over non-negative numbers.
 
     A primal-dual interior-point method with a fixed number of Newton steps, each of which solves
-    one linear system: no branches, so that it is compiled, batched and differentiated as it is.
+    one linear system: no branches, so that it is compiled and batched as it is. Its derivative is
+    that of the conditions that the solution fulfils, and finite where these are degenerate.
 
     Args:
       slopes: the function's gradient ``(K,)`` and Hessian ``(K, K)`` at a point.
-      start: a positive point, ``(K,)``; adding up to 1 with ``simplex``.
-      simplex: whether the numbers must add up to 1.
+      start: a positive point, ``(K,)``; with ``side`` one that fulfils it.
+      side: $b$ of the condition $b^T x = 1$, at least 0, ``(K,)``; None for no condition.
     """
     count, dtype = start.shape[0], start.dtype
-    tiny = jnp.finfo(dtype).tiny
+    tiny, eps = jnp.finfo(dtype).tiny, float(jnp.finfo(dtype).eps)
+
+    def towards(x: jax.Array, dual: jax.Array, price: Any, aim: Any) -> tuple[jax.Array, Any]:
+        """The change of ``x``, and of ``price`` where there is one, that Newton's method makes."""
+        gradient, hessian = slopes(x)
+        # The last part keeps the system regular and moves no solution.
+        lift = 10 * eps * jnp.max(jnp.diagonal(hessian))
+        system = hessian + jnp.diag(dual / x + lift)
+        residual = gradient - aim / x
+        if side is not None:
+            corner = jnp.zeros((1, 1), dtype)
+            system = jnp.block([[system, side[:, None]], [side[None], corner]])
+            residual = jnp.append(residual + price * side, side @ x - 1)
+        change = -jnp.linalg.solve(jax.lax.stop_gradient(system), residual)
+        return change[:count], change[count:].sum()
 
     def newton(state: Any, _: None) -> tuple[Any, None]:
         x, dual, price = state
-        gradient, hessian = slopes(x)
-        aim = 0.1 * jnp.mean(x * dual)
-        system = hessian + jnp.diag(dual / x)
-        residual = gradient + price - aim / x
-        if simplex:
-            side = jnp.ones((count, 1), dtype)
-            corner = jnp.zeros((1, 1), dtype)
-            system = jnp.block([[system, side], [side.T, corner]])
-            residual = jnp.append(residual, jnp.sum(x) - 1)
-        change = -jnp.linalg.solve(system, residual)
-        dx = change[:count]
-        dprice = change[count] if simplex else jnp.zeros((), dtype)
+        aim = jnp.maximum(0.1 * jnp.mean(x * dual), eps**2)
+        dx, dprice = jax.lax.stop_gradient(towards(x, dual, price, aim))
         ddual = aim / x - dual - dual * dx / x
 
         def longest(values: jax.Array, changes: jax.Array) -> jax.Array:
@@ -56,22 +64,35 @@ def minimise(
             price + step * dprice,
         )
         # Where rounding has the last word, stay: a step that is not finite is none.
-        finite = jnp.isfinite(step) & jnp.all(jnp.isfinite(change))
+        finite = jnp.isfinite(step) & jnp.all(jnp.isfinite(dx))
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), None
 
-    initial = (start, jnp.ones_like(start), jnp.zeros((), dtype))
-    return jax.lax.scan(newton, initial, length=ITERATIONS)[0][0]
+    initial = (jax.lax.stop_gradient(start), jnp.ones_like(start), jnp.zeros((), dtype))
+    x, dual, price = jax.lax.scan(newton, initial, length=ITERATIONS)[0]
+    # At the solution another step changes nothing, but it carries the solution's derivative.
+    change, _ = towards(x, dual, price, x * dual)
+    return x + (change - jax.lax.stop_gradient(change))
 
 
-def quadratic(matrix: jax.Array, linear: jax.Array, simplex: bool = False) -> jax.Array:
-    r"""The minimiser of $\frac12 x^T Q x + q^T x$ over $x \ge 0$, or over the simplex."""
-    count = linear.shape[0]
-    start = jnp.full(count, 1 / count, linear.dtype)
-    return minimise(lambda x: (matrix @ x + linear, matrix), start, simplex)
+def quadratic(matrix: jax.Array, linear: jax.Array) -> jax.Array:
+    r"""The minimiser of $\frac12 x^T Q x + q^T x$ over $x \ge 0$."""
+    return minimise(lambda x: (matrix @ x + linear, matrix), jnp.ones_like(linear))
 
 
-def normalised(gramian: jax.Array) -> jax.Array:
-    """The Gramian over its trace, with the least diagonal that makes it safely invertible."""
-    count, dtype = gramian.shape[-1], gramian.dtype
-    scaled = divide(gramian, jnp.trace(gramian))
-    return scaled + 10 * float(jnp.finfo(dtype).eps) * jnp.eye(count, dtype=dtype)
+def cosines(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients' norms, their inverses, and the cosines between them.
+
+    In units of the gradients' norms a programme is well scaled, however far apart these are. A
+    gradient of 0 has the inverse 0, and counts as orthogonal to the others.
+    """
+    lengths = norms(gramian)
+    inverses = divide(jnp.ones_like(lengths), lengths)
+    between = inverses[..., :, None] * gramian * inverses[..., None, :]
+    diagonal = jnp.eye(gramian.shape[-1], dtype=bool)
+    return lengths, inverses, jnp.where(diagonal, 1, between)
+
+
+def shares(lengths: jax.Array, inverses: jax.Array) -> jax.Array:
+    """The least norm over each norm: the ``side`` on which weights add up to 1, in those units."""
+    least = jnp.min(lengths)
+    return jnp.where(lengths == least, 1, least * inverses)

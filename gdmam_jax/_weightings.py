@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from gdmam_jax import _geometry
 from gdmam_jax._checks import check_range
-from gdmam_jax._numerics import EPS, divide, safe_sqrt
-from gdmam_jax._programmes import ITERATIONS, minimise, normalised, quadratic
+from gdmam_jax._numerics import EPS, divide, floored_sqrt, safe_sqrt
+from gdmam_jax._programmes import ITERATIONS, cosines, minimise, quadratic, shares
 
 Weighting = Callable[[jax.Array, jax.Array], Any]
 
@@ -212,24 +212,21 @@ def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -
     """
     del norms
     count = gramian.shape[-1]
-    squares = jnp.diagonal(gramian, axis1=-2, axis2=-1)
     orders = jnp.broadcast_to(jnp.arange(count), (count, count))
     if key is not None:
         orders = jax.random.permutation(key, orders, axis=1, independent=True)
-    rows = []
-    for own in range(count):
-        row = jnp.broadcast_to(jnp.eye(count, dtype=gramian.dtype)[own], gramian.shape[:-1])
-        for position in range(count):
-            other = orders[own, position]
-            products = jnp.take(gramian, other, axis=-1)
-            conflict = jnp.minimum(jnp.sum(row * products, axis=-1), 0)
-            removed = divide(conflict, jnp.take(squares, other, axis=-1))
-            counts = jnp.where(other == own, 0, removed)[..., None]
-            row = row - counts * jnp.reshape(
-                jnp.arange(count) == other, (1,) * (row.ndim - 1) + (count,)
-            ).astype(row.dtype)
-        rows.append(row)
-    return sum(rows[1:], rows[0])
+    own = jnp.eye(count, dtype=gramian.dtype)
+
+    def weights(gramian: jax.Array) -> jax.Array:
+        # What is left of each gradient, as a combination of all: a row for each.
+        left = own
+        for others in orders.T:
+            conflicts = jnp.minimum(jnp.sum(left * gramian[others], axis=1), 0)
+            removed = divide(conflicts, jnp.diagonal(gramian)[others])
+            left = left - jnp.where(others == jnp.arange(count), 0, removed)[:, None] * own[others]
+        return jnp.sum(left, axis=0)
+
+    return _over_scopes(weights, gramian)
 
 
 def imtl_g_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
@@ -254,9 +251,14 @@ def imtl_g_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     """
     if gramian.shape[-1] == 2:
         return balanced_weighting(gramian, norms)
-    lengths = _geometry.norms(gramian)
-    solved = jnp.linalg.pinv(gramian, hermitian=True) @ lengths[..., None]
-    return divide(solved[..., 0], jnp.sum(solved, axis=-2))
+    lengths, inverses, between = cosines(gramian)
+    limit = 20 * gramian.shape[-1] * float(jnp.finfo(gramian.dtype).eps)
+    independent = jnp.linalg.eigvalsh(between)[..., :1] > limit
+    # The same where the gradients are independent, and safe where their norms are far apart.
+    equal = inverses * jnp.sum(jnp.linalg.pinv(between, hermitian=True), axis=-1)
+    least = jnp.linalg.pinv(gramian, hermitian=True) @ lengths[..., None]
+    solved = jnp.where(independent, equal, least[..., 0])
+    return divide(solved, jnp.sum(solved, axis=-1, keepdims=True))
 
 
 def _over_scopes(weights: Callable[[jax.Array], jax.Array], gramian: jax.Array) -> jax.Array:
@@ -292,13 +294,15 @@ def mgda_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     if gramian.shape[-1] == 2:
         first, second, product = gramian[..., 0, 0], gramian[..., 1, 1], gramian[..., 0, 1]
         apart = first + second - 2 * product
-        share = jnp.where(apart > 0, divide(second - product, apart), 0.5)
-        share = jnp.clip(share, 0, 1)
-        return jnp.stack([share, 1 - share], axis=-1)
+        ends = jnp.stack([second - product, first - product], axis=-1)
+        share = jnp.where(apart[..., None] > 0, divide(ends, apart[..., None]), 0.5)
+        return jnp.clip(share, 0, 1)
 
     def weights(gramian: jax.Array) -> jax.Array:
-        matrix = normalised(gramian)
-        return quadratic(matrix, jnp.zeros_like(matrix[0]), simplex=True)
+        lengths, inverses, between = cosines(gramian)
+        side = shares(lengths, inverses)
+        start = jnp.full_like(side, 1 / jnp.sum(side))
+        return side * minimise(lambda x: (between @ x, between), start, side)
 
     return _over_scopes(weights, gramian)
 
@@ -334,19 +338,20 @@ def cagrad_weighting(gramian: jax.Array, norms: jax.Array, *, c: Any = 0.5) -> j
     check_range("c", c)
 
     def weights(gramian: jax.Array) -> jax.Array:
-        matrix = normalised(gramian)
-        count = matrix.shape[0]
-        mean = jnp.full(count, 1 / count, matrix.dtype)
-        radius = c * safe_sqrt(mean @ matrix @ mean)
+        lengths, inverses, between = cosines(gramian)
+        side = shares(lengths, inverses)
+        mean = lengths / lengths.size
+        radius = safe_sqrt(mean @ between @ mean)
+        pull = between @ divide(mean, radius)
 
-        def slopes(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-            moved = matrix @ w
-            length = jnp.sqrt(w @ moved)
-            curvature = (matrix - jnp.outer(moved, moved) / length**2) / length
-            return matrix @ mean + radius * moved / length, radius * curvature
+        def slopes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            moved = between @ x
+            length = floored_sqrt(x @ moved)
+            along = moved / length
+            return pull + c * along, c * (between - jnp.outer(along, along)) / length
 
-        w = minimise(slopes, mean, simplex=True)
-        return mean + divide(radius, safe_sqrt(w @ matrix @ w)) * w
+        x = minimise(slopes, jnp.full_like(side, 1 / jnp.sum(side)), side)
+        return 1 / lengths.size + c * divide(radius, safe_sqrt(x @ between @ x)) * x * inverses
 
     return _over_scopes(weights, gramian)
 
@@ -377,9 +382,8 @@ def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
 
     def weights(gramian: jax.Array) -> jax.Array:
         # In units of each gradient's length, where all weights are of order one.
-        lengths = _geometry.norms(gramian)
-        inverse = divide((lengths > 0).astype(gramian.dtype), lengths)
-        matrix = normalised(inverse[:, None] * gramian * inverse[None]) * gramian.shape[0]
+        lengths, inverses, matrix = cosines(gramian)
+        matrix = matrix + 10 * float(jnp.finfo(matrix.dtype).eps) * jnp.eye(lengths.size)
         w = jnp.ones_like(lengths)
 
         def newton(w: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -390,7 +394,7 @@ def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
             return w - change / (1 + decrement), None
 
         w = jax.lax.scan(newton, w, length=ITERATIONS)[0]
-        return w * inverse
+        return w * inverses
 
     return _over_scopes(weights, gramian)
 
@@ -424,20 +428,33 @@ def aligned_mtl_weighting(
     del norms
     count, dtype = gramian.shape[-1], gramian.dtype
     wanted = jnp.full(count, 1 / count, dtype) if preference is None else preference
-    values, vectors = jnp.linalg.eigh(gramian)
-    limit = values[..., -1:] * count * float(jnp.finfo(dtype).eps)
-    kept = values > limit
+    fixed = jax.lax.stop_gradient(gramian)
+    values, vectors = jnp.linalg.eigh(fixed)
+    kept = values > values[..., -1:] * count * float(jnp.finfo(dtype).eps)
+    inverse = jnp.where(kept, safe_sqrt(divide(jnp.ones_like(values), values)), 0)
+    # 0, but for its derivative: that of an eigenvector is not finite where eigenvalues are equal,
+    # that of the root is.
+    turned = jnp.swapaxes(vectors, -1, -2) @ (gramian - fixed) @ vectors
+    pairs = inverse[..., :, None] * inverse[..., None, :]
+    pairs = divide(pairs**2, inverse[..., :, None] + inverse[..., None, :])
+    root = inverse[..., None] * jnp.eye(count, dtype=dtype) - pairs * turned
     least = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1, keepdims=True)
-    scales = jnp.where(kept, safe_sqrt(divide(jnp.where(kept, least, 0), values)), 0)
-    along = jnp.swapaxes(vectors, -1, -2) @ jnp.asarray(wanted, dtype)
-    return (vectors @ (scales * along)[..., None])[..., 0]
+    least = jnp.where(jnp.isfinite(least), least, 0)
+    first = jnp.argmax(kept, axis=-1)[..., None]
+    moved = jnp.diagonal(turned, axis1=-2, axis2=-1)
+    scale = safe_sqrt(least + jnp.take_along_axis(moved, first, axis=-1))
+    along = root @ (jnp.swapaxes(vectors, -1, -2) @ jnp.asarray(wanted, dtype))[..., None]
+    return scale * (vectors @ along)[..., 0]
 
 
-def _projected(matrix: jax.Array, wanted: jax.Array) -> jax.Array:
+def _projected(wanted: jax.Array, gramian: jax.Array) -> jax.Array:
     """The weights, at least ``wanted``, of the combination closest to the wanted one that is
     against no gradient: its projection on the dual cone.
     """
-    return wanted + quadratic(matrix, matrix @ wanted)
+    lengths, inverses, between = cosines(gramian)
+    linear = between @ (lengths * wanted)
+    scale = jnp.max(jnp.abs(linear))
+    return wanted + scale * inverses * quadratic(between, divide(linear, scale))
 
 
 @_with_settings
@@ -471,7 +488,7 @@ def dual_proj_weighting(
     count = gramian.shape[-1]
     wanted = jnp.full(count, 1 / count, gramian.dtype)
     wanted = wanted if preference is None else jnp.asarray(preference, gramian.dtype)
-    return _over_scopes(lambda gramian: _projected(normalised(gramian), wanted), gramian)
+    return _over_scopes(functools.partial(_projected, wanted), gramian)
 
 
 @_with_settings
@@ -505,9 +522,8 @@ def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     wanted = wanted if preference is None else jnp.asarray(preference, gramian.dtype)
 
     def weights(gramian: jax.Array) -> jax.Array:
-        matrix = normalised(gramian)
         unit = jnp.eye(count, dtype=gramian.dtype)
-        return wanted @ jax.vmap(lambda each: _projected(matrix, each))(unit)
+        return wanted @ jax.vmap(_projected, (0, None))(unit, gramian)
 
     return _over_scopes(weights, gramian)
 
@@ -545,11 +561,10 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     if gramian.shape[-1] == 2 and preference is None:
         total = jnp.sum(lengths, axis=-1, keepdims=True)
         return divide(divide(total, jnp.sum(active, axis=-1, keepdims=True)), lengths)
-    inverse = divide(active, lengths)
-    cosines = inverse[..., :, None] * gramian * inverse[..., None, :]
+    _, inverses, between = cosines(gramian)
     wanted = active if preference is None else active * jnp.asarray(preference, active.dtype)
-    combined = jnp.einsum("...ij,...j->...i", jnp.linalg.pinv(cosines, hermitian=True), wanted)
-    projections = jnp.einsum("...ij,...j->...i", cosines, combined)
+    combined = jnp.einsum("...ij,...j->...i", jnp.linalg.pinv(between, hermitian=True), wanted)
+    projections = jnp.einsum("...ij,...j->...i", between, combined)
     square = jnp.sum(combined * projections, axis=-1, keepdims=True)
     length = jnp.sum(lengths * projections, axis=-1, keepdims=True)
-    return divide(length, square) * combined * inverse
+    return divide(length, square) * combined * inverses

@@ -1,6 +1,11 @@
 """What every test may use: eight simulated devices, float64 on request, the shared folder."""
 
+import os
 from pathlib import Path
+
+# Tests compile far more than they compute: without LLVM's optimisation they take two thirds of the
+# time. XLA's own passes, which decide fusions and collectives, run as ever. Set before JAX starts.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest

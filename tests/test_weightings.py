@@ -1,5 +1,7 @@
 """Weightings as functions of the Gramian and the norms' running means."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,3 +124,81 @@ def test_shares_add_up_to_one_at_every_scale(norm, weighting):
         weights = weighting(jnp.diag(jnp.float32([norm**2, other**2])), None)
         np.testing.assert_allclose(jnp.sum(weights), 1, rtol=1e-6)
         assert ((weights >= 0) & (weights <= 1)).all()
+
+
+SEVERAL = {
+    "pcgrad": gdmam.pcgrad_weighting,
+    "imtl_g": gdmam.imtl_g_weighting,
+    "mgda": gdmam.mgda_weighting,
+    "cagrad": gdmam.cagrad_weighting,
+    "nash_mtl": gdmam.nash_mtl_weighting,
+    "aligned_mtl": gdmam.aligned_mtl_weighting,
+    "dual_proj": gdmam.dual_proj_weighting,
+    "upgrad": gdmam.upgrad_weighting,
+    "config": gdmam.config_weighting,
+}
+A, B = [1.0, 2, 3, 0], [0.0, 1, -1, 1]
+DEGENERATE_OF_THREE = {
+    "all zero": np.zeros((3, 4)),
+    "one zero": np.array([np.zeros(4), A, B]),
+    "two zero": np.array([np.zeros(4), np.zeros(4), B]),
+    "parallel": np.array([A, np.multiply(2, A), B]),
+    "equal": np.ones((3, 4)),
+    "opposed": np.array([A, np.negative(A), B]),
+    "in one line": np.array([A, np.negative(A), np.negative(A)]),
+    "orthogonal": np.eye(3, 4),
+    "far apart": np.array([[1e-9, 0, 0, 0], [1e9, 1, 0, 0], [0, 1, 0, 1]]),
+}
+
+
+@functools.cache
+def compiled_weights(name):
+    return jax.jit(lambda gramian: SEVERAL[name](gramian, None))
+
+
+@functools.cache
+def compiled(name):
+    """Weights, and the derivative of a combination of them."""
+
+    def combination(g):
+        weights = SEVERAL[name](g @ g.T, None)
+        return weights @ jnp.arange(1, 1 + weights.size, dtype=weights.dtype), weights
+
+    return jax.jit(jax.value_and_grad(combination, has_aux=True))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_weights_and_derivatives_of_three_are_finite(name):
+    for case, g in DEGENERATE_OF_THREE.items():
+        (_, weights), slope = compiled(name)(jnp.float32(g))
+        assert np.isfinite(weights).all(), case
+        assert np.isfinite(slope).all(), case
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_derivatives_are_those_of_finite_differences(name, x64):
+    random = np.random.default_rng(5)
+    g = random.normal(size=(3, 10))
+    g, change = g - 1.2 * g.mean(axis=0), random.normal(size=g.shape)
+    _, slope = compiled(name)(g)
+    after, before = (compiled(name)(g + side * change)[0][0] for side in (1e-5, -1e-5))
+    np.testing.assert_allclose(np.sum(slope * change), (after - before) / 2e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_float32_agrees_with_float64(name, count):
+    """The direction, however far apart the norms: but Aligned-MTL's eigenvalues then round."""
+    random = np.random.default_rng(count)
+    tolerance = 1e-3 if name == "nash_mtl" else 1e-4
+    for apart in (0, 3) if name != "aligned_mtl" else (0,):
+        for conflict in (0, 0.9):
+            rows = random.normal(size=(count, 10))
+            rows = rows - conflict * rows.mean(axis=0)
+            rows = rows * 10 ** random.uniform(-apart, apart, size=(count, 1))
+            gramian = (rows @ rows.T).astype(np.float32)
+            found = np.asarray(compiled_weights(name)(gramian), np.float64)
+            with jax.enable_x64(True):
+                exact = np.asarray(compiled_weights(name)(rows @ rows.T))
+            difference = np.linalg.norm((found - exact) @ rows)
+            assert difference < tolerance * np.linalg.norm(exact @ rows)
