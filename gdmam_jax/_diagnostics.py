@@ -11,6 +11,7 @@ from gdmam_jax._geometry import ALIGNMENT_SCALARS
 from gdmam_jax._optimizers import WeighedState
 from gdmam_jax._pairs import is_nnx_variable, named_leaves
 from gdmam_jax._released import ReleasedState
+from gdmam_jax._skipping import SkippingState
 from gdmam_jax._transform import GDMAMState
 
 
@@ -27,10 +28,11 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       ``parallel_norm``, ``orthogonal_norm``, ``prediction_weight``, ``alignment_weight``,
       ``gate`` (the parallel part's factor), ``orthogonal_gate``, ``prediction_momentum``,
       ``parallel_momentum``, ``orthogonal_momentum``; for the released form also ``decay`` (its
-      ``b1``). With several alignment losses, the keys of what each has its own of end with
+      ``b1``), with ``not_finite="skip"`` also ``skipped`` and ``skipped_in_a_row``, counts of
+      steps. With several alignment losses, the keys of what each has its own of end with
       ``/`` and its name or number; with several scopes each key starts with ``label/``; with
       several GDMAM states, with the state's path in ``opt_state``. All are 0 but the momenta
-      before the first step.
+      before the first step. They are those of the last step that was not skipped.
 
     Raises:
       ValueError: no state of GDMAM or `weighed` is inside ``opt_state``.
@@ -45,13 +47,7 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       >>> round(float(gdmam.diagnostics(state)["cosine"]), 4)
       0.7071
     """
-
-    def is_state(node: Any) -> bool:
-        return isinstance(node, GDMAMState | ReleasedState | WeighedState)
-
-    found = [
-        (name, node) for name, node in named_leaves(opt_state, is_leaf=is_state) if is_state(node)
-    ]
+    found = _nodes(opt_state, (GDMAMState, ReleasedState, WeighedState))
     if not found:
         raise ValueError(
             "no GDMAM state found: expected the state of an optimizer with scale_by_gdmam, gdmam, "
@@ -59,12 +55,6 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         )
     report = {}
     for path, state in found:
-        # An nnx.Optimizer keeps each array in a variable.
-        state = jax.tree.map(
-            lambda leaf: leaf[...] if is_nnx_variable(leaf) else leaf,
-            state,
-            is_leaf=is_nnx_variable,
-        )
         prefix = f"{path}/" if len(found) > 1 else ""
         labels = state.allocation.scopes.labels
         for name, value in _scalars(state.allocation).items():
@@ -75,7 +65,28 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
                 report[f"{prefix}{name}"] = value
         if isinstance(state, ReleasedState):
             report[f"{prefix}decay"] = state.decay
+    counts = _nodes(opt_state, (SkippingState,))
+    for path, state in counts:
+        prefix = f"{path}/" if len(counts) > 1 else ""
+        report[f"{prefix}skipped"] = state.skipped
+        report[f"{prefix}skipped_in_a_row"] = state.in_a_row
     return report
+
+
+def _nodes(tree: Any, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
+    """The nodes of some kinds with their paths; plain arrays where NNX has variables."""
+
+    def of_kind(node: Any) -> bool:
+        return isinstance(node, kinds)
+
+    def plain(leaf: Any) -> Any:
+        return leaf[...] if is_nnx_variable(leaf) else leaf
+
+    return [
+        (name, jax.tree.map(plain, node, is_leaf=is_nnx_variable))
+        for name, node in named_leaves(tree, is_leaf=of_kind)
+        if of_kind(node)
+    ]
 
 
 def _scalars(allocation: Allocation) -> dict[str, jax.Array]:

@@ -19,6 +19,7 @@ from gdmam_jax._checks import check_range
 from gdmam_jax._numerics import narrow, pytree_dataclass, widen
 from gdmam_jax._pairs import GradientPair, begin_update, halves
 from gdmam_jax._scopes import Scope, Scopes
+from gdmam_jax._skipping import NotFinite, with_policy
 from gdmam_jax._transform import scale_by_gdmam
 from gdmam_jax._weightings import Weighting
 
@@ -45,6 +46,8 @@ def gdmam(
     weight_decay: Any = 1e-4,
     mask: Any = None,
     momentum_dtype: Any = None,
+    not_finite: NotFinite = "apply",
+    max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GDMAM ready to use: `scale_by_gdmam` with a second moment, weight decay and learning rate.
@@ -71,6 +74,9 @@ def gdmam(
       mask: which parameters decay: a tree of booleans of the parameters' structure or a prefix of
         it, or a function of the parameters that returns one. None: all.
       momentum_dtype: see `scale_by_gdmam`.
+      not_finite: see `scale_by_gdmam`; ``"skip"`` leaves out weight decay and the schedule's step,
+        too, so that parameters stay bit for bit.
+      max_skips: see `scale_by_gdmam`.
       axis_name: see `scale_by_gdmam`.
 
     Returns:
@@ -96,7 +102,7 @@ def gdmam(
       True
     """
     check_range("weight_decay", weight_decay)
-    return optax.chain(
+    chain = optax.chain(
         scale_by_gdmam(
             weighting=weighting,
             gate=gate,
@@ -120,6 +126,7 @@ def gdmam(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return with_policy(chain, not_finite, max_skips)
 
 
 def summed(

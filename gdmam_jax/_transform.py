@@ -29,6 +29,7 @@ from gdmam_jax._numerics import (
 )
 from gdmam_jax._pairs import GradientPair, begin_update, halves
 from gdmam_jax._scopes import Scope
+from gdmam_jax._skipping import NotFinite, with_policy
 from gdmam_jax._weightings import Weighting, config_weighting, unit_weighting
 
 
@@ -81,6 +82,8 @@ def scale_by_gdmam(
     eps: Any = 1e-8,
     amsgrad: bool = False,
     momentum_dtype: Any = None,
+    not_finite: NotFinite = "apply",
+    max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turns pairs of gradients into one update: weighed, gated, then remembered.
@@ -131,6 +134,12 @@ def scale_by_gdmam(
       amsgrad: divide by the largest second moment so far instead of the current one.
       momentum_dtype: dtype of the momenta; None: that of the parameters. Second moment and
         statistics are float32 or better in any case.
+      not_finite: what becomes of a step in which an inner product of the gradients is not finite.
+        ``"apply"``: it is taken, and the numbers that are not finite spread, as in Optax's own
+        optimizers. ``"skip"``: the updates are 0 and the state stays, bit for bit, but for a count
+        (see `SkippingState` and `diagnostics`). Other links of a chain go on.
+      max_skips: with ``"skip"``, after so many steps left out in a row the next is taken, whatever
+        it is, so that the failure shows. None: never.
       axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded: the inner
         products are summed over them.
 
@@ -140,10 +149,10 @@ def scale_by_gdmam(
       where ``update`` is not given the parameters, of the wider of gradient and momentum.
 
     Raises:
-      ValueError: a number is out of range or narrower than float32, ``momenta`` is unknown,
-        ``amsgrad`` is asked for without ``b2``, or ``momentum_dtype`` is not floating-point. While
-        tracing: pairs whose halves differ, a structure or shape other than the parameters', or a
-        state that was made with other choices.
+      ValueError: a number is out of range or narrower than float32, ``momenta`` or ``not_finite``
+        is unknown, ``amsgrad`` is asked for without ``b2``, ``max_skips`` without ``"skip"``, or
+        ``momentum_dtype`` is not floating-point. While tracing: pairs whose halves differ, a
+        structure or shape other than the parameters', or a state that was made with other choices.
       TypeError: a choice is no function. While tracing: an update that is not a `GradientPair`, or
         a parameter or gradient that is not floating-point.
 
@@ -287,7 +296,8 @@ def scale_by_gdmam(
             second_moment_correction=None if b2 is None else second_correction,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    transformation = optax.GradientTransformationExtraArgs(init, update)
+    return with_policy(transformation, not_finite, max_skips)
 
 
 # One compiled function for a leaf's step: leaves of one shape are traced once.

@@ -1,0 +1,194 @@
+"""Steps that are not finite: taken or left out, and how long a spike is felt."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import gdmam_jax as gdmam
+
+PARAMS = {"w": jnp.array([1.0, -0.0, 2.0]), "b": jnp.ones(4)}
+
+
+def example(seed):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    halves = [jax.tree.map(lambda p, k=key: jax.random.normal(k, p.shape), PARAMS) for key in keys]
+    return gdmam.pair_gradients(*halves)
+
+
+def spoiled(half, value):
+    pairs = example(99)
+    bad = getattr(pairs["w"], half).at[1].set(value)
+    return pairs | {"w": pairs["w"].replace(**{half: bad})}
+
+
+def stepper(optimizer):
+    @jax.jit
+    def step(params, state, pairs):
+        updates, state = optimizer.update(pairs, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+SKIPPING = {
+    "gdmam": functools.partial(gdmam.gdmam, optax.cosine_decay_schedule(0.1, 20)),
+    "scopes": functools.partial(gdmam.gdmam, 0.1, scope=gdmam.leaf_scope, amsgrad=True),
+    "scale_by_gdmam": gdmam.scale_by_gdmam,
+}
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(name):
+    optimizer = SKIPPING[name](not_finite="skip")
+    step, params, state = stepper(optimizer), PARAMS, optimizer.init(PARAMS)
+    expected_state = optimizer.init(PARAMS)
+    expected = PARAMS
+    bad = [("prediction", jnp.nan), ("alignment", jnp.inf), ("alignment", -1e30)]
+    for seed in range(3):
+        params, state = step(params, state, example(seed))
+        before = bits((params, state.inner))
+        params, state = step(params, state, spoiled(*bad[seed]))
+        assert bits((params, state.inner)) == before
+        assert (int(state.skipped), int(state.in_a_row)) == (seed + 1, 1)
+        expected, expected_state = step(expected, expected_state, example(seed))
+    assert bits((params, state.inner)) == bits((expected, expected_state.inner))
+    assert step._cache_size() == 1
+    report = gdmam.diagnostics(state)
+    assert (int(report["skipped"]), int(report["skipped_in_a_row"])) == (3, 1)
+
+
+def test_skipping_finite_steps_only_is_the_plain_optimizer():
+    plain, careful = gdmam.gdmam(0.1), gdmam.gdmam(0.1, not_finite="skip")
+    one = two = PARAMS
+    plain_step, careful_step = stepper(plain), stepper(careful)
+    state, careful_state = plain.init(PARAMS), careful.init(PARAMS)
+    for seed in range(4):
+        one, state = plain_step(one, state, example(seed))
+        two, careful_state = careful_step(two, careful_state, example(seed))
+    for found, expected in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_after_so_many_in_a_row_the_failure_shows():
+    optimizer = gdmam.gdmam(0.1, not_finite="skip", max_skips=2)
+    step, params, state = stepper(optimizer), PARAMS, optimizer.init(PARAMS)
+    bad = spoiled("prediction", jnp.nan)
+    for pairs in (bad, bad, example(0), bad, bad):
+        params, state = step(params, state, pairs)
+        assert np.isfinite(params["w"]).all()
+    params, state = step(params, state, bad)
+    assert np.isnan(params["w"]).all()
+    assert (int(state.skipped), int(state.in_a_row)) == (4, 3)
+
+
+def test_by_default_numbers_that_are_not_finite_spread_as_in_optax():
+    optimizer = gdmam.gdmam(0.1)
+    params, _ = stepper(optimizer)(PARAMS, optimizer.init(PARAMS), spoiled("prediction", jnp.nan))
+    assert np.isnan(params["w"]).all()
+
+
+def test_wrong_choices_and_states_of_another_choice_are_named():
+    with pytest.raises(ValueError, match="not_finite must be 'apply' or 'skip', got 'raise'"):
+        gdmam.gdmam(0.1, not_finite="raise")
+    with pytest.raises(ValueError, match="max_skips needs not_finite='skip'"):
+        gdmam.scale_by_gdmam(max_skips=3)
+    with pytest.raises(ValueError, match="max_skips must"):
+        gdmam.scale_by_gdmam(not_finite="skip", max_skips=-1)
+    plain, careful = gdmam.gdmam(0.1), gdmam.gdmam(0.1, not_finite="skip")
+    for one, other in ((plain, careful), (careful, plain)):
+        with pytest.raises(ValueError, match="another choice of not_finite"):
+            one.update(example(0), other.init(PARAMS), PARAMS)
+
+
+def test_wrappers_around_a_skipping_optimizer():
+    optimizer = optax.inject_hyperparams(
+        lambda rate: gdmam.gdmam(rate, not_finite="skip", max_skips=5)
+    )(rate=0.1)
+    step = stepper(optimizer)
+    _, state = step(PARAMS, optimizer.init(PARAMS), spoiled("prediction", jnp.nan))
+    assert int(gdmam.diagnostics(state)["skipped"]) == 1
+    steps = gdmam.over_pairs(
+        lambda tx: optax.MultiSteps(tx, 2), gdmam.gdmam(0.1, not_finite="skip")
+    )
+    step, state, params = stepper(steps), steps.init(PARAMS), PARAMS
+    for pairs in (example(0), spoiled("alignment", jnp.inf)):
+        params, state = step(params, state, pairs)
+    assert int(gdmam.diagnostics(state)["skipped"]) == 1
+    for found, expected in zip(jax.tree.leaves(params), jax.tree.leaves(PARAMS), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_all_devices_decide_alike_and_send_nothing_more():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    params = jax.device_put(jnp.arange(16.0), sharding)
+    pair = gdmam.GradientPair(jnp.ones(16).at[3].set(jnp.nan), jnp.arange(16.0))
+    pair = jax.device_put(pair, sharding)
+
+    def run(**choices):
+        optimizer = gdmam.gdmam(0.1, axis_name="data", **choices)
+        state = optimizer.init(params)
+
+        def step(params, pair):
+            updates, after = optimizer.update(pair, state_of(params), params)
+            skipped = after.skipped if choices else jnp.zeros((), jnp.int32)
+            return updates, skipped[None]
+
+        def state_of(local):
+            # Momenta lie as the parameters do, all else is on every device.
+            return jax.tree.map(
+                lambda leaf: jnp.zeros_like(local) if leaf.shape == params.shape else leaf, state
+            )
+
+        spec = PartitionSpec("data")
+        return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec))
+
+    updates, skipped = run(not_finite="skip")(params, pair)
+    assert skipped.tolist() == [1] * 8
+    assert bits(params + updates) == bits(params)
+
+    def messages(**choices):
+        text = run(**choices).lower(params, pair).compile().as_text()
+        return len(re.findall(r" all-reduce(?:-start)?\(", text))
+
+    assert messages() == messages(not_finite="skip") == 1
+
+
+# Steps until the alignment's weight is again within a tenth of what it was, after one gradient of
+# 1e10 times its length: the running mean of the norms forgets it at 0.9 a step.
+RECOVERY = {"unit": 240, "norm": 1, "balanced": 1, "config": 1, "pcgrad": 1}
+
+
+@pytest.mark.parametrize("name", RECOVERY)
+def test_a_spike_is_forgotten(name):
+    weighting = getattr(gdmam, f"{name}_weighting")
+    optimizer = gdmam.scale_by_gdmam(weighting=weighting)
+    g = jnp.array([[1.0, 0.0], [0.6, 0.8]])
+
+    @jax.jit
+    def weights(scales):
+        def step(state, scale):
+            pair = gdmam.GradientPair(g[0], scale * g[1])
+            updates, state = optimizer.update(pair, state)
+            return state, (state.allocation.weights[1], jnp.linalg.norm(updates))
+
+        return jax.lax.scan(step, optimizer.init(g[0]), scales)[1]
+
+    seen, lengths = weights(jnp.ones(2000).at[500].set(1e10))
+    assert np.isfinite(seen).all()
+    away = np.abs(seen[501:] / seen[499] - 1) > 0.1
+    steps = 1 + int(np.max(np.nonzero(away)[0], initial=-1)) + 1
+    assert RECOVERY[name] * 0.9 <= steps <= RECOVERY[name] * 1.1
+    if name == "unit":
+        # The spike itself counts as much as any other gradient.
+        assert np.max(lengths) < 1.5 * lengths[499]
