@@ -1,14 +1,15 @@
 """Checks of arguments, made once, before a step is compiled."""
 
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def is_concrete(value: Any) -> bool:
-    """Whether ``value`` is a number now, and not one that a compiled step will be given."""
-    return value is not None and not isinstance(value, jax.core.Tracer)
+def _is_traced(value: Any) -> bool:
+    """Whether ``value`` is no number yet, but one that a compiled step will be given."""
+    return isinstance(value, jax.core.Tracer)
 
 
 def check_range(
@@ -20,7 +21,7 @@ def check_range(
     above_minimum: bool = False,
     below_maximum: bool = False,
 ) -> None:
-    """Raise a ``ValueError`` that names ``name`` unless ``value`` lies between the bounds.
+    """Raise an error that names ``name`` unless ``value`` is a finite number between the bounds.
 
     Scheduled and injected values are traced, have no value yet, and pass. A float narrower than
     float32 is refused even so: 0.999 is 1 in bfloat16, to which `optax.inject_hyperparams` casts
@@ -32,16 +33,37 @@ def check_range(
             f"{name} must be float32 or better, got {dtype}; give optax.inject_hyperparams "
             "hyperparam_dtype=jnp.float32"
         )
-    if not is_concrete(value):
+    if _is_traced(value):
         return
+    real = isinstance(value, numbers.Real) or (
+        dtype is not None and value.size == 1 and not jnp.issubdtype(dtype, jnp.complexfloating)
+    )
+    if not real:
+        raise TypeError(f"{name} must be a number, got {value!r}")
     low = value > minimum if above_minimum else value >= minimum
+    below_maximum = below_maximum or maximum == float("inf")
     high = value < maximum if below_maximum else value <= maximum
     if not (low and high):
         left, right = "(" if above_minimum else "[", ")" if below_maximum else "]"
         raise ValueError(f"{name} must lie in {left}{minimum}, {maximum}{right}, got {value}")
 
 
+def check_state(state: Any, kind: type) -> None:
+    """Raise a ``TypeError`` unless ``state`` is an optimizer state of this kind."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"expected the optimizer state, a {kind.__name__}, got a {type(state).__name__}; make "
+            "one with this optimizer's init"
+        )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise a ``TypeError`` unless ``optimizer`` is an Optax transformation."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"expected an Optax optimizer, got {optimizer!r}")
+
+
 def check_ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:
     """Raise a ``ValueError`` that names both unless ``low <= high``."""
-    if is_concrete(low) and is_concrete(high) and low > high:
+    if not (_is_traced(low) or _is_traced(high)) and low > high:
         raise ValueError(f"{low_name} must not exceed {high_name}, got {low} > {high}")

@@ -15,7 +15,7 @@ from gdmam_jax._allocation import (
     constant_momentum,
     open_gate,
 )
-from gdmam_jax._checks import check_range
+from gdmam_jax._checks import check_optimizer, check_range, check_state
 from gdmam_jax._numerics import narrow, pytree_dataclass, widen
 from gdmam_jax._pairs import GradientPair, begin_update, halves
 from gdmam_jax._scopes import Scope, Scopes
@@ -162,6 +162,7 @@ def summed(
       >>> float(updates)
       -3.0
     """
+    check_optimizer(optimizer)
     check_range("prediction_weight", prediction_weight)
     check_range("alignment_weight", alignment_weight)
     inner = optax.with_extra_args_support(optimizer)
@@ -174,7 +175,7 @@ def summed(
         alignment: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        leaves, structure = begin_update(updates, alignment)
+        leaves, structure = begin_update(updates, alignment, params)
         sums = [
             _weighted(pair, [prediction_weight] + [alignment_weight] * (len(halves(pair)) - 1))
             for pair in leaves
@@ -238,6 +239,7 @@ def weighed(
       >>> updates.tolist()
       [-0.5, -1.5]
     """
+    check_optimizer(optimizer)
     allocator = Allocator(
         weighting=weighting,
         gate=open_gate,
@@ -260,7 +262,8 @@ def weighed(
         alignment: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, WeighedState]:
-        leaves, structure = begin_update(updates, alignment, losses=allocator.losses)
+        check_state(state, WeighedState)
+        leaves, structure = begin_update(updates, alignment, params, losses=allocator.losses)
         allocator.check_state(state.allocation, structure.unflatten(leaves))
         allocation = allocator.step(leaves, state.allocation) if leaves else state.allocation
         scopes: Scopes = allocation.scopes

@@ -169,9 +169,15 @@ def check_floating(tree: Any, what: str, advice: str = "", where: str = "") -> N
     Its name is its path, or ``where``.
     """
     for name, leaf in named_leaves(tree):
-        kind = getattr(leaf, "dtype", None)
+        kind = getattr(leaf, "dtype", None) if hasattr(leaf, "shape") else None
         if kind is None and isinstance(leaf, int | float | complex):
             kind = jnp.result_type(leaf)
+        traced = isinstance(leaf, jax.core.Tracer)
+        if isinstance(leaf, jax.Array) and not traced and leaf.is_deleted():
+            raise ValueError(
+                f"{what} at {where or name} has been deleted: was it donated to an earlier "
+                "compiled step (donate_argnums)?"
+            )
         if kind is None or not jnp.issubdtype(kind, jnp.floating):
             has = f"is a {type(leaf).__name__}" if kind is None else f"has dtype {kind}"
             raise TypeError(
@@ -193,7 +199,8 @@ def begin_update(
       updates: a tree of pairs or, with ``alignment``, the prediction gradients.
       alignment: the alignment gradients, or None.
       params: the parameters, or None.
-      like: a tree of the parameters' structure and shapes to hold pairs and parameters against.
+      like: a tree of the parameters' structure and shapes to hold pairs and parameters against;
+        None: ``params``.
       losses: how many alignment losses there are, or their names; None for any.
 
     Returns:
@@ -204,9 +211,11 @@ def begin_update(
       ValueError: halves of a pair differ, or a tree differs from ``like``.
     """
     pairs = updates if alignment is None else pair_gradients(updates, alignment)
+    if like is None:
+        like = params
     check_pairs(pairs, like)
-    if params is not None and like is not None:
-        _check_structure("params", params, like)
+    if params is not None and params is not like:
+        _check_like("params", params, like)
     leaves = jax.tree.leaves(pairs, is_leaf=is_pair)
     if losses is not None and leaves:
         _check_losses_of(leaves[0].alignment, losses)
@@ -267,26 +276,28 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
                 f"alignment losses as every other pair, got {structure} beside {losses}"
             )
         losses = structure
-    if like is None:
-        return
-    _check_structure("the tree of pairs", pairs, like, is_leaf=is_pair)
-    for (where, pair), leaf in zip(leaves, jax.tree.leaves(like), strict=True):
-        if jnp.shape(pair.prediction) != jnp.shape(leaf):
-            raise ValueError(
-                f"the pair at {where} has gradients of shape "
-                f"{jnp.shape(pair.prediction)}; expected the parameter's {jnp.shape(leaf)}"
-            )
+    if like is not None:
+        _check_like("the tree of pairs", pairs, like)
 
 
-def _check_structure(what: str, tree: Any, like: Any, is_leaf: Any = None) -> None:
-    expected: Any = jax.tree.structure(like)
-    found: Any = jax.tree.structure(tree, is_leaf=is_leaf)
-    if found != expected:
-        difference = _first_difference(named_leaves(tree, is_leaf=is_leaf), named_leaves(like))
+def _check_like(what: str, tree: Any, like: Any) -> None:
+    """Holds parameters, or pairs of their gradients, against a tree of structure and shapes."""
+    found, expected = named_leaves(tree, is_leaf=is_pair), named_leaves(like)
+    structure: Any = jax.tree.structure(tree, is_leaf=is_pair)
+    wanted: Any = jax.tree.structure(like)
+    if structure != wanted:
         raise ValueError(
             f"{what} must have the structure of the parameters that the optimizer was "
-            f"initialised with{difference}; expected {expected}, got {found}"
+            f"initialised with{_first_difference(found, expected)}; expected {wanted}, got "
+            f"{structure}"
         )
+    for (where, leaf), (_, model) in zip(found, expected, strict=True):
+        has = leaf.prediction if is_pair(leaf) else leaf
+        if jnp.shape(has) != jnp.shape(model):
+            raise ValueError(
+                f"{what} has an array of shape {jnp.shape(has)} at {where}; expected the "
+                f"parameter's {jnp.shape(model)}"
+            )
 
 
 def _is_vector(tree: Any) -> bool:
@@ -434,7 +445,12 @@ def _check_losses(losses: Any) -> tuple[jax.Array, Any]:
         for name, loss in named_leaves(alignment)
     ]
     for name, loss in named:
-        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        is_number = isinstance(loss, float) or hasattr(loss, "shape")
+        if not (
+            is_number
+            and jnp.shape(loss) == ()
+            and jnp.issubdtype(jnp.result_type(loss), jnp.floating)
+        ):
             raise TypeError(f"the {name} must be a floating-point scalar, got {describe(loss)}")
     if len(named) == 1:
         raise TypeError(f"there is no alignment loss: got {alignment!r}")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gdmam_jax._allocation import Allocation, Allocator, cosine_gate, open_gate, ratcheted_momentum
-from gdmam_jax._checks import check_range
+from gdmam_jax._checks import check_range, check_state
 from gdmam_jax._numerics import (
     EPS,
     floored_sqrt,
@@ -21,7 +21,7 @@ from gdmam_jax._numerics import (
     widen,
     zeros_like,
 )
-from gdmam_jax._pairs import GradientPair, begin_update, named_leaves
+from gdmam_jax._pairs import GradientPair, begin_update, check_floating, named_leaves
 from gdmam_jax._weightings import constant_weighting, norm_weighting
 
 
@@ -96,6 +96,7 @@ def clip_by_recent_norm(
     check_range("window", window, 1)
 
     def init(params: optax.Params) -> RecentNormState:
+        check_floating(params, "parameter")
         dtype = wide_dtype(*jax.tree.leaves(params))
         return RecentNormState(norms=jnp.zeros(window, dtype).at[-1].set(jnp.inf))
 
@@ -106,6 +107,8 @@ def clip_by_recent_norm(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RecentNormState]:
         del params, extra_args
+        check_state(state, RecentNormState)
+        check_floating(updates, "update")
         size = safe_sqrt(optax.tree.norm(jax.tree.map(widen, updates), squared=True))
         scale, state = _accept(state, size, factor)
         scaled = jax.tree.map(
@@ -291,6 +294,7 @@ def _scale_by_released(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReleasedState]:
         del extra_args
+        check_state(state, ReleasedState)
         leaves, structure = begin_update(updates, alignment, params, state.first_moment, losses=1)
         if not leaves:
             return structure.unflatten([]), state

@@ -16,7 +16,7 @@ from gdmam_jax._allocation import (
     constant_momentum,
     priority_gate,
 )
-from gdmam_jax._checks import check_range
+from gdmam_jax._checks import check_range, check_state
 from gdmam_jax._numerics import (
     divide,
     floored_sqrt,
@@ -215,7 +215,7 @@ def scale_by_gdmam(
             second_moment_correction=None if b2 is None else jnp.zeros((), decays.dtype),
         )
 
-    def check_state(state: GDMAMState, pairs: Any) -> None:
+    def check_choices(state: GDMAMState, pairs: Any) -> None:
         allocator.check_state(state.allocation, pairs)
         buffers = 1 if steered else state.allocation.statistics.momentum.shape[-1]
         for name, found, expected in (
@@ -238,10 +238,11 @@ def scale_by_gdmam(
         **extra_args: Any,
     ) -> tuple[optax.Updates, GDMAMState]:
         del extra_args
+        check_state(state, GDMAMState)
         leaves, structure = begin_update(
             updates, alignment, params, like=state.momenta[0], losses=allocator.losses
         )
-        check_state(state, structure.unflatten(leaves))
+        check_choices(state, structure.unflatten(leaves))
         count = optax.safe_increment(state.count)
         if not leaves:
             return structure.unflatten([]), state

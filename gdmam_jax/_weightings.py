@@ -111,7 +111,8 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
       >>> unit_weighting(preference=0.5)(gramian, jnp.array([4.0, 0.5])).tolist()
       [0.25, 0.5]
     """
-    for each in preference if isinstance(preference, Sequence) else [preference]:
+    several = isinstance(preference, Sequence) or getattr(preference, "ndim", 0) == 1
+    for each in preference if several else [preference]:
         check_range("preference", each)
     scale = jnp.maximum(_geometry.norms(gramian), norms)
     wanted = jnp.asarray(preference, scale.dtype)
@@ -134,11 +135,17 @@ def constant_weighting(*weights: Any) -> Weighting:
     Returns:
       A weighting.
 
+    Raises:
+      ValueError: a weight is not finite.
+      TypeError: a weight is no number.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> constant_weighting(1.0, 0.5)(jnp.eye(2), None).tolist()
       [1.0, 0.5]
     """
+    for weight in weights:
+        check_range("each weight", weight, -float("inf"), above_minimum=True)
 
     def weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
         del norms

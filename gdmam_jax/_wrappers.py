@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from gdmam_jax._checks import check_optimizer
 from gdmam_jax._pairs import GradientPair, begin_update, is_nnx_variable, is_pair
 
 
@@ -52,6 +53,7 @@ def over_pairs(
       0.0
       -0.1
     """
+    check_optimizer(optimizer)
     inner = optax.with_extra_args_support(optimizer)
 
     def paired_init(paired_params: optax.Params) -> optax.OptState:
@@ -90,7 +92,7 @@ def over_pairs(
         alignment: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        leaves, structure = begin_update(updates, alignment)
+        leaves, structure = begin_update(updates, alignment, params)
         pairs = structure.unflatten(leaves)
         results, state = wrapped.update(pairs, state, doubled(params), **extra_args)
         return _first_half(results), state

@@ -11,6 +11,13 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Small functions are compiled again and again, by test after test: once is enough. Each worker has
+# a folder of its own, since two must not write one file.
+_CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+_CACHE /= os.environ.get("PYTEST_XDIST_WORKER", "main")
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture

@@ -196,6 +196,39 @@ MUTANTS = (
         "jax.lax.pcast(term / copies,", "jax.lax.pcast(term,",
         "tests/distributed/test_sharding.py -k shard_map_the_axis",
     ),
+    Mutant(
+        "a solver's conditions tighten until float32 underflows", "_programmes",
+        "jnp.maximum(0.1 * jnp.mean(x * dual), eps**2)", "0.1 * jnp.mean(x * dual)",
+        "tests/test_weightings.py -k underflow",
+    ),
+    Mutant(
+        "a solver's result has no derivative", "_programmes",
+        "return x + (change - jax.lax.stop_gradient(change))", "return x",
+        "tests/test_weightings.py -k finite_differences",
+    ),
+    Mutant(
+        "weights of a solver add up to 1 in units of the norms", "_programmes",
+        "return jnp.where(lengths == least, 1, least * inverses)",
+        "return jnp.ones_like(lengths)", "tests/parity/test_torchjd.py -k mgda",
+    ),
+    Mutant(
+        "Aligned-MTL's eigenvectors are held fixed", "_weightings",
+        "- pairs * turned", "", "tests/test_weightings.py -k finite_differences",
+    ),
+    Mutant(
+        "a step left out changes the state", "_skipping",
+        "jnp.where(apply, new, old)", "new", "tests/test_skipping.py -k as_if",
+    ),
+    Mutant(
+        "a step left out is not counted", "_skipping",
+        "jnp.where(apply, state.skipped, more(state.skipped))", "state.skipped",
+        "tests/test_skipping.py -k as_if",
+    ),
+    Mutant(
+        "steps left out are never forgotten", "_skipping",
+        "jnp.where(finite, 0, more(state.in_a_row))", "more(state.in_a_row)",
+        "tests/test_skipping.py -k in_a_row",
+    ),
 )  # fmt: skip
 
 

@@ -254,7 +254,7 @@ def test_users_can_bring_choices_of_their_own(choices, scope):
         ("weighting", lambda gramian, norms: gramian, r"weighting must .*shape \(2, 2\)"),
         ("gate", lambda cosine, ratio: (1.0, 1.0, 1.0), r"gate must return 2 factors.*3 values"),
         ("gate", lambda cosine, ratio: cosine, r"gate must return 2 factors.*shape \(1,\)"),
-        ("gate", lambda cosine, ratio: (jnp.ones(5), 1.0), r"gate must return 2 factors.*\(5,\)"),
+        ("gate", lambda cosine, ratio: (jnp.ones(5), 1.0), r"gate must return 2 factors.*\[5\]"),
         (
             "momentum",
             lambda statistics, initial, sensitivity: jnp.ones(2),

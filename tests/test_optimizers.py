@@ -127,3 +127,56 @@ def test_the_preference_can_be_injected_and_scheduled():
 def test_a_negative_preference_is_refused(preference):
     with pytest.raises(ValueError, match="preference"):
         gdmam.unit_weighting(jnp.eye(2), jnp.ones(2), preference=preference)
+
+
+W = jnp.ones(2)
+ONES = gdmam.GradientPair(W, W)
+DELETED = jnp.ones(2)
+DELETED.delete()
+
+
+def gated(value):
+    optimizer = gdmam.gdmam(0.1, gate=lambda cosine, ratio: value)
+    return optimizer.update(ONES, optimizer.init(W), W)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: gdmam.scale_by_gdmam(b2="0.9"), TypeError, "b2 must be a number, got '0.9'"),
+        (lambda: gdmam.scale_by_gdmam(eps=None), TypeError, "eps must be a number, got None"),
+        (lambda: gdmam.gdmam(0.1, weight_decay=jnp.inf), ValueError, r"lie in \[0.0, inf\)"),
+        (lambda: gdmam.gdmam(0.1, weight_decay=[0.1]), TypeError, "must be a number"),
+        (lambda: gdmam.constant_weighting(jnp.nan, 1), ValueError, "each weight must lie in"),
+        (lambda: gdmam.summed(None), TypeError, "expected an Optax optimizer, got None"),
+        (lambda: gdmam.scale_by_gdmam().update(ONES, 3, W), TypeError, "a GDMAMState, got a int"),
+        (lambda: gated(None), ValueError, "gate must return 2 factors.*got a NoneType"),
+        (lambda: gated((None, 1)), ValueError, "gate must return 2 factors.*a NoneType"),
+        (lambda: gdmam.decompose(gdmam.GradientPair(DELETED, DELETED)), ValueError, "deleted"),
+        (lambda: gdmam.gdmam(0.1).init({"d": jnp.float32}), TypeError, "parameter at d is a"),
+        (lambda: gdmam.clip_by_recent_norm().init({"w": "text"}), TypeError, "at w is a str"),
+        (
+            lambda: gdmam.value_and_paired_grad(lambda w: ("a", "b"))(W),
+            TypeError,
+            "prediction loss must be a floating-point scalar, got a str",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        gdmam.gdmam(0.1),
+        gdmam.gdmam_released(),
+        gdmam.summed(optax.adamw(0.1)),
+        gdmam.weighed(optax.adamw(0.1), gdmam.pcgrad_weighting),
+    ],
+)
+def test_parameters_of_another_shape_are_refused(optimizer):
+    """They would broadcast: to an update of shape (2, 2)."""
+    with pytest.raises(ValueError, match=r"array of shape \(2, 1\)|parameter's \(2, 1\)"):
+        optimizer.update(ONES, optimizer.init(W), W[:, None])

@@ -304,7 +304,7 @@ WRONG_UPDATES = {
     "another shape than the parameter": (
         {"dense": {"kernel": KERNEL, "bias": gdmam.GradientPair(jnp.ones(5), jnp.ones(5))}},
         ValueError,
-        r"dense/bias has gradients of shape \(5,\); expected the parameter's \(2,\)",
+        r"array of shape \(5,\) at dense/bias; expected the parameter's \(2,\)",
     ),
 }
 

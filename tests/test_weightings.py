@@ -202,3 +202,10 @@ def test_float32_agrees_with_float64(name, count):
                 exact = np.asarray(compiled_weights(name)(rows @ rows.T))
             difference = np.linalg.norm((found - exact) @ rows)
             assert difference < tolerance * np.linalg.norm(exact @ rows)
+
+
+def test_a_solver_stops_before_float32_underflows():
+    rows = np.random.default_rng(14).normal(size=(3, 10))
+    rows = rows - 1.2 * rows.mean(axis=0)
+    weights = compiled_weights("upgrad")((rows @ rows.T).astype(np.float32))
+    np.testing.assert_allclose(weights, [0.900616, 0.951939, 0.862629], rtol=1e-5)

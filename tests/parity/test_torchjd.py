@@ -134,6 +134,21 @@ def test_nash_mtl_solves_its_equation(kind, x64):
         assert (weights > 0).all()
 
 
+@pytest.mark.filterwarnings("ignore")  # cvxpy's, of a problem it has to compile anew
+@pytest.mark.parametrize("kind", ["random", "conflicting"])
+def test_nash_mtl_is_torchjds(kind, x64):
+    """Badly scaled, TorchJD's approximation is off by half and more; ours solves the equation."""
+    pytest.importorskip("ecos")
+    for count in COUNTS:
+        rows = jacobian(kind, count)
+        aggregator = torchjd.NashMTL(
+            n_tasks=count, max_norm=0, update_weights_every=1, optim_niter=100
+        )
+        expected = theirs(aggregator, rows)
+        difference = np.linalg.norm(ours(gdmam.nash_mtl_weighting, rows) - expected)
+        assert difference < 1e-6 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pcgrad_of_two(kind, x64):
     rows = jacobian(kind, 2)
