@@ -5,6 +5,7 @@
 - `models`: `RDA` and its two losses, a convolutional encoder for images
 - `imbalance`: samplers that make a training set imbalanced, statistics
 - `data`: loading, checking and fetching data sets, the built-in films, the papers' folds
+- `files`: what `data` reads: CSV, NumPy and MATLAB files
 - `methods`: what can be compared, and how to add a method of your own
 - `experiment`: all folds and seeds of a method as one compiled program
 - `report`: tables, pictures and a page from an experiment's folder
@@ -23,6 +24,7 @@ from gdmam_jax.ldl.data import load as load
 from gdmam_jax.ldl.data import make_folds as make_folds
 from gdmam_jax.ldl.imbalance import RELEASED_THRESHOLDS as RELEASED_THRESHOLDS
 from gdmam_jax.ldl.imbalance import Factor as Factor
+from gdmam_jax.ldl.imbalance import FoundThresholds as FoundThresholds
 from gdmam_jax.ldl.imbalance import Thresholds as Thresholds
 from gdmam_jax.ldl.imbalance import head_labels as head_labels
 from gdmam_jax.ldl.imbalance import imbalance_statistics as imbalance_statistics

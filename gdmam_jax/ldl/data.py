@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gdmam_jax.ldl.imbalance import RELEASED_THRESHOLDS, Factor, Indices
+from gdmam_jax.ldl import files
+from gdmam_jax.ldl.imbalance import RELEASED_THRESHOLDS, ROWS, Factor, FoundThresholds, Indices
 
 Sampler = Callable[[NDArray[Any], int], Indices]
 """Says which training rows to keep: `(labels, seed) -> row numbers`, see `imbalance`."""
-
-FEATURE_KEYS = ("features", "feature", "X", "x", "data")
-LABEL_KEYS = ("labels", "label", "labelDistribution", "label_distribution", "Y", "y", "D", "d")
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ def from_arrays(
     *,
     name: str = "data",
     normalize: bool = False,
+    drop_constant: bool = False,
     feature_names: Sequence[str] = (),
     label_names: Sequence[str] = (),
     row_names: Sequence[str] = (),
@@ -67,6 +67,7 @@ def from_arrays(
             1e-5; what is off by less is renormalised, with a warning where float32 shows it.
         name: as tables print it.
         normalize: divide every row of labels by its sum, whatever it is, instead of refusing.
+        drop_constant: leave out features that are constant in float32, instead of refusing.
         feature_names: one for every column of x, or none.
         label_names: one for every column of y, or none: then their numbers.
         row_names: one for every row, or none.
@@ -77,8 +78,8 @@ def from_arrays(
 
     Raises:
         ValueError: NaN or infinite values, negative labels, rows that do not sum to 1, lengths
-            that do not match, a feature that is constant in float32. The message names row and
-            column, from 0.
+            that do not match, fewer than two rows, a feature that is constant in float32. The
+            message names row and column, from 0.
 
     >>> from_arrays([[0.0, 3.0], [1.0, 4.0]], [[0.25, 0.75], [0.5, 0.5]]).labels.tolist()
     [[0.25, 0.75], [0.5, 0.5]]
@@ -94,6 +95,8 @@ def from_arrays(
         raise ValueError(
             f"{name}: {len(features)} rows of features, but {len(labels)} rows of labels"
         )
+    if len(features) < 2:
+        raise ValueError(f"{name}: 1 row is too few")
     if labels.shape[1] < 2:
         raise ValueError(f"{name}: a label distribution needs 2 labels or more, got 1")
     for what, names, count in (
@@ -105,7 +108,7 @@ def from_arrays(
             raise ValueError(f"{name}: {len(names)} {what} names for {count} {what}s")
 
     def where(column: int, names: Sequence[str]) -> str:
-        return f"column {column}" + (f" ({names[column]})" if names else "")
+        return f"column {column}" + (f" ({names[column][:40]})" if names else "")
 
     for what, values, names in (
         ("features", features, feature_names),
@@ -124,13 +127,17 @@ def from_arrays(
             f"{where(column, label_names)}"
         )
     constant = features.max(0) == features.min(0)
-    if constant.any():
+    if constant.all() or (constant.any() and not drop_constant):
         column = int(constant.argmax())
         raise ValueError(
             f"{name}: features are {features[0, column]:g} in every row, 0 to "
-            f"{len(features) - 1}, of {where(column, feature_names)}, in float32; leave that "
-            "column out, or subtract what is the same in all rows"
+            f"{len(features) - 1}, of {where(column, feature_names)}, in float32"
+            + f", and constant in {constant.sum() - 1} more columns" * bool(constant.sum() > 1)
+            + ("" if constant.all() else "; drop_constant=True leaves such columns out")
         )
+    if constant.any():
+        features = features[:, ~constant]
+        feature_names = [n for n, drop in zip(feature_names, constant, strict=False) if not drop]
     sums = labels.sum(1)
     off = np.abs(sums - 1)
     if normalize:
@@ -176,7 +183,11 @@ def _matrix(values: ArrayLike, what: str) -> NDArray[Any]:
 
 
 def load(
-    path: str | os.PathLike[str], *, name: str | None = None, normalize: bool = False
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    normalize: bool = False,
+    drop_constant: bool = False,
 ) -> Dataset:
     """Load a data set from a file. Nothing in it is ever unpickled.
 
@@ -190,9 +201,12 @@ def load(
               others the features
         name: as tables print it; None takes the file's.
         normalize: see `from_arrays`.
+        drop_constant: see `from_arrays`.
 
     Returns:
-        A `Dataset`, with the released thresholds if its name is among them.
+        A `Dataset`. Its sampler depends on what the file holds, not on its name: for a set of
+        `REGISTRY` the released thresholds, or, where none were released, `FoundThresholds`; None
+        for any other.
 
     Raises:
         FileNotFoundError: no such file.
@@ -200,68 +214,31 @@ def load(
             refuses.
     """
     path = Path(path)
-    name = path.stem if name is None else name
-    if not path.is_file():
-        raise FileNotFoundError(f"no such data file: {path}")
-    feature_names: Sequence[str] = ()
-    label_names: Sequence[str] = ()
-    kind = path.suffix.lower()
-    if kind == ".csv":
-        import pandas as pd
-
-        table = pd.read_csv(path)
-        label_names = [str(column) for column in table if str(column).startswith("label")]
-        feature_names = [str(column) for column in table if not str(column).startswith("label")]
-        if not label_names or not feature_names:
-            raise ValueError(
-                f"{path}: the header needs columns that begin with 'label', and others; it has "
-                f"{', '.join(map(str, table.columns))}"
-            )
-        for column in table:
-            if table[column].dtype.kind not in "fiub":
-                numbers = pd.to_numeric(table[column], errors="coerce")
-                row = int(numbers.isna().to_numpy().argmax())
-                raise ValueError(
-                    f"{path}: row {row}, column {column} holds {table[column].iloc[row]!r}, "
-                    "which is no number"
-                )
-        x, y = table[feature_names].to_numpy(), table[label_names].to_numpy()
-    elif kind in (".mat", ".npz"):
-        try:
-            arrays = _read(path)
-        except Exception as error:  # a broken file can raise anything
-            raise ValueError(f"{path} cannot be read as a {kind} file: {error}") from error
-        x, y = (_pick(arrays, keys, path) for keys in (FEATURE_KEYS, LABEL_KEYS))
-    else:
-        raise ValueError(f"{path}: expected a .mat, .npz or .csv file")
-    return from_arrays(
-        x,
-        y,
-        name=name,
-        normalize=normalize,
-        feature_names=feature_names,
-        label_names=label_names,
-        sampler=RELEASED_THRESHOLDS.get(name),
-    )
+    table = files.read(path)
+    try:
+        return from_arrays(
+            table.features,
+            table.labels,
+            name=path.stem if name is None else name,
+            normalize=normalize,
+            drop_constant=drop_constant,
+            feature_names=table.feature_names,
+            label_names=table.label_names,
+            sampler=_registered_sampler(path),
+        )
+    except ValueError as error:
+        message = str(error)
+        if table.lines:
+            message = re.sub(r"\brow (\d+)", lambda m: f"line {table.lines[int(m[1])]}", message)
+        raise ValueError(f"{path}: {message}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix.lower() == ".mat":
-        import scipy.io
-
-        return {k: v for k, v in scipy.io.loadmat(path).items() if not k.startswith("__")}
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        return {key: stored[key] for key in stored.files}
-
-
-def _pick(arrays: dict[str, Any], keys: Sequence[str], path: Path) -> NDArray[Any]:
-    for key in keys:
-        if key in arrays:
-            return np.asarray(arrays[key])
-    raise ValueError(
-        f"{path}: none of the arrays is named {', '.join(keys)}; there are "
-        f"{', '.join(sorted(arrays)) or 'none'}"
-    )
+def _registered_sampler(path: Path) -> Sampler | None:
+    if path.suffix.lower() != ".mat":
+        return None
+    found = blob_id(path.read_bytes())
+    name = next((name for name, blob in REGISTRY.items() if blob == found), None)
+    return None if name is None else RELEASED_THRESHOLDS.get(name, FoundThresholds(ROWS))
 
 
 def films(minimum_votes: int = 100) -> Dataset:
@@ -440,7 +417,11 @@ def _verify(path: Path, name: str) -> None:
 
 
 def find(
-    name: str, *, folder: str | os.PathLike[str] | None = None, normalize: bool = False
+    name: str,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    normalize: bool = False,
+    drop_constant: bool = False,
 ) -> Dataset:
     """The data set of this name: ``films``, a file's path, or one of `REGISTRY`, fetched if needed.
 
@@ -448,6 +429,7 @@ def find(
         name: what `gdmam-ldl run --data` takes.
         folder: where registered sets lie; None is `cache_folder()`.
         normalize: see `from_arrays`.
+        drop_constant: see `from_arrays`.
 
     Returns:
         A `Dataset`.
@@ -457,10 +439,9 @@ def find(
     """
     if name == "films":
         return films()
-    if name in REGISTRY:
-        return load(fetch(name, folder=folder), normalize=normalize)
-    if Path(name).suffix:
-        return load(name, normalize=normalize)
+    if name in REGISTRY or Path(name).suffix:
+        path = fetch(name, folder=folder) if name in REGISTRY else name
+        return load(path, normalize=normalize, drop_constant=drop_constant)
     raise ValueError(
         f"unknown data set {name!r}; expected films, a path to a .mat, .npz or .csv file, or one "
         f"of {', '.join(REGISTRY)}"

@@ -59,6 +59,56 @@ RELEASED_THRESHOLDS = {
 }
 """The released code's thresholds by data set."""
 
+ROWS = 100
+"""Rows to keep where nothing else is asked for: near the 105 to 166 of the released thresholds."""
+
+
+@dataclass(frozen=True)
+class FoundThresholds:
+    r"""The papers' rule, with thresholds found in the data.
+
+    As in the released thresholds, the most frequent label is to be scarce and the least frequent
+    one plentiful. Of the thresholds $y_A < a$, $y_B > b$, those are taken that as many rows pass
+    the one as the other, and `size` rows both; the rows in which a label is largest are
+    among the `size`.
+
+    Attributes:
+        size: rows to keep.
+    """
+
+    size: int
+
+    def __call__(self, labels: ArrayLike, seed: int = 0) -> Indices:
+        """Rows to keep, ascending.
+
+        Args:
+            labels: shape (samples, labels), rows sum to 1.
+            seed: of the order of rows that do not differ in a label.
+
+        Returns:
+            `size` row numbers, each once.
+
+        Raises:
+            ValueError: if there are fewer rows than `size`.
+
+        >>> FoundThresholds(3)([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]).tolist()
+        [0, 2, 3]
+        """
+        labels = np.asarray(labels, np.float64)
+        _check_size(self.size, labels)
+        frequency = labels.sum(0)
+        chance = np.random.default_rng(seed).random(len(labels))
+        scarce = np.lexsort((chance, labels[:, frequency.argmax()]))
+        plenty = np.lexsort((chance, -labels[:, frequency.argmin()]))
+        place = np.maximum(scarce.argsort(), plenty.argsort())
+        place[labels.argmax(0)] = -1
+        return np.sort(np.argsort(place, kind="stable")[: self.size])
+
+
+def _check_size(size: int, labels: NDArray[np.float64]) -> None:
+    if not 1 <= size <= len(labels):
+        raise ValueError(f"cannot keep {size} of {len(labels)} rows: ask for 1 to {len(labels)}")
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -101,8 +151,7 @@ class Factor:
         True
         """
         labels = np.asarray(labels, np.float64)
-        if len(labels) < self.size:
-            raise ValueError(f"cannot keep {self.size} of {len(labels)} rows")
+        _check_size(self.size, labels)
         order = np.argsort(-labels.sum(0), kind="stable")
         profile = np.empty(labels.shape[1])
         profile[order] = np.linspace(1, -1, labels.shape[1])

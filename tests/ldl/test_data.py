@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.io
 
-from gdmam_jax.ldl import data
+from gdmam_jax import ldl
+from gdmam_jax.ldl import data, files
 
 X = np.array([[0.0, 5.0], [1.0, 6.0], [2.0, 8.0]])
 Y = np.array([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]])
@@ -33,6 +34,7 @@ def changed(array, row, column, value):
         (np.ones((3, 2)), Y, r"features are 1 in every row, 0 to 2, of column 0 \(age\)"),
         (np.add(X, (2e9, 0)), Y, r"features are 2e\+09 in every row, .* \(age\), in float32"),
         (np.add(X, (1e39, 0)), Y, r"features hold inf in row 0, column 0 \(age\)"),
+        (X[:1], Y[:1], "data: 1 row is too few"),
         (X[0], Y, r"features must have the shape \(samples, columns\), got \(2,\)"),
         (X, np.ones((3, 1)), "needs 2 labels or more, got 1"),
         (X.astype(str), Y, "features must be real numbers, got dtype"),
@@ -81,12 +83,6 @@ def test_bad_files(tmp_path):
         (tmp_path / name).write_bytes((tmp_path / "a.npz").read_bytes()[:100])
         with pytest.raises(ValueError, match=f"{name} cannot be read as a "):
             data.load(tmp_path / name)
-    (tmp_path / "c.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="needs columns that begin with 'label'"):
-        data.load(tmp_path / "c.csv")
-    (tmp_path / "d.csv").write_text("a,label_1,label_2\n1,0.5,0.5\nx,1,0\n")
-    with pytest.raises(ValueError, match="row 1, column a holds 'x', which is no number"):
-        data.load(tmp_path / "d.csv")
     (tmp_path / "e.pkl").write_bytes(pickle.dumps(X))
     with pytest.raises(ValueError, match=r"expected a \.mat, \.npz or \.csv file"):
         data.load(tmp_path / "e.pkl")
@@ -94,6 +90,75 @@ def test_bad_files(tmp_path):
         data.load(tmp_path / "f.mat")
     with pytest.raises(ValueError, match="unknown data set 'Moovie'"):
         data.find("Moovie")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "line 1: the header needs columns that begin with 'label'"),
+        ("a,label_1,label_2\n1,.5,.5\n\nx,1,0", r"line 4: column 'a' holds 'x', which is no num"),
+        (f"a,label_1,label_2\n1,.5,.5\n{'x' * 9999},1,0", r"line 3: column 'a' holds .{,40}, wh"),
+        ("a,label_1,label_2\n1,.5,\n", "line 2: column 'label_2' holds '', which is no number"),
+        ("a,label_1,label_2\n1,.5,.5\n2,1\n", "line 3: 2 fields, but the header has 3"),
+        ("a,a,label_1,label_2\n1,2,.5,.5\n", r"line 1: the header has .* one name: \['a'\]"),
+        ("a,label_1,label_2\n1,.5,.5\n\n2,.5,.25\n", "labels of line 4 sum to 0.75, not to 1"),
+        ('a,label_1,label_2\n1,.5,".5', "line 2: unexpected end of data"),
+        ("a,label_1,label_2\n", "no rows below the header"),
+        ("", "line 0: the header needs columns that begin with 'label'"),
+    ],
+)
+def test_csv_errors_name_file_line_and_cause(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'a.csv'}.*{message}"):
+        data.load(tmp_path / "a.csv")
+
+
+def test_bytes_that_are_no_utf8_are_found(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"a,label_1,label_2\n1,.5,.5\n2\xff,1,0\n")
+    with pytest.raises(ValueError, match=r"line 3: column 'a' holds '2\\\\xff'"):
+        data.load(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".mat"])
+def test_arrays_far_larger_than_their_file_are_not_unpacked(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(files, "UNPACKED", 1 << 18)
+    path, arrays = tmp_path / f"a{suffix}", {"features": np.zeros((1 << 16, 2)), "labels": Y}
+    if suffix == ".mat":
+        scipy.io.savemat(path, arrays, do_compression=True)
+    else:
+        np.savez_compressed(path, **arrays)
+    monkeypatch.setattr(files, f"_load_{suffix[1:]}", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match=r"a\.\w+: features would take 0\.0 GB unpacked"):
+        data.load(path)
+
+
+def test_constant_columns_are_dropped_on_request():
+    x = np.column_stack([np.ones(3), X, np.ones(3)])
+    names = ("one", "age", "height", "uno")
+    with pytest.raises(
+        ValueError, match=r"of column 0 \(one\), in float32, and .* 1 more .*; drop_constant=True"
+    ):
+        data.from_arrays(x, Y, feature_names=names)
+    dropped = data.from_arrays(x, Y, feature_names=names, drop_constant=True)
+    np.testing.assert_array_equal(dropped.features, X)
+    assert dropped.feature_names == ("age", "height")
+    with pytest.raises(ValueError, match=r"in float32, and constant in 1 more columns$"):
+        data.from_arrays(np.ones((3, 2)), Y, drop_constant=True)
+
+
+def test_samplers_belong_to_what_a_file_holds(tmp_path, monkeypatch):
+    labels = np.random.default_rng(0).dirichlet(np.ones(4), 9)
+    arrays = {"features": np.arange(18.0).reshape(9, 2), "labels": labels}
+    scipy.io.savemat(tmp_path / "Movie.mat", arrays)
+    assert data.load(tmp_path / "Movie.mat").sampler is None  # its name, another's content
+    path = (tmp_path / "Movie.mat").rename(tmp_path / "mine.mat")
+    for name, sampler in (
+        ("Movie", ldl.RELEASED_THRESHOLDS["Movie"]),
+        ("M2B", ldl.FoundThresholds(100)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(data.REGISTRY, name, data.blob_id(path.read_bytes()))
+            assert data.load(path).sampler == sampler
 
 
 def test_folds_follow_the_protocol():
@@ -120,11 +185,14 @@ def test_folds_follow_the_protocol():
         data.make_folds(dataset, folds=5, validation_size=82)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("Movie", 108), ("SCUT_FBP", 146), ("emotion6", 85)])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("Movie", 108), ("SCUT_FBP", 146), ("emotion6", 85), ("Painting", 80), ("Yeast_spo", 80)],
+)
 def test_real_sets(shared, name, rows):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dataset = data.find(name, folder=shared / "data" / "ldl")
+        dataset = data.find(name, folder=shared / "data" / "ldl", drop_constant=True)
     folds = data.make_folds(dataset)
     assert folds.train_mask[0].sum() == rows
     for fold in range(10):

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdmam_jax.ldl import Factor, Thresholds, head_labels, imbalance_statistics
+from gdmam_jax.ldl import (
+    Factor,
+    FoundThresholds,
+    Thresholds,
+    head_labels,
+    imbalance_statistics,
+)
 
 
 def test_thresholds_keep_what_they_say():
@@ -16,6 +22,28 @@ def test_thresholds_keep_what_they_say():
         wanted = (labels[row, 2] < 1 / 4 and labels[row, 0] > 1.2 / 4) or row in largest
         assert wanted == (row in kept)
     assert len(set(kept)) == len(kept)
+
+
+def test_found_thresholds_are_the_papers_rule():
+    """What is kept is what `Thresholds` keeps with the limits of the rows kept."""
+    labels = np.random.default_rng(0).dirichlet([4, 1, 2, 3], 400)
+    kept = FoundThresholds(60)(labels)
+    assert len(set(kept)) == 60
+    ruled = labels[np.setdiff1d(kept, labels.argmax(0))]
+    scarce, plenty = labels.sum(0).argmax(), labels.sum(0).argmin()
+    limits = 4 * ruled[:, scarce].max() + 1e-9, 4 * ruled[:, plenty].min() - 1e-9
+    np.testing.assert_array_equal(Thresholds(*limits, scarce, plenty)(labels), kept)
+    assert set(labels.argmax(0)) <= set(kept)
+
+
+def test_found_thresholds_keep_as_many_as_asked_for_where_rows_are_alike():
+    labels = np.repeat(np.eye(3), [50, 30, 20], 0)
+    kept = FoundThresholds(25)(labels, 7)
+    assert len(set(kept)) == 25
+    assert set(labels[kept].sum(0) > 0) == {True}
+    assert set(kept) != set(FoundThresholds(25)(labels, 8))
+    with pytest.raises(ValueError, match="cannot keep 101 of 100 rows: ask for 1 to 100"):
+        FoundThresholds(101)(labels)
 
 
 @settings(max_examples=20, deadline=None)
