@@ -1,20 +1,20 @@
 """The command line of the label distribution laboratory: `gdmam-ldl`."""
 
+import dataclasses
+import inspect
+import re
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from gdmam_jax.ldl.data import Dataset
 
 app = typer.Typer(
     help="Label distribution learning under imbalance: data sets, experiments, reports.",
@@ -26,15 +26,44 @@ app.add_typer(data_app, name="data")
 console = Console()
 
 
-@app.command()
+class _Listing(TyperCommand):
+    """`--help` that lists what can be named."""
+
+    def format_help(self, *args: Any) -> None:
+        from gdmam_jax.ldl.data import REGISTRY
+        from gdmam_jax.ldl.experiment import SELECTIONS
+        from gdmam_jax.ldl.methods import METHODS
+
+        methods = ", ".join(f"{name} ({method.label})" for name, method in METHODS.items())
+        selections = "; ".join(f"{name}, {meaning}" for name, meaning in SELECTIONS.items())
+        self.epilog = (
+            f"Methods: {methods}.\n\nSets: films, {', '.join(REGISTRY)}.\n\n"
+            f"Selections, all of which every run is tested with: {selections}."
+        )
+        super().format_help(*args)
+
+
+@app.command(cls=_Listing)
 def run(
     out: Annotated[Path, typer.Option(help="Folder for results; an experiment resumes there.")],
     data: Annotated[
-        str, typer.Option(help="films, a registered name (see data list), or a file.")
+        str, typer.Option(help="A set's name (below), or a .mat, .npz or .csv file.")
     ] = "films",
-    methods: Annotated[str, typer.Option(help="Names, separated by commas, or all.")] = (
-        "gdmam,gdmam-pcgrad,gdmam-released,rda"
-    ),
+    methods: Annotated[
+        str, typer.Option(help="Names (below), separated by commas, or all.")
+    ] = "gdmam, gdmam-pcgrad, gdmam-released, rda",
+    imbalance: Annotated[
+        str,
+        typer.Option(
+            help="Which rows training folds keep. auto: as the set's papers do, all of an unknown "
+            "file; thresholds: the papers' rule, thresholds found in the data; a number: rows "
+            "drawn such that their largest label mass is that many times the smallest; none: all."
+        ),
+    ] = "auto",
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Rows they keep with thresholds or a number; 100 if not given."),
+    ] = None,
     folds: Annotated[int, typer.Option(help="Of the cross-validation.")] = 10,
     seeds: Annotated[int, typer.Option(help="Repetitions of every fold.")] = 5,
     epochs: Annotated[int, typer.Option(help="Of every run.")] = 300,
@@ -59,13 +88,16 @@ def run(
     normalize: Annotated[
         bool, typer.Option(help="Divide rows of labels by their sum instead of refusing them.")
     ] = False,
+    drop_constant: Annotated[
+        bool, typer.Option(help="Leave out constant features instead of refusing them.")
+    ] = False,
     report_too: Annotated[
         bool, typer.Option("--report/--no-report", help="Write tables, pictures and page.")
     ] = True,
 ) -> None:
     """Train and test methods on a data set's folds, and write tables, pictures and a page."""
     from gdmam_jax.ldl import data as data_module
-    from gdmam_jax.ldl import experiment, report
+    from gdmam_jax.ldl import experiment, progress
     from gdmam_jax.ldl import methods as methods_module
 
     configuration = experiment.Configuration(
@@ -84,30 +116,54 @@ def run(
     )
     names = list(methods_module.METHODS) if methods == "all" else methods.split(",")
     chosen = [methods_module.find(name.strip()) for name in names]
-    with warnings.catch_warnings(record=True) as notes:
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
-        dataset = data_module.find(data, folder=data_folder, normalize=normalize)
-    for note in notes:
-        console.print(f"[yellow]{note.message}[/yellow]")
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as bars:
-        tasks = {method.label: bars.add_task(method.label, total=None) for method in chosen}
-
-        def progress(label: str, done: int, total: int) -> None:
-            bars.update(tasks[label], completed=done, total=total)
-
-        experiment.run(dataset, chosen, configuration, folder=out, progress=progress)
+        warnings.showwarning = lambda message, *_: _note(str(message))
+        dataset = data_module.find(
+            data, folder=data_folder, normalize=normalize, drop_constant=drop_constant
+        )
+        dataset = _imbalanced(dataset, imbalance, rows)
+        labels = [method.label for method in chosen]
+        with progress.shown(console, labels, chunk) as show:
+            experiment.run(dataset, chosen, configuration, folder=out, progress=show)
     if report_too:
-        page = report.write(out)
-        console.print(report.summary(out), markup=False, soft_wrap=True)
-        console.print(f"page: {page}", soft_wrap=True)
+        report_command(out)
+
+
+def _note(text: str) -> None:
+    console.print(f"[yellow]{escape(_spelled(text))}[/yellow]", soft_wrap=True)
+
+
+def _imbalanced(dataset: "Dataset", imbalance: str, rows: int | None) -> "Dataset":
+    """The data set with the sampler that `--imbalance` asks for."""
+    from gdmam_jax.ldl.imbalance import ROWS, Factor, FoundThresholds
+
+    if imbalance in ("auto", "none"):
+        if rows is not None:
+            raise ValueError("--rows needs --imbalance thresholds, or a number")
+        return dataset if imbalance == "auto" else dataclasses.replace(dataset, sampler=None)
+    size = ROWS if rows is None else rows
+    if imbalance == "thresholds":
+        return dataclasses.replace(dataset, sampler=FoundThresholds(size))
+    try:
+        factor = float(imbalance)
+    except ValueError:
+        factor = float("nan")
+    if not factor >= 1:
+        raise ValueError(
+            f"--imbalance must be auto, thresholds, none or a number from 1, got {imbalance!r}"
+        )
+    return dataclasses.replace(dataset, sampler=Factor(factor, size))
+
+
+def _spelled(message: str) -> str:
+    """A message of the library with its arguments as the command line spells them."""
+    names = "|".join(inspect.signature(run).parameters)
+    return re.sub(
+        rf"\b({names})(=True\b|(?= must be | = ))",
+        lambda match: "--" + match[1].replace("_", "-"),
+        message.replace("give it a sampler", "give --imbalance thresholds, or a number"),
+    )
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:
@@ -171,12 +227,25 @@ def data_fetch(
         console.print(f"{name}: {data_module.fetch(name, folder=folder)}", soft_wrap=True)
 
 
+def keep_compiled() -> None:
+    """Let JAX keep compiled programs in the user's cache, unless it is told where already."""
+    import jax
+
+    from gdmam_jax.ldl.data import cache_folder
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def main() -> None:
     """Run the command line; wrong input ends in one line, not a traceback."""
+    keep_compiled()
     try:
         app()
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
+        text = f"[red]error:[/red] {escape(_spelled(str(error)))}"
+        Console(stderr=True).print(text, soft_wrap=True, highlight=False)
         raise SystemExit(1) from None
 
 

@@ -19,12 +19,13 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax
 import jax
@@ -35,9 +36,9 @@ from flax import nnx
 from numpy.typing import NDArray
 
 import gdmam_jax as gdmam
-from gdmam_jax.ldl import losses
+from gdmam_jax.ldl import baselines, losses, storage
 from gdmam_jax.ldl.data import Dataset, Folds, make_folds
-from gdmam_jax.ldl.imbalance import head_labels
+from gdmam_jax.ldl.imbalance import imbalance_statistics
 from gdmam_jax.ldl.measures import measure
 from gdmam_jax.ldl.methods import Method
 from gdmam_jax.ldl.models import RDA, draw_noise, rda_losses
@@ -165,9 +166,7 @@ class _Arrays(NamedTuple):
 
 
 def _arrays(folds: Folds) -> _Arrays:
-    labels, masks = jnp.asarray(folds.labels[folds.train]), jnp.asarray(folds.train_mask)
-    frequency = np.asarray(jax.vmap(losses.class_frequency)(labels, masks))
-    head = np.stack([head_labels(row) for row in frequency])
+    frequency, head = baselines.frequency_and_head(folds)
     values = {f.name: getattr(folds, f.name) for f in dataclasses.fields(folds)}
     return _Arrays(**jax.tree.map(jnp.asarray, values | {"frequency": frequency, "head": head}))
 
@@ -404,7 +403,7 @@ def _in_order(
 
 
 Progress = Callable[[str, int, int], None]
-"""Told `(stage, epochs done, epochs in all)` after every chunk."""
+"""Told `(method's label, epochs done, epochs in all)` after every chunk, and of what was done."""
 
 
 class Trained(NamedTuple):
@@ -441,26 +440,24 @@ def train(
         seed: of the runs.
         learning_rate: of the runs.
         configuration: the same as `build`'s.
-        folder: for checkpoints; None keeps none.
-        checkpoint_seconds: least time between two checkpoints.
-        progress: told the number of epochs done after every chunk.
+        folder: for checkpoints, after every quarter of the epochs; None keeps none.
+        checkpoint_seconds: most time between two checkpoints, up to a chunk.
+        progress: told the number of epochs done after every chunk, and at a checkpoint restored.
 
     Returns:
         A `Trained` of as many runs as there are folds.
     """
     program.prepare(min(configuration.chunk, configuration.epochs))
     runs = [_run_of(fold, seed, learning_rate) for fold in range(configuration.folds)]
-    restored = _restore(folder, jax.eval_shape(program.init, runs[0])) if folder else None
+    restored = storage.restore(folder) if folder else None
     if restored is None:
         epoch, states, chunks = 0, _at_once(program.init, runs), []
     else:
-        epoch, stacked, history = restored
-        states = [
-            jax.tree.map(lambda leaf, fold=fold: jnp.array(leaf[fold]), stacked)
-            for fold in range(configuration.folds)
-        ]
-        chunks = [history]
-    saved = time.monotonic()
+        epoch, leaves, history = restored
+        states, chunks = _unstack(leaves, jax.eval_shape(program.init, runs[0]), folder), [history]
+        if progress:
+            progress(epoch)
+    saved, saved_epoch = time.monotonic(), epoch
     while epoch < configuration.epochs:
         length = min(configuration.chunk, configuration.epochs - epoch)
         common = itertools.repeat(jnp.int32(epoch)), itertools.repeat(length)
@@ -469,13 +466,11 @@ def train(
         chunk = _stack([history for _, history in advanced])
         chunks.append({name: values.reshape(len(runs), -1) for name, values in chunk.items()})
         epoch += length
-        if (
-            folder
-            and epoch < configuration.epochs
-            and time.monotonic() - saved >= checkpoint_seconds
-        ):
-            _save(folder, epoch, _stack(states), _join(chunks))
-            saved = time.monotonic()
+        due = epoch - saved_epoch >= configuration.epochs / 4
+        due |= time.monotonic() - saved >= checkpoint_seconds
+        if folder and due and epoch < configuration.epochs:
+            storage.save(folder, epoch, jax.tree.leaves(_stack(states)), _join(chunks))
+            saved, saved_epoch = time.monotonic(), epoch
         if progress:
             progress(epoch)
     return Trained(_join(chunks), _stack(_at_once(program.finish, states, runs)))
@@ -516,6 +511,16 @@ def _stack(runs: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *runs)
 
 
+def _unstack(leaves: Sequence[NDArray[Any]], like: RunState, folder: Path | None) -> list[RunState]:
+    expected, structure = jax.tree.flatten(like)
+    if [leaf.shape[1:] for leaf in leaves] != [leaf.shape for leaf in expected]:
+        raise ValueError(f"{folder} holds a checkpoint of another method or version: remove it")
+    return [
+        jax.tree.unflatten(structure, [jnp.array(leaf[run]) for leaf in leaves])
+        for run in range(len(leaves[0]))
+    ]
+
+
 def _join(chunks: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     return {name: np.concatenate([chunk[name] for chunk in chunks], 1) for name in chunks[0]}
 
@@ -527,69 +532,24 @@ def _train_once(
     configuration: Configuration,
     *,
     folder: Path | None,
+    progress: Callable[[int], None] | None,
     **kwargs: Any,
 ) -> Trained:
     """`train`, unless its outcome lies beside `folder` already."""
+    kwargs |= {"folder": folder, "progress": progress}
     if folder is None:
         return train(program, seed, learning_rate, configuration, **kwargs)
     outcome = folder.with_name(f"{folder.name}.npz")
     if outcome.is_file():
+        if progress:
+            progress(configuration.epochs)
         with np.load(outcome, allow_pickle=False) as stored:
             return Trained(**flax.traverse_util.unflatten_dict(dict(stored), sep="/"))
-    trained = train(program, seed, learning_rate, configuration, folder=folder, **kwargs)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    trained = train(program, seed, learning_rate, configuration, **kwargs)
     flat = flax.traverse_util.flatten_dict(trained._asdict(), sep="/")
-    _write_npz(outcome, flat)
+    storage.write_npz(outcome, flat)
     shutil.rmtree(folder, ignore_errors=True)
     return trained
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which is at `path` once all of it is written."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        yield file
-    part.replace(path)
-
-
-def _write_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    with _whole(path) as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    with _whole(path) as file:
-        file.write(json.dumps(record, indent=1).encode())
-
-
-def _save(folder: Path, epoch: int, states: RunState, history: dict[str, NDArray[Any]]) -> None:
-    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(
-            (folder / f"epoch-{epoch}").absolute(),
-            {"leaves": jax.tree.leaves(states), "history": history},
-        )
-    for old in folder.glob("epoch-*"):
-        if old.name != f"epoch-{epoch}":
-            shutil.rmtree(old)
-
-
-def _restore(folder: Path, like: RunState) -> tuple[int, RunState, dict[str, NDArray[Any]]] | None:
-    epochs = [int(p.name.split("-")[1]) for p in folder.glob("epoch-*") if p.name[6:].isdigit()]
-    if not epochs:
-        return None
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.restore((folder / f"epoch-{max(epochs)}").absolute())
-    leaves = [np.asarray(leaf) for leaf in stored["leaves"]]
-    expected, structure = jax.tree.flatten(like)
-    if [leaf.shape[1:] for leaf in leaves] != [leaf.shape for leaf in expected]:
-        raise ValueError(f"{folder} holds a checkpoint of another method or version: remove it")
-    history = {name: np.asarray(values) for name, values in stored["history"].items()}
-    return max(epochs), jax.tree.unflatten(structure, leaves), history
 
 
 def run(
@@ -613,8 +573,9 @@ def run(
             `tuning_natural_kld` of every learning rate tried), and checkpoints. A method whose
             results are there is not run again; one that was broken off goes on at its last
             checkpoint, with the same numbers. A method is known by its name: one whose optimizer
-            or losses you have changed needs another name, or another folder. None writes nothing.
-        checkpoint_seconds: least time between two checkpoints.
+            or losses you have changed needs another name, or another folder. Beside them
+            lie the trivial predictions of `baselines.BASELINES`. None writes nothing.
+        checkpoint_seconds: see `train`.
         progress: see `Progress`.
 
     Returns:
@@ -625,43 +586,104 @@ def run(
 
     Raises:
         ValueError: the folder holds results or checkpoints of another configuration or data set.
+        OSError: the folder cannot be written, or another run writes to it.
+
+    Warns:
+        UserWarning: the training folds are not made imbalanced.
     """
     prepared = make_folds(
         dataset, folds=configuration.folds, validation_size=configuration.validation_size
     )
-    home = None if folder is None else Path(folder)
+    if np.array_equal(prepared.natural, prepared.validation):
+        warnings.warn(
+            f"{dataset.name} is not made imbalanced: training folds keep all rows, or nearly all, "
+            "and natural rows are the validation rows; give it a sampler",
+            stacklevel=2,
+        )
+    facts = _facts(dataset, prepared, configuration)
+    common = prepared, configuration, facts
+    if folder is None:
+        return [
+            _run_method(method, *common, None, checkpoint_seconds, progress) for method in methods
+        ]
+    home = Path(folder)
+    with storage.locked(home):
+        done = _finished(home, facts)
+        for name, values in baselines.score(prepared).items():
+            storage.write_json(home / f"{name}.json", _baseline_record(name, values, facts))
+        if progress:
+            for method in methods:
+                if method.name in done:
+                    progress(method.label, work(configuration), work(configuration))
+        return [
+            done.get(method.name)
+            or _run_method(method, *common, home, checkpoint_seconds, progress)
+            for method in methods
+        ]
+
+
+def work(configuration: Configuration) -> int:
+    """Epochs that a method trains for in all, those that tune included.
+
+    >>> work(Configuration(epochs=300, seeds=5))
+    1500
+    """
+    rates = len(set(configuration.learning_rates))
+    return (configuration.seeds + (rates - 1) * configuration.tuning_seeds) * configuration.epochs
+
+
+def _facts(dataset: Dataset, folds: Folds, configuration: Configuration) -> dict[str, Any]:
+    """What all methods of an experiment have in common."""
+    training = [rows[mask] for rows, mask in zip(folds.train, folds.train_mask, strict=True)]
+    factors = [imbalance_statistics(folds.labels[rows]).factor for rows in training]
     facts = {
         "data": {
             "name": dataset.name,
             "samples": len(dataset.features),
             "features": dataset.features.shape[1],
             "labels": list(dataset.label_names),
-            "training_rows": prepared.train_mask.sum(1).tolist(),
-            "checksum": _checksum(prepared),
+            "training_rows": [len(rows) for rows in training],
+            "imbalance_factor": float(np.mean(factors)),
+            "checksum": _checksum(folds),
         },
         "configuration": dataclasses.asdict(configuration),
     }
-    facts = json.loads(json.dumps(facts))
-    done: dict[str, dict[str, Any]] = {}
-    if home is not None:
-        home.mkdir(parents=True, exist_ok=True)
-        # All of them: one folder is one experiment, whose methods a report compares.
-        for path in sorted([*home.glob("*.json"), *home.glob("*.work/facts.json")]):
-            found = json.loads(path.read_text())
-            for key in ("configuration", "data"):
-                if found.get(key, facts[key]) != facts[key]:
-                    raise ValueError(
-                        f"{path} holds results of another {key}: {found[key]}, "
-                        f"now {facts[key]}; give another folder, or remove it"
-                    )
-            if "runs" in found:
-                done[found["method"]] = found
-    return [
-        done[method.name]
-        if method.name in done
-        else _run_method(method, prepared, configuration, facts, home, checkpoint_seconds, progress)
-        for method in methods
+    return json.loads(json.dumps(facts))  # tuples become the lists that are read from a file
+
+
+def _finished(home: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The records in a folder by method, all of which must have the same facts."""
+    done = {}
+    for path in sorted([*home.glob("*.json"), *home.glob("*.work/facts.json")]):
+        found = json.loads(path.read_text())
+        for key in ("configuration", "data"):
+            if found.get(key, facts[key]) != facts[key]:
+                raise ValueError(
+                    f"{path} holds results of another {key}: {found[key]}, "
+                    f"now {facts[key]}; give another folder, or remove it"
+                )
+        if "runs" in found:
+            done[found["method"]] = found
+    return done
+
+
+def _baseline_record(
+    name: str, values: dict[str, NDArray[np.float32]], facts: dict[str, Any]
+) -> dict[str, Any]:
+    measured = [
+        {measure: float(value[fold]) for measure, value in values.items()}
+        for fold in range(len(values["kld"]))
     ]
+    return {
+        "method": name,
+        "label": baselines.BASELINES[name],
+        "trivial": True,
+        **facts,
+        "runs": [
+            {"fold": i, "seed": 0, "selections": {s: {"epoch": 0} | found for s in SELECTIONS}}
+            for i, found in enumerate(measured)
+        ],
+    }
 
 
 def _checksum(folds: Folds) -> str:
@@ -686,10 +708,9 @@ def _run_method(
     work = None if home is None else home / f"{method.name}.work"
     if work is not None:
         work.mkdir(exist_ok=True)
-        _write_json(work / "facts.json", facts)
+        storage.write_json(work / "facts.json", facts)
     rates, seeds = configuration.learning_rates, range(configuration.seeds)
     tuned = [(r, s) for r in rates for s in seeds[: configuration.tuning_seeds] if len(rates) > 1]
-    total = len({*tuned, *((rates[0], seed) for seed in seeds)}) * configuration.epochs
     groups: dict[tuple[float, int], Trained] = {}
 
     def train_groups(keys: Sequence[tuple[float, int]]) -> list[Trained]:
@@ -704,7 +725,7 @@ def _run_method(
                 folder=work and work / f"{rate:g}-{seed}",
                 checkpoint_seconds=checkpoint_seconds,
                 progress=progress
-                and partial(_advanced, progress, method.label, len(groups), configuration, total),
+                and partial(_advanced, progress, method.label, len(groups), configuration),
             )
         return [groups[key] for key in keys]
 
@@ -750,8 +771,10 @@ def _run_method(
             if found
         }
         true = np.tile(folds.labels[folds.test[:, :_SHOWN]], (configuration.seeds, 1, 1))
-        _write_npz(home / f"{method.name}.npz", history | shown | tried | {"shown_true": true})
-        _write_json(home / f"{method.name}.json", record)
+        storage.write_npz(
+            home / f"{method.name}.npz", history | shown | tried | {"shown_true": true}
+        )
+        storage.write_json(home / f"{method.name}.json", record)
         shutil.rmtree(work, ignore_errors=True)
     return record
 
@@ -767,10 +790,9 @@ def _advanced(
     label: str,
     groups: int,
     configuration: Configuration,
-    total: int,
     epoch: int,
 ) -> None:
-    progress(label, groups * configuration.epochs + epoch, total)
+    progress(label, groups * configuration.epochs + epoch, work(configuration))
 
 
 def versions() -> dict[str, str]:

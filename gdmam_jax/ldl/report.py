@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gdmam_jax.ldl import storage
+from gdmam_jax.ldl.baselines import ATTAINABLE
 from gdmam_jax.ldl.experiment import SELECTIONS
 from gdmam_jax.ldl.measures import HIGHER_IS_BETTER, MEASURES
 
@@ -40,15 +42,15 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
         folder: what `experiment.run` wrote to.
 
     Returns:
-        What it returned, ordered by method.
+        What it returned, ordered by method, and last the trivial baselines' records.
 
     Raises:
         FileNotFoundError: there are none.
         ValueError: they are of different data sets or configurations.
     """
     records = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    records = [record for record in records if "runs" in record]
-    if not records:
+    records = sorted((record for record in records if "runs" in record), key=_trivial)
+    if not records or _trivial(records[0]):
         raise FileNotFoundError(f"no results in {folder}: expected METHOD.json")
     for record in records[1:]:
         for key in ("data", "configuration"):
@@ -61,8 +63,43 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
     return records
 
 
+def _trivial(record: Record) -> bool:
+    return record.get("trivial", False)
+
+
+def _methods(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if not _trivial(record)]
+
+
+def unbeaten(records: Sequence[Record], selection: str) -> str:
+    """Says so where no method has a lower test KLD than the best trivial baseline it could know.
+
+    Args:
+        records: from `load`.
+        selection: see `experiment.SELECTIONS`.
+
+    Returns:
+        A sentence, empty where a method beats them, or none of them was tested.
+    """
+    means = {record["method"]: values(record, selection, "kld").mean() for record in records}
+    trivial = {
+        record["label"]: means[record["method"]]
+        for record in records
+        if record["method"] in ATTAINABLE
+    }
+    if not trivial:
+        return ""
+    label = min(trivial, key=lambda label: trivial[label])
+    if any(means[record["method"]] < trivial[label] for record in _methods(records)):
+        return ""
+    return (
+        f"No method beats a prediction without features ({label}: KLD {trivial[label]:.4f}): "
+        "this set says nothing about methods."
+    )
+
+
 def values(record: Record, selection: str, measure: str) -> NDArray[np.float64]:
-    """One measure of all runs of a method, shape (seeds, folds).
+    """One measure of all runs of a method, shape (seeds, folds), or (1, folds) of a baseline.
 
     Args:
         record: one of `load`'s.
@@ -84,7 +121,7 @@ class Cell:
     Attributes:
         mean: over folds and seeds.
         deviation: standard deviation over folds and seeds.
-        rank: among the methods, 1 is best.
+        rank: among the methods, 1 is best; NaN for a trivial baseline.
         p_runs: Wilcoxon signed-rank test against the best method, paired over folds and seeds.
             Runs of one fold share their data, so it is the optimistic one of the two.
         p_folds: paired t-test against the best method over folds, each the mean of its seeds.
@@ -92,7 +129,7 @@ class Cell:
 
     mean: float
     deviation: float
-    rank: int
+    rank: float
     p_runs: float
     p_folds: float
 
@@ -105,7 +142,8 @@ def table(records: Sequence[Record], selection: str) -> dict[str, dict[str, Cell
         selection: see `experiment.SELECTIONS`.
 
     Returns:
-        Cells by method's name and measure. The best method's p-values are 1.
+        Cells by method's name and measure. The best method's p-values are 1. Trivial baselines are
+        compared with it, too.
     """
     cells: dict[str, dict[str, Cell]] = {record["method"]: {} for record in records}
     for measure in COLUMNS:
@@ -113,13 +151,14 @@ def table(records: Sequence[Record], selection: str) -> dict[str, dict[str, Cell
         sign = -1 if measure in HIGHER_IS_BETTER else 1
         # A method that diverged somewhere has no mean, and is ranked last.
         means = {name: float(column.mean()) for name, column in columns.items()}
-        order = sorted(means, key=lambda name: _badness(sign * means[name]))
+        names = [record["method"] for record in _methods(records)]
+        order = sorted(names, key=lambda name: _badness(sign * means[name]))
         for name, column in columns.items():
             p_runs, p_folds = compare_runs(column, columns[order[0]])
             cells[name][measure] = Cell(
                 mean=means[name],
                 deviation=float(column.std()),
-                rank=order.index(name) + 1,
+                rank=order.index(name) + 1 if name in order else float("nan"),
                 p_runs=p_runs,
                 p_folds=p_folds,
             )
@@ -135,7 +174,7 @@ def compare_runs(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple
 
     Args:
         left: shape (seeds, folds).
-        right: the same shape, of the same seeds and folds.
+        right: the same shape, of the same seeds and folds, or (1, folds).
 
     Returns:
         `(p_runs, p_folds)`, see `Cell`; NaN where a value is not finite.
@@ -164,14 +203,19 @@ def _cells(
     selection: str,
     mark: Callable[[str, Cell], str],
 ) -> list[tuple[Record, list[str], float]]:
-    """Rows of a table: record, cells as text, mean rank."""
+    """Rows of a table: record, cells as text, mean rank (NaN for trivial baselines, at the end)."""
     cells = table(records, selection)
     rows = []
     for record in records:
         row = cells[record["method"]]
         texts = [mark(f"{cell.mean:.4f} ± {cell.deviation:.4f}", cell) for cell in row.values()]
         rows.append((record, texts, float(np.mean([cell.rank for cell in row.values()]))))
-    return sorted(rows, key=lambda row: row[2])
+    return sorted(rows, key=lambda row: (_trivial(row[0]), row[2]))
+
+
+def _settings(record: Record, rank: float) -> tuple[str, str]:
+    """Learning rate and mean rank as text, both empty for trivial baselines."""
+    return ("", "") if _trivial(record) else (f"{record['learning_rate']:g}", f"{rank:.1f}")
 
 
 def _arrow(measure: str) -> str:
@@ -195,9 +239,10 @@ def markdown(records: Sequence[Record], selection: str) -> str:
     head = ["method", "learning rate", *(f"{TITLES[m]} {_arrow(m)}" for m in COLUMNS), "mean rank"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for record, texts, rank in _cells(records, selection, mark):
-        row = [record["label"], f"{record['learning_rate']:g}", *texts, f"{rank:.1f}"]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+        rate, mean_rank = _settings(record, rank)
+        lines.append("| " + " | ".join([record["label"], rate, *texts, mean_rank]) + " |")
+    note = unbeaten(records, selection)
+    return "\n".join([*lines, *(["", f"**{note}**"] if note else [])]) + "\n"
 
 
 def latex(records: Sequence[Record], selection: str) -> str:
@@ -213,7 +258,7 @@ def latex(records: Sequence[Record], selection: str) -> str:
 
     def mark(text: str, cell: Cell) -> str:
         inner = text.replace("±", r"\pm")
-        dagger = r"^\dagger" * (cell.rank > 1 and cell.p_runs < 0.05)
+        dagger = r"^\dagger" * (cell.rank != 1 and cell.p_runs < 0.05)
         return rf"$\mathbf{{{inner}}}$" if cell.rank == 1 else f"${inner}{dagger}$"
 
     arrows = {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
@@ -221,7 +266,10 @@ def latex(records: Sequence[Record], selection: str) -> str:
     lines = [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule"]
     lines += [" & ".join(head) + r" \\", r"\midrule"]
     for record, texts, rank in _cells(records, selection, mark):
-        lines.append(" & ".join([record["label"], *texts, f"{rank:.1f}"]) + r" \\")
+        lines.append(" & ".join([record["label"], *texts, _settings(record, rank)[1]]) + r" \\")
+    note = unbeaten(records, selection)
+    if note:
+        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{{note}}} \\"]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -248,7 +296,7 @@ def write_csv(
 
 
 def summary(folder: str | os.PathLike[str]) -> str:
-    """A few lines for the terminal: KLD by method and selection.
+    """A few lines for the terminal: test KLD by method and selection, learning rates, p-values.
 
     Args:
         folder: an experiment's.
@@ -257,14 +305,27 @@ def summary(folder: str | os.PathLike[str]) -> str:
         Text.
     """
     records = load(folder)
+    cells = {selection: table(records, selection) for selection in SELECTIONS}
     width = max(len(record["label"]) for record in records)
-    lines = [f"test KLD, {records[0]['data']['name']}"]
-    lines.append(" " * width + "".join(f"{selection:>18}" for selection in SELECTIONS))
+    lines = [
+        f"test KLD, {records[0]['data']['name']}; in brackets p, paired t-test over folds against "
+        "the lowest method's",
+        f"{'':<{width}}{'rate':>8}  " + "".join(f"{selection:<25}" for selection in SELECTIONS),
+    ]
     for record in records:
-        columns = [values(record, selection, "kld") for selection in SELECTIONS]
-        texts = "".join(f"{c.mean():>10.4f} ±{c.std():.4f}" for c in columns)
-        lines.append(f"{record['label']:<{width}}{texts}")
-    return "\n".join(lines)
+        found = [cells[selection][record["method"]]["kld"] for selection in SELECTIONS]
+        texts = [
+            f"{cell.mean:.4f} ±{cell.deviation:.4f} "
+            + f"({cell.p_folds:.1g})".rjust(8) * bool(cell.rank != 1)
+            for cell in found
+        ]
+        rate = _settings(record, 0)[0]
+        lines.append(f"{record['label']:<{width}}{rate:>8}  " + "".join(f"{t:<25}" for t in texts))
+    notes: dict[str, list[str]] = {}
+    for selection in SELECTIONS:
+        notes.setdefault(unbeaten(records, selection), []).append(selection)
+    lines += [f"{', '.join(where)}: {note}" for note, where in notes.items() if note]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def compare(folders: Sequence[str | os.PathLike[str]], *, method: str = "gdmam") -> str:
@@ -276,7 +337,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], *, method: str = "gdmam")
 
     Returns:
         Markdown: for every selection a table of test KLDs by method and data set. Behind each in
-        brackets `(p_runs, p_folds)`, see `Cell`, of the difference from `method`. A last table says
+        brackets `(p_runs, p_folds)`, see `Cell`, of the difference from `method`. Trivial baselines
+        are last, and sets on which no method beats them marked. A last table says
         in which epoch each method's validation KLD, mean over all runs, is best, and in which that
         of `method` gets as low; empty where a run diverged.
 
@@ -284,58 +346,79 @@ def compare(folders: Sequence[str | os.PathLike[str]], *, method: str = "gdmam")
         FileNotFoundError: a folder holds no results.
         ValueError: no folder has results of `method`, or one mixes data sets or configurations.
     """
-    experiments = [{record["method"]: record for record in load(folder)} for folder in folders]
-    found = [next(iter(experiment.values())) for experiment in experiments]
-    labels = {
-        name: record["label"] for experiment in experiments for name, record in experiment.items()
-    }
+    experiments = [load(folder) for folder in folders]
+    found = sorted((record for records in experiments for record in records), key=_trivial)
+    labels = {record["method"]: record["label"] for record in found}
     if method not in labels:
         raise ValueError(f"no results of method {method!r}; there are {', '.join(labels)}")
-    head = ["method", *(record["data"]["name"] for record in found)]
-    rule = "|" + " --- |" * len(head)
-    parts = []
-    for selection, meaning in SELECTIONS.items():
-        columns = [
-            {name: values(record, selection, "kld") for name, record in experiment.items()}
-            for experiment in experiments
-        ]
-        lines = [f"Selection `{selection}`: {meaning}", "", f"| {' | '.join(head)} |", rule]
-        for name, label in labels.items():
-            cells = [label]
-            for column in columns:
-                if name not in column:
-                    cells.append("")
-                    continue
-                text = f"{column[name].mean():.4f} ± {column[name].std():.4f}"
-                if min(column, key=lambda other: _badness(column[other].mean())) == name:
-                    text = f"**{text}**"
-                if name != method and method in column:
-                    text += " ({:.1g}, {:.1g})".format(*compare_runs(column[name], column[method]))
-                cells.append(text)
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+    parts = [_compared(experiments, labels, selection, method) for selection in SELECTIONS]
+    return "\n\n".join([*parts, _epochs(folders, experiments, labels, method)]) + "\n"
 
-    lines = [f"Epoch of the best validation KLD, and the one in which {labels[method]} gets there"]
-    lines += ["", f"| {' | '.join(head)} |", rule]
-    curves = [
-        {name: _validation(Path(folder), name) for name in experiment}
-        for folder, experiment in zip(folders, experiments, strict=True)
-    ]
+
+def _side_by_side(
+    title: str,
+    heads: Sequence[str],
+    labels: dict[str, str],
+    columns: Sequence[dict[str, str]],
+) -> str:
+    """A Markdown table of one row a method; columns hold cells by method, empty where missing."""
+    lines = [title, "", f"| {' | '.join(['method', *heads])} |", "|" + " --- |" * (1 + len(heads))]
     for name, label in labels.items():
-        cells = [label]
-        for curve in curves:
-            if name not in curve or method not in curve:
-                cells.append("")
-                continue
-            best = float(curve[name].min())
-            if np.isnan(best):
-                cells.append("")
-                continue
-            there = np.flatnonzero(curve[method] <= best)
-            when = f"{there[0] + 1}" if len(there) else "never"
-            cells.append(f"{best:.4f} in {curve[name].argmin() + 1}; {when}")
+        cells = [label, *(column.get(name, "") for column in columns)]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+    return "\n".join(lines)
+
+
+def _compared(
+    experiments: Sequence[Sequence[Record]], labels: dict[str, str], selection: str, method: str
+) -> str:
+    columns, heads = [], []
+    for records in experiments:
+        found = {record["method"]: values(record, selection, "kld") for record in records}
+        names = [record["method"] for record in _methods(records)]
+        badness = {name: _badness(found[name].mean()) for name in names}
+        best = min(badness, key=badness.__getitem__)
+        column = {}
+        for name, numbers in found.items():
+            text = f"{numbers.mean():.4f} ± {numbers.std():.4f}"
+            text = f"**{text}**" if name == best else text
+            if name != method and method in found:
+                text += " ({:.1g}, {:.1g})".format(*compare_runs(numbers, found[method]))
+            column[name] = text
+        columns.append(column)
+        heads.append(records[0]["data"]["name"] + " ‡" * bool(unbeaten(records, selection)))
+    title = f"Selection `{selection}`: {SELECTIONS[selection]}"
+    text = _side_by_side(title, heads, labels, columns)
+    if any(head.endswith("‡") for head in heads):
+        text += "\n\n‡ No method beats a prediction without features: says nothing about methods."
+    return text
+
+
+def _epochs(
+    folders: Sequence[str | os.PathLike[str]],
+    experiments: Sequence[Sequence[Record]],
+    labels: dict[str, str],
+    method: str,
+) -> str:
+    columns = []
+    for folder, records in zip(folders, experiments, strict=True):
+        names = [record["method"] for record in _methods(records)]
+        curves = {name: _validation(Path(folder), name) for name in names}
+        column = {}
+        for name, curve in curves.items():
+            best = float(curve.min())
+            if method in curves and not np.isnan(best):
+                there = np.flatnonzero(curves[method] <= best)
+                when = f"{there[0] + 1}" if len(there) else "never"
+                column[name] = f"{best:.4f} in {curve.argmin() + 1}; {when}"
+        columns.append(column)
+    trained = {record["method"] for records in experiments for record in _methods(records)}
+    return _side_by_side(
+        f"Epoch of the best validation KLD, and the one in which {labels[method]} gets there",
+        [records[0]["data"]["name"] for records in experiments],
+        {name: label for name, label in labels.items() if name in trained},
+        columns,
+    )
 
 
 def _validation(folder: Path, name: str) -> NDArray[np.float64]:
@@ -366,48 +449,52 @@ def write(folder: str | os.PathLike[str]) -> Path:
     Raises:
         FileNotFoundError: there are no results.
     """
-    import jinja2
-
     home = Path(folder)
     records = load(home)
+    methods = _methods(records)
     curves = {}
-    for record in records:
+    for record in methods:
         with np.load(home / f"{record['method']}.npz", allow_pickle=False) as stored:
             curves[record["method"]] = dict(stored)
-    write_csv(records, home / "runs.csv")
-    for name, text in (("table.md", markdown), ("table.tex", latex)):
-        comment = "%" if name.endswith("tex") else ""
-        parts = [
-            f"{comment} Selection: {SELECTIONS[s]}\n\n{text(records, s)}".lstrip()
-            for s in SELECTIONS
-        ]
-        (home / name).write_text("\n".join(parts), encoding="utf-8")
-    pictures = _draw(records, curves, home)
+    with storage.naming(home):
+        write_csv(records, home / "runs.csv")
+        for name, text in (("table.md", markdown), ("table.tex", latex)):
+            comment = "%" if name.endswith("tex") else ""
+            parts = [
+                f"{comment} Selection: {SELECTIONS[s]}\n\n{text(records, s)}".lstrip()
+                for s in SELECTIONS
+            ]
+            (home / name).write_text("\n".join(parts), encoding="utf-8")
+        pictures = _draw(methods, curves, home)
+        page = home / "report.html"
+        page.write_text(_page(records, pictures), encoding="utf-8")
+    return page
+
+
+def _page(records: Sequence[Record], pictures: dict[str, Path]) -> str:
+    import jinja2
+
     template = jinja2.Environment(autoescape=True).from_string(
         Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     )
-    page = home / "report.html"
-    page.write_text(
-        template.render(
-            record=records[0],
-            records=records,
-            selections=SELECTIONS,
-            titles=[f"{TITLES[m]} {_arrow(m)}" for m in COLUMNS],
-            tables={
-                s: [
-                    (r, table(records, s)[r["method"]], rank)
-                    for r, _, rank in _cells(records, s, lambda text, _: text)
-                ]
-                for s in SELECTIONS
-            },
-            pictures={
-                PICTURES[name]: base64.b64encode(path.read_bytes()).decode()
-                for name, path in pictures.items()
-            },
-        ),
-        encoding="utf-8",
+    return template.render(
+        record=records[0],
+        records=_methods(records),
+        selections=SELECTIONS,
+        titles=[f"{TITLES[m]} {_arrow(m)}" for m in COLUMNS],
+        tables={
+            s: [
+                (r, table(records, s)[r["method"]], _settings(r, rank)[1])
+                for r, _, rank in _cells(records, s, lambda text, _: text)
+            ]
+            for s in SELECTIONS
+        },
+        notes={s: unbeaten(records, s) for s in SELECTIONS},
+        pictures={
+            PICTURES[name]: base64.b64encode(path.read_bytes()).decode()
+            for name, path in pictures.items()
+        },
     )
-    return page
 
 
 def _draw(

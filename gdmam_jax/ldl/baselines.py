@@ -1,0 +1,96 @@
+"""Trivial predictions, which need no features: what a method has to beat to have learned."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from gdmam_jax.ldl import losses
+from gdmam_jax.ldl.data import Folds
+from gdmam_jax.ldl.imbalance import head_labels
+from gdmam_jax.ldl.measures import measure
+
+BASELINES = {
+    "trivial-uniform": "Uniform",
+    "trivial-mean": "Mean of the training fold",
+    "trivial-untouched": "Mean of the untouched fold",
+}
+"""All of them, and their labels in tables. The last one knows what the sampler left out, which no
+method does: it is the bound of what can be reached without features."""
+
+ATTAINABLE = ("trivial-uniform", "trivial-mean")
+"""Those that know no more than a method."""
+
+
+def frequency_and_head(folds: Folds) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """How often each label occurs in every training fold, and which are head labels.
+
+    Args:
+        folds: a `Folds`.
+
+    Returns:
+        Two arrays of shape (folds, labels).
+    """
+    labels, masks = jnp.asarray(folds.labels[folds.train]), jnp.asarray(folds.train_mask)
+    frequency = np.asarray(jax.vmap(losses.class_frequency)(labels, masks))
+    return frequency, np.stack([head_labels(row) for row in frequency])
+
+
+def predictions(folds: Folds) -> dict[str, NDArray[np.float32]]:
+    """The label distribution that each of `BASELINES` predicts for every row of a test fold.
+
+    Args:
+        folds: a `Folds`.
+
+    Returns:
+        By name, shape (folds, labels).
+
+    >>> from gdmam_jax import ldl
+    >>> labels = [[1, 0], [1, 0], [0, 1], [0, 1]]
+    >>> folds = ldl.make_folds(ldl.from_arrays([[1], [2], [3], [4]], labels), folds=2,
+    ...                        validation_size=1)
+    >>> predictions(folds)["trivial-untouched"].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    labels = folds.labels
+    training = [
+        labels[rows[mask]] for rows, mask in zip(folds.train, folds.train_mask, strict=True)
+    ]
+    untouched = [
+        np.delete(labels, rows[mask], 0)
+        for rows, mask in zip(folds.test, folds.test_mask, strict=True)
+    ]
+    uniform = np.full((len(folds.test), labels.shape[1]), 1 / labels.shape[1], np.float32)
+    means = (np.stack([part.mean(0) for part in parts]) for parts in (training, untouched))
+    return dict(zip(BASELINES, (uniform, *means), strict=True))
+
+
+@jax.jit
+def _measure(
+    labels: jax.Array, rows: jax.Array, mask: jax.Array, head: jax.Array, prediction: jax.Array
+) -> dict[str, jax.Array]:
+    def fold(
+        rows: jax.Array, mask: jax.Array, head: jax.Array, prediction: jax.Array
+    ) -> dict[str, jax.Array]:
+        target = labels[rows]
+        return measure(jnp.broadcast_to(prediction, target.shape), target, mask, head=head)
+
+    return jax.vmap(fold)(rows, mask, head, prediction)
+
+
+def score(folds: Folds) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Test every baseline on every fold.
+
+    Args:
+        folds: a `Folds`.
+
+    Returns:
+        By name and measure (see `measures.measure`), shape (folds,).
+    """
+    _, head = frequency_and_head(folds)
+    return {
+        name: jax.tree.map(
+            np.asarray, _measure(folds.labels, folds.test, folds.test_mask, head, prediction)
+        )
+        for name, prediction in predictions(folds).items()
+    }

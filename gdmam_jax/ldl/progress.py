@@ -1,0 +1,80 @@
+"""How far an experiment is: bars on a terminal, lines elsewhere, and the time left in all."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Clock:
+    """Estimates the time left over all methods from the epochs trained since it was made.
+
+    Args:
+        labels: of all methods.
+        chunk: most epochs trained between two calls; a larger step is of what was done before.
+        now: a clock, in seconds.
+    """
+
+    def __init__(
+        self, labels: Sequence[str], chunk: int, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.done = dict.fromkeys(labels, 0)
+        self._chunk, self._now, self._start, self._trained = chunk, now, now(), 0
+
+    def __call__(self, label: str, done: int, total: int) -> str:
+        """Take what `experiment.Progress` is told, and say the time left."""
+        step = done - self.done[label]
+        self._trained += step if 0 < step <= self._chunk else 0
+        self.done[label] = done
+        left = total * len(self.done) - sum(self.done.values())
+        if left and not self._trained:
+            return "time left unknown"
+        seconds = (self._now() - self._start) / max(self._trained, 1) * left
+        return f"{timedelta(seconds=round(seconds))} left"
+
+
+@contextlib.contextmanager
+def shown(
+    console: Console, labels: Sequence[str], chunk: int, seconds: float = 10.0
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress while the context lasts.
+
+    Args:
+        console: where.
+        labels: of all methods.
+        chunk: see `Clock`.
+        seconds: least time between two lines of a method, where the console is no terminal.
+
+    Yields:
+        What `experiment.run` takes as `progress`.
+    """
+    clock = Clock(labels, chunk)
+    if not console.is_terminal:
+        printed = dict.fromkeys(labels, float("-inf"))
+
+        def line(label: str, done: int, total: int) -> None:
+            left = clock(label, done, total)
+            if done == total or time.monotonic() - printed[label] >= seconds:
+                printed[label] = time.monotonic()
+                console.print(f"{label}: {done} of {total} epochs; {left} in all", highlight=False)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    last = TextColumn("epochs"), TimeElapsedColumn(), TextColumn("{task.fields[left]}")
+    with Progress(*columns, *last, console=console) as bars:
+        tasks = {label: bars.add_task(label, total=None, left="") for label in labels}
+        everything = bars.add_task("all methods", total=None, left="") if len(labels) > 1 else None
+
+        def bar(label: str, done: int, total: int) -> None:
+            left = clock(label, done, total)
+            alone = everything is None
+            bars.update(tasks[label], completed=done, total=total, left=left if alone else "")
+            if everything is not None:
+                whole = total * len(labels)
+                bars.update(everything, completed=sum(clock.done.values()), total=whole, left=left)
+
+        yield bar

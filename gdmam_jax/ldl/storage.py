@@ -1,0 +1,109 @@
+"""What an experiment writes: files that are whole or absent, checkpoints, one program a folder."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make an error of writing, such as a full disk, name the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which is at `path` once all of it is written."""
+    part = path.with_name(f"{path.name}.part")
+    with naming(path):
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+
+
+def write_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write arrays by name, compressed."""
+    with whole(path) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record."""
+    with whole(path) as file:
+        file.write(json.dumps(record, indent=1).encode())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder, and hold it against other processes until left, or killed.
+
+    Args:
+        folder: of an experiment.
+
+    Raises:
+        OSError: it cannot be written, or another process holds it.
+    """
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    with file:
+        try:
+            import fcntl
+        except ModuleNotFoundError:  # Windows: not held
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another run writes to {folder}: wait for it, or give another") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def save(folder: Path, epoch: int, leaves: list[Any], history: dict[str, NDArray[Any]]) -> None:
+    """Write a checkpoint, and remove older ones.
+
+    Args:
+        folder: of one seed's checkpoints.
+        epoch: how many are done.
+        leaves: of the runs' states.
+        history: of the epochs done.
+    """
+    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+
+    path = folder / f"epoch-{epoch}"
+    with naming(path), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), {"leaves": leaves, "history": history})
+    for old in folder.glob("epoch-*"):
+        if old != path:
+            shutil.rmtree(old)
+
+
+def restore(folder: Path) -> tuple[int, list[NDArray[Any]], dict[str, NDArray[Any]]] | None:
+    """The newest checkpoint.
+
+    Args:
+        folder: what `save` wrote to.
+
+    Returns:
+        `(epoch, leaves, history)`, or None if there is no checkpoint.
+    """
+    epochs = [int(p.name.split("-")[1]) for p in folder.glob("epoch-*") if p.name[6:].isdigit()]
+    if not epochs:
+        return None
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.restore((folder / f"epoch-{max(epochs)}").absolute())
+    history = {name: np.asarray(values) for name, values in stored["history"].items()}
+    return max(epochs), [np.asarray(leaf) for leaf in stored["leaves"]], history
