@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdmam_jax.ldl import storage
-from gdmam_jax.ldl.baselines import ATTAINABLE
+from gdmam_jax.ldl.baselines import ATTAINABLE, BASELINES
 from gdmam_jax.ldl.experiment import SELECTIONS
 from gdmam_jax.ldl.measures import HIGHER_IS_BETTER, MEASURES
 
@@ -49,7 +49,7 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
         ValueError: they are of different data sets or configurations.
     """
     records = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    records = sorted((record for record in records if "runs" in record), key=_trivial)
+    records = sorted((record for record in records if "runs" in record), key=_place)
     if not records or _trivial(records[0]):
         raise FileNotFoundError(f"no results in {folder}: expected METHOD.json")
     for record in records[1:]:
@@ -65,6 +65,11 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
 
 def _trivial(record: Record) -> bool:
     return record.get("trivial", False)
+
+
+def _place(record: Record) -> int:
+    """Methods before the trivial baselines, and those in their order."""
+    return list(BASELINES).index(record["method"]) if _trivial(record) else -1
 
 
 def _methods(records: Sequence[Record]) -> list[Record]:
@@ -347,7 +352,7 @@ def compare(folders: Sequence[str | os.PathLike[str]], *, method: str = "gdmam")
         ValueError: no folder has results of `method`, or one mixes data sets or configurations.
     """
     experiments = [load(folder) for folder in folders]
-    found = sorted((record for records in experiments for record in records), key=_trivial)
+    found = sorted((record for records in experiments for record in records), key=_place)
     labels = {record["method"]: record["label"] for record in found}
     if method not in labels:
         raise ValueError(f"no results of method {method!r}; there are {', '.join(labels)}")

@@ -1,6 +1,7 @@
 """Methods, the training loop, resuming, the command line and the report."""
 
 import dataclasses
+import errno
 import json
 import threading
 
@@ -12,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 import gdmam_jax as gdmam
-from gdmam_jax.ldl import data, experiment, methods, report
-from gdmam_jax.ldl.__main__ import app
+from gdmam_jax.ldl import baselines, data, experiment, methods, progress, report, storage
+from gdmam_jax.ldl.__main__ import _spelled, app
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is not made imbalanced")
 
@@ -170,6 +171,98 @@ def test_a_killed_run_is_not_resumed_as_another(dataset, tmp_path):
         experiment.run(dataset, [methods.find("gdmam")], other, folder=tmp_path)
 
 
+def test_a_run_that_is_not_imbalanced_is_told(dataset, finished):
+    with pytest.warns(UserWarning, match="small is not made imbalanced: .*; give it a sampler"):
+        _run(dataset, finished[0])
+
+
+def test_checkpoints_go_by_work_done(tmp_path, monkeypatch):
+    """However fast a seed is: after every quarter of its epochs."""
+    saved = []
+    monkeypatch.setattr(storage, "save", lambda folder, epoch, *_: saved.append(epoch))
+    program = experiment.Program(
+        prepare=lambda length: None,
+        init=lambda run: jnp.zeros(()),
+        advance=lambda state, run, first, length: (state, {"kld": jnp.zeros(length)}),
+        finish=lambda state, run: state,
+    )
+    configuration = dataclasses.replace(SMALL, epochs=12, chunk=1)
+    experiment.train(program, 0, 0.1, configuration, folder=tmp_path)
+    assert saved == [3, 6, 9]
+
+
+def test_a_folder_is_held_by_one_run(tmp_path):
+    with (
+        storage.locked(tmp_path),
+        pytest.raises(OSError, match=f"another run writes to {tmp_path}"),
+        storage.locked(tmp_path),
+    ):
+        pass
+    with storage.locked(tmp_path):
+        pass
+
+
+def test_errors_of_writing_name_the_path(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/out cannot be written: Not a directory"):
+        storage.locked(tmp_path / "file" / "out").__enter__()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(OSError, match=r"a\.npz cannot be written: No space left on device"),
+        storage.whole(tmp_path / "a.npz"),
+    ):
+        raise full
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_trivial_baselines_are_in_the_results(dataset, finished):
+    folder, _, _ = finished
+    records = {record["method"]: record for record in report.load(folder)}
+    assert list(records) == ["gdmam", *baselines.BASELINES]
+    folds = data.make_folds(dataset, folds=2, validation_size=6)
+    for fold in range(2):
+        tested = folds.test[fold][folds.test_mask[fold]]
+        trained = folds.train[fold][folds.train_mask[fold]]
+        untouched = np.setdiff1d(np.arange(43), tested)
+        target = dataset.labels[tested]
+        for name, prediction in (
+            ("trivial-uniform", np.full(4, 0.25)),
+            ("trivial-mean", dataset.labels[trained].mean(0)),
+            ("trivial-untouched", dataset.labels[untouched].mean(0)),
+        ):
+            kld = (target * np.log(target / prediction)).sum(1).mean()
+            chebyshev = np.abs(target - prediction).max(1).mean()
+            for selection in experiment.SELECTIONS:
+                found = report.values(records[name], selection, "kld")
+                assert found.shape == (1, 2)
+                np.testing.assert_allclose(found[0, fold], kld, rtol=1e-5)
+            found = report.values(records[name], "last", "chebyshev")[0, fold]
+            np.testing.assert_allclose(found, chebyshev, rtol=1e-5)
+
+
+def _records(**klds):
+    """Of two folds, by method's name."""
+    runs = {
+        name: [{"fold": f, "seed": 0, "selections": {"last": {"kld": kld + f}}} for f in range(2)]
+        for name, kld in klds.items()
+    }
+    return [
+        {"method": name, "label": name, "trivial": name.startswith("trivial"), "runs": found}
+        | {"configuration": {"folds": 2}}
+        for name, found in runs.items()
+    ]
+
+
+def test_a_set_on_which_no_method_beats_the_trivial_baselines_is_marked():
+    trivial = {"trivial-uniform": 2.0, "trivial-mean": 3.0, "trivial-untouched": 1.0}
+    note = report.unbeaten(_records(a=2.1, b=2.5, **trivial), "last")
+    assert note.startswith(
+        "No method beats a prediction without features (trivial-uniform: KLD 2.5"
+    )
+    assert report.unbeaten(_records(a=1.9, b=2.5, **trivial), "last") == ""
+    assert report.unbeaten(_records(a=2.1), "last") == ""
+
+
 def test_results_that_do_not_belong_together_are_not_compared(tmp_path):
     for name, folds in (("a", 2), ("b", 3)):
         record = {"method": name, "data": {}, "configuration": {"folds": folds}, "runs": []}
@@ -217,17 +310,23 @@ def test_report(finished, tmp_path):
     folder, records, _ = finished
     page = report.write(folder).read_text()
     assert page.count("data:image/png;base64,") == len(report.PICTURES)
-    assert "GDMAM" in (folder / "table.md").read_text()
+    texts = page, report.summary(folder), report.compare([folder])
+    for label in ("GDMAM", *baselines.BASELINES.values()):
+        assert all(label in text for text in texts)
+        for name, row in (("table.md", f"| {label} |"), ("table.tex", f"{label} & ")):
+            assert (folder / name).read_text().count(row) == len(experiment.SELECTIONS)
     assert r"\toprule" in (folder / "table.tex").read_text()
     lines = 1 + (4 + 3 * 2) * len(experiment.SELECTIONS)  # three baselines on two folds
     assert len((folder / "runs.csv").read_text().splitlines()) == lines
-    assert "GDMAM" in report.summary(folder)
+    assert f"{records[0]['learning_rate']:g}" in texts[1]
     compared = tmp_path / "runs.csv"
     result = CliRunner().invoke(
         app, ["compare", str(folder), "--method", "gdmam", "--csv", str(compared)]
     )
     last = np.mean([run["selections"]["last"]["kld"] for run in records[0]["runs"]])
     assert f"**{last:.4f} ± " in result.output
+    marked = any(report.unbeaten(report.load(folder), name) for name in experiment.SELECTIONS)
+    assert ("| small ‡ |" in result.output) == marked
     assert len(compared.read_text().splitlines()) == lines
     with pytest.raises(FileNotFoundError, match="no results in"):
         report.load(folder / "nothing")
@@ -313,25 +412,78 @@ def test_bad_configurations_are_refused(change, message):
         experiment.Configuration(**change)
 
 
-def test_command_line(tmp_path, dataset):
-    np.savez(tmp_path / "small.npz", features=dataset.features, labels=dataset.labels)
-    options = "--folds 2 --seeds 1 --epochs 2 --validation-size 6 --hidden 4 --chunk 1"
-    out = tmp_path / "out"
-    result = CliRunner().invoke(
-        app,
-        f"run --data {tmp_path / 'small.npz'} --methods adamw --out {out} {options}".split(),
-    )
+def test_the_time_left_counts_what_was_trained_now():
+    seconds = iter(range(0, 1000, 10))
+    clock = progress.Clock(["a", "b"], chunk=25, now=lambda: next(seconds))
+    assert clock("a", 200, 200) == "time left unknown"  # finished by an earlier run
+    assert clock("b", 100, 200) == "time left unknown"  # at its checkpoint
+    assert clock("b", 125, 200) == "0:00:30 left"  # 25 epochs in ten seconds, 75 to go
+    assert clock("b", 150, 200) == "0:00:20 left"
+    assert clock("b", 200, 200) == "0:00:00 left"
+
+
+def test_messages_are_spelled_as_on_the_command_line():
+    for text, spelled in (
+        ("rows sum to 2; normalize=True divides", "rows sum to 2; --normalize divides"),
+        ("tuning_seeds must be below seeds = 5", "--tuning-seeds must be below --seeds = 5"),
+        ("3 rows are too few for 10 folds", "3 rows are too few for 10 folds"),
+    ):
+        assert _spelled(text) == spelled
+
+
+def test_help_lists_what_can_be_named():
+    shown = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).output
+    for name in (*methods.METHODS, *data.REGISTRY, *experiment.SELECTIONS):
+        assert name in shown
+
+
+@pytest.fixture
+def command(tmp_path, dataset):
+    features = np.column_stack([dataset.features, np.ones(43)])
+    np.savez(tmp_path / "small.npz", features=features, labels=dataset.labels)
+
+    def invoke(*options):
+        given = f"run --data {tmp_path / 'small.npz'} --methods adamw --out {tmp_path / 'out'}"
+        given += " --folds 2 --seeds 1 --epochs 2 --validation-size 6 --hidden 4 --chunk 1"
+        return CliRunner().invoke(app, [*given.split(), *options], catch_exceptions=False)
+
+    return invoke
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--drop-constant", "--rows", "9"), "--rows needs --imbalance thresholds, or a number"),
+        (("--drop-constant", "--imbalance", "0.5"), "--imbalance must be auto, thresholds, none"),
+        (("--drop-constant", "--imbalance", "thresholds"), "cannot keep 100 of 21 rows"),
+        ((), "of column 5, in float32; drop_constant=True leaves such columns out"),
+        (("--data", "Moovie"), "unknown data set 'Moovie'"),
+    ],
+)
+def test_bad_commands_are_refused(command, options, message):
+    with pytest.raises(ValueError, match=message):
+        command(*options)
+
+
+def test_command_line(tmp_path, command):
+    options = ("--drop-constant", "--imbalance", "thresholds", "--rows", "14")
+    result = command(*options)
     assert result.exit_code == 0, result.output
-    assert "AdamW" in result.output
+    assert "is not made imbalanced" not in result.output
+    assert "AdamW: 1 of 2 epochs; 0:0" in result.output
+    out = tmp_path / "out"
     assert (out / "report.html").is_file()
     record = json.loads((out / "adamw.json").read_text())
     assert record["configuration"]["hidden"] == 4
+    assert record["data"]["features"] == 5
+    assert record["data"]["training_rows"] == [8, 8]
+    assert record["data"]["imbalance_factor"] > 1
     assert record["versions"]["jax"] == jax.__version__
-    again = CliRunner().invoke(app, ["report", str(out)])
-    assert again.exit_code == 0
+    again = command(*options)  # trains nothing, and reads as finished
+    assert "AdamW: 2 of 2 epochs; 0:00:00 left in all" in again.output
+    assert json.loads((out / "adamw.json").read_text()) == record
+    with pytest.raises(ValueError, match="holds results of another data"):
+        command("--drop-constant")
+    assert CliRunner().invoke(app, ["report", str(out)]).exit_code == 0
     listed = CliRunner().invoke(app, ["data", "list"], env={"GDMAM_LDL_CACHE": str(tmp_path)})
     assert "emotion6" in listed.output
-    with pytest.raises(ValueError, match="unknown data set 'Moovie'"):
-        CliRunner().invoke(
-            app, ["run", "--data", "Moovie", "--out", str(out)], catch_exceptions=False
-        )
