@@ -515,8 +515,10 @@ def _unstack(leaves: Sequence[NDArray[Any]], like: RunState, folder: Path | None
     expected, structure = jax.tree.flatten(like)
     if [leaf.shape[1:] for leaf in leaves] != [leaf.shape for leaf in expected]:
         raise ValueError(f"{folder} holds a checkpoint of another method or version: remove it")
+    # A dtype that NumPy does not know, such as bfloat16, is stored as plain bytes.
+    typed = [leaf.view(to.dtype) for leaf, to in zip(leaves, expected, strict=True)]
     return [
-        jax.tree.unflatten(structure, [jnp.array(leaf[run]) for leaf in leaves])
+        jax.tree.unflatten(structure, [jnp.array(leaf[run]) for leaf in typed])
         for run in range(len(leaves[0]))
     ]
 

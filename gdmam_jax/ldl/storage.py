@@ -2,8 +2,7 @@
 
 import contextlib
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,8 +69,10 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def save(folder: Path, epoch: int, leaves: list[Any], history: dict[str, NDArray[Any]]) -> None:
-    """Write a checkpoint, and remove older ones.
+def save(
+    folder: Path, epoch: int, leaves: Sequence[NDArray[Any]], history: dict[str, NDArray[Any]]
+) -> None:
+    """Write a checkpoint in place of the last one.
 
     Args:
         folder: of one seed's checkpoints.
@@ -79,18 +80,16 @@ def save(folder: Path, epoch: int, leaves: list[Any], history: dict[str, NDArray
         leaves: of the runs' states.
         history: of the epochs done.
     """
-    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
-
-    path = folder / f"epoch-{epoch}"
-    with naming(path), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), {"leaves": leaves, "history": history})
-    for old in folder.glob("epoch-*"):
-        if old != path:
-            shutil.rmtree(old)
+    with naming(folder):
+        folder.mkdir(exist_ok=True)
+    named = {f"leaf/{number}": leaf for number, leaf in enumerate(leaves)}
+    named |= {f"history/{name}": values for name, values in history.items()}
+    with whole(folder / "checkpoint.npz") as file:
+        np.savez(file, epoch=epoch, **named)  # type: ignore[arg-type]
 
 
 def restore(folder: Path) -> tuple[int, list[NDArray[Any]], dict[str, NDArray[Any]]] | None:
-    """The newest checkpoint.
+    """The last checkpoint.
 
     Args:
         folder: what `save` wrote to.
@@ -98,12 +97,13 @@ def restore(folder: Path) -> tuple[int, list[NDArray[Any]], dict[str, NDArray[An
     Returns:
         `(epoch, leaves, history)`, or None if there is no checkpoint.
     """
-    epochs = [int(p.name.split("-")[1]) for p in folder.glob("epoch-*") if p.name[6:].isdigit()]
-    if not epochs:
+    path = folder / "checkpoint.npz"
+    if not path.is_file():
         return None
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.restore((folder / f"epoch-{max(epochs)}").absolute())
-    history = {name: np.asarray(values) for name, values in stored["history"].items()}
-    return max(epochs), [np.asarray(leaf) for leaf in stored["leaves"]], history
+    with np.load(path, allow_pickle=False) as stored:
+        parts: dict[str, dict[str, NDArray[Any]]] = {"leaf": {}, "history": {}}
+        for name in stored.files:
+            kind, _, rest = name.partition("/")
+            if rest:
+                parts[kind][rest] = stored[name]
+        return int(stored["epoch"]), list(parts["leaf"].values()), parts["history"]

@@ -191,6 +191,23 @@ def test_checkpoints_go_by_work_done(tmp_path, monkeypatch):
     assert saved == [3, 6, 9]
 
 
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
+    states = [{"count": jnp.int32(run), "m": jnp.full(2, run, jnp.bfloat16)} for run in (3, 4)]
+    history = {"kld": np.arange(6.0).reshape(2, 3)}
+    for epoch in (3, 5):  # the later one replaces the earlier
+        leaves = jax.tree.leaves(experiment._stack(states))
+        storage.save(tmp_path / "a", epoch, leaves, history)
+    epoch, leaves, found = storage.restore(tmp_path / "a")
+    assert epoch == 5
+    np.testing.assert_array_equal(found.pop("kld"), history["kld"])
+    assert not found
+    restored = experiment._unstack(leaves, states[0], tmp_path)
+    assert repr(restored) == repr(states)
+    with pytest.raises(ValueError, match="a checkpoint of another method or version: remove it"):
+        experiment._unstack(leaves, {"m": jnp.ones(3)}, tmp_path)
+    assert storage.restore(tmp_path / "b") is None
+
+
 def test_a_folder_is_held_by_one_run(tmp_path):
     with (
         storage.locked(tmp_path),
