@@ -15,6 +15,7 @@ app = typer.Typer(
 
 Rounds = Annotated[int, typer.Option(help="How often each case runs.", min=1)]
 Threads = Annotated[int | None, typer.Option(help="Processors to use; all unless given.", min=1)]
+Losses = Annotated[str, typer.Option(help="How many, the prediction loss counted; commas between.")]
 Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
 
 
@@ -23,6 +24,13 @@ def _numbers(text: str) -> list[int]:
         return [int(float(part)) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"expected numbers with commas between, got {text!r}") from None
+
+
+def _losses(text: str) -> list[int]:
+    counts = _numbers(text)
+    if min(counts) < 2:
+        raise typer.BadParameter(f"--losses must be at least 2, got {text}")
+    return counts
 
 
 def _names(text: str, known: list[str]) -> list[str]:
@@ -48,6 +56,8 @@ def update(
     momentum_dtype: Annotated[str | None, typer.Option(help="Of the momenta.")] = None,
     only: Annotated[str, typer.Option(help="Optimizers, commas between; all unless given.")] = "",
     steps: Annotated[int, typer.Option(help="In one call, in lax.scan.", min=1)] = 1,
+    losses: Losses = "2",
+    torch: Annotated[bool, typer.Option("--torch", help="Beside TorchJD on the CPU, too.")] = False,
     rounds: Rounds = 20,
     threads: Threads = None,
     output: Output = None,
@@ -60,7 +70,10 @@ def update(
     if min(counts) < 1 or max(counts) > parameters:
         raise typer.BadParameter(f"leaves must be from 1 to {int(parameters)}, got {leaves}")
     chosen = _names(only, list(module.OPTIMIZERS))
-    rows = module.benchmark(int(parameters), counts, dtype, momentum_dtype, rounds, chosen, steps)
+    number = _losses(losses)
+    rows = module.benchmark(
+        int(parameters), counts, dtype, momentum_dtype, rounds, chosen, steps, number, torch
+    )
     title = f"update, {parameters:g} parameters, {dtype}, {steps} steps a call"
     timing.report(title, rows, output)
 
@@ -68,6 +81,7 @@ def update(
 @app.command()
 def pair(
     models: Annotated[str, typer.Option(help="Commas between.")] = "mlp,resnet,transformer",
+    losses: Losses = "2",
     batch: Annotated[int, typer.Option(help="Examples.", min=1)] = 64,
     width: Annotated[int, typer.Option(help="Features of the layers.", min=8)] = 128,
     rematerialise: Annotated[
@@ -77,12 +91,12 @@ def pair(
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """Two gradients from one forward pass, beside one of the sum, PyTorch and TorchJD."""
+    """The losses' gradients from one forward pass, beside that of the sum, PyTorch and TorchJD."""
     timing.use_threads(threads)
     from benchmarks import pair as module
 
     chosen = _names(models, list(module.MODELS))
-    rows = module.benchmark(chosen, batch, width, rounds, rematerialise)
+    rows = module.benchmark(chosen, _losses(losses), batch, width, rounds, rematerialise)
     title = f"pair, batch {batch}, width {width}" + rematerialise * ", rematerialised"
     timing.report(title, rows, output)
 

@@ -1,18 +1,23 @@
-"""Two gradients from one forward pass: beside the gradient of the sum, and beside PyTorch's ways.
+"""The losses' gradients from one forward pass: beside that of the sum, and beside PyTorch's ways.
 
 Three models, each in JAX and in PyTorch with the same sizes; each way's cost is given over the
-gradient of the summed loss in the same framework.
+gradient of the summed loss in the same framework. Every loss depends on all parameters but the
+head's, so that no backward pass is shorter than the summed loss's.
 """
 
+import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import torch
 from torch import nn
 from torch.nn import functional
-from torchjd import autojac
+from torch.profiler import ProfilerActivity, profile
+from torchjd import aggregation, autojac
 
 import gdmam_jax as gdmam
 from benchmarks.timing import Case, measure_in_turn, ratio
@@ -22,12 +27,18 @@ CLASSES = 10
 
 
 def benchmark(
-    names: Sequence[str], batch: int, width: int, rounds: int, rematerialise: bool = False
+    names: Sequence[str],
+    losses: Sequence[int],
+    batch: int,
+    width: int,
+    rounds: int,
+    rematerialise: bool = False,
 ) -> list[dict[str, Any]]:
-    """Time and memory of the paired gradient over those of the summed one.
+    """Time and memory of the gradients of all losses over those of the summed loss.
 
     Args:
         names: of the models, see `MODELS`.
+        losses: how many, the prediction's counted; each number is a set of cases.
         batch: examples.
         width: features of the layers.
         rounds: how often each case runs.
@@ -35,27 +46,33 @@ def benchmark(
             pass (`jax.checkpoint`).
 
     Returns:
-        One row for each model and way.
+        One row for each model, number of losses and way: time over the summed loss's, beside what
+        the arithmetic of one forward and K backward passes would take, and memory over the summed
+        loss's: what the step needs beside parameters and batch.
     """
     torch.set_num_threads(experiment.processors())
     rows = []
-    for name in names:
+    for name, count in itertools.product(names, losses):
         make_jax, make_torch = MODELS[name]
-        losses, *arguments = make_jax(batch, width)
+        function, *arguments = make_jax(batch, width, count)
         if rematerialise:
-            losses = jax.checkpoint(losses)
-        cases, memory, off = _jax_cases(losses, *arguments)
-        cases |= _torch_cases(*make_torch(batch, width))
+            function = jax.checkpoint(function)
+        cases, memory, off = _jax_cases(function, *arguments)
+        torch_cases = _torch_cases(*make_torch(batch, width, count))
+        memory |= {way: peak_bytes(case.run) for way, case in torch_cases.items()}
+        cases |= torch_cases
         measure_in_turn(list(cases.values()), rounds)
         for way, case in cases.items():
-            base = cases["JAX summed" if way.startswith("JAX") else "PyTorch summed"]
+            base = "JAX summed" if way.startswith("JAX") else "PyTorch summed"
             rows.append(
                 {
                     "model": name,
+                    "losses": count,
                     "way": way,
                     "milliseconds": case.milliseconds,
-                    "over summed": ratio(case, base),
-                    "memory over summed": memory.get(way, float("nan")),
+                    "over summed": ratio(case, cases[base]),
+                    "(1 + 2K) / 3": 1.0 if way == base else (1 + 2 * count) / 3,
+                    "memory": memory[way] / memory[base],
                     "off by": off if way == "JAX batched" else float("nan"),
                     "first call s": case.first,
                 }
@@ -64,9 +81,19 @@ def benchmark(
 
 
 def _jax_cases(losses: Callable[..., Any], params: Any, batch: Any) -> tuple[dict, dict, float]:
+    paired = gdmam.value_and_paired_grad(losses)
+    count = len(jax.eval_shape(losses, params, *batch)[1])
+    upgrad = gdmam.weighed(optax.identity(), gdmam.upgrad_weighting, alignment_losses=count)
+    state = upgrad.init(params)
+
+    def weighed(*args: Any) -> Any:
+        values, pairs = paired(*args)
+        return values, upgrad.update(pairs, state)[0]
+
     ways = {
-        "JAX summed": jax.value_and_grad(lambda *args: sum(losses(*args))),
-        "JAX paired": gdmam.value_and_paired_grad(losses),
+        "JAX summed": jax.value_and_grad(lambda *args: sum(jax.tree.leaves(losses(*args)))),
+        "JAX paired": paired,
+        "JAX paired, UPGrad": weighed,
         "JAX batched": _batched(losses),
     }
     cases, memory, results = {}, {}, {}
@@ -78,53 +105,96 @@ def _jax_cases(losses: Callable[..., Any], params: Any, batch: Any) -> tuple[dic
         cases[way] = Case(way, lambda f=compiled: jax.block_until_ready(f(params, *batch)))
         results[way] = compiled(params, *batch)[1]
     # Checked, because a compiler that is wrong can be fast.
+    prediction, alignment = gdmam.unpair_gradients(results["JAX paired"])
     off = max(
         float(jnp.abs(both[k] - one).max() / jnp.maximum(jnp.abs(one).max(), 1e-30))
-        for k, half in enumerate(gdmam.unpair_gradients(results["JAX paired"]))
+        for k, gradient in enumerate([prediction, *alignment])
         for both, one in zip(
-            jax.tree.leaves(results["JAX batched"]), jax.tree.leaves(half), strict=True
+            jax.tree.leaves(results["JAX batched"]), jax.tree.leaves(gradient), strict=True
         )
     )
-    return cases, {way: size / memory["JAX summed"] for way, size in memory.items()}, off
+    return cases, memory, off
 
 
 def _batched(losses: Callable[..., Any]) -> Callable[..., Any]:
-    """Both gradients from one batched backward pass: the other way to have a pair."""
+    """All gradients from one batched backward pass: the other way to have them."""
 
     def function(params: Any, *batch: Any) -> Any:
-        values, pushforward = jax.linearize(lambda params: losses(params, *batch), params)
+        def flat(params: Any) -> Any:
+            return jax.tree.leaves(losses(params, *batch))
+
+        values, pushforward = jax.linearize(flat, params)
         pull_back = jax.linear_transpose(pushforward, params)
-        (gradients,) = jax.vmap(pull_back)(tuple(jnp.eye(2)))
+        (gradients,) = jax.vmap(pull_back)(list(jnp.eye(len(values))))
         return values, gradients
 
     return function
 
 
 def _torch_cases(losses: Callable[..., Any], params: list, batch: Any) -> dict[str, Case]:
-    def summed() -> None:
-        torch.autograd.grad(sum(losses(*batch)), params)
-
-    def twice() -> None:
+    def evaluated() -> list:
         prediction, alignment = losses(*batch)
-        torch.autograd.grad(prediction, params, retain_graph=True, allow_unused=True)
-        torch.autograd.grad(alignment, params, allow_unused=True)
+        return [prediction, *alignment]
+
+    def summed() -> None:
+        torch.autograd.grad(sum(evaluated()), params)
+
+    def in_turn() -> list:
+        values = evaluated()
+        return [
+            torch.autograd.grad(
+                value, params, retain_graph=value is not values[-1], allow_unused=True
+            )
+            for value in values
+        ]
 
     def jacobian() -> None:
-        autojac.backward(list(losses(*batch)), inputs=params)
+        autojac.backward(evaluated(), inputs=params)
         for param in params:
             del param.jac
 
-    ways = {"PyTorch summed": summed, "PyTorch twice": twice, "TorchJD autojac": jacobian}
+    def weighed() -> None:
+        autojac.backward(evaluated(), inputs=params)
+        jacobian_to_gradient(params)
+        for param in params:
+            param.grad = None
+
+    ways = {
+        "PyTorch summed": summed,
+        "PyTorch in turn": in_turn,
+        "TorchJD autojac": jacobian,
+        "TorchJD autojac, UPGrad": weighed,
+    }
     return {way: Case(way, function) for way, function in ways.items()}
 
 
-def _two_losses(xp: Any, logits: Any, hidden: Any, labels: Any, target: Any) -> tuple[Any, Any]:
-    """Cross entropy of the prediction, and distance of the representation from a target."""
+def jacobian_to_gradient(params: Sequence[Any]) -> None:
+    """TorchJD's UPGrad, the Gramian summed over the parameters: its way that saves memory."""
+    autojac.jac_to_grad(params, aggregation.UPGrad(), optimize_gramian_computation=True)
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes that PyTorch holds during a call, above what it holds before."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # The profiler's notes would cut the tables.
+    run()  # What the first call alone makes does not count.
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((change.nbytes() for change in changes), initial=0))
+
+
+def _losses(
+    xp: Any, logits: Any, hidden: Any, labels: Any, targets: Any
+) -> tuple[Any, tuple[Any, ...]]:
+    """Cross entropy of the prediction, and distances of the representation from targets."""
     if xp is jnp:
         prediction = -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels])
     else:
         prediction = functional.cross_entropy(logits, labels)
-    return prediction, ((hidden - target) ** 2).mean()
+    return prediction, tuple(((hidden - target) ** 2).mean() for target in targets)
 
 
 def _random_batch(key: int, *shape: int) -> tuple[jax.Array, jax.Array]:
@@ -141,48 +211,48 @@ def _matrix(key: int, *shape: int) -> jax.Array:
 MLP_LAYERS = 6
 
 
-def _mlp_jax(batch: int, width: int) -> tuple[Any, ...]:
+def _mlp_jax(batch: int, width: int, count: int) -> tuple[Any, ...]:
     params = [_matrix(i, width, width) for i in range(MLP_LAYERS)]
     params.append(_matrix(99, width, CLASSES))
     x, labels = _random_batch(0, batch, width)
-    target = jax.random.normal(jax.random.key(5), (batch, width))
+    targets = jax.random.normal(jax.random.key(5), (count - 1, batch, width))
 
-    def losses(params: Any, x: Any, labels: Any, target: Any) -> tuple[Any, Any]:
+    def losses(params: Any, x: Any, labels: Any, targets: Any) -> tuple[Any, Any]:
         for weight in params[:-1]:
             x = jax.nn.relu(x @ weight)
-        return _two_losses(jnp, x @ params[-1], x, labels, target)
+        return _losses(jnp, x @ params[-1], x, labels, targets)
 
-    return losses, params, (x, labels, target)
+    return losses, params, (x, labels, targets)
 
 
-def _mlp_torch(batch: int, width: int) -> tuple[Any, ...]:
+def _mlp_torch(batch: int, width: int, count: int) -> tuple[Any, ...]:
     layers = [
         module
         for _ in range(MLP_LAYERS)
         for module in (nn.Linear(width, width, bias=False), nn.ReLU())
     ]
-    return _torch_losses(nn.Sequential(*layers), width, (batch, width), (batch, width))
+    return _torch_losses(nn.Sequential(*layers), width, (batch, width), (count - 1, batch, width))
 
 
 def _torch_losses(
     trunk: nn.Module, features: int, inputs: tuple[int, ...], hidden: tuple[int, ...]
 ) -> tuple[Any, ...]:
     head = nn.Linear(features, CLASSES, bias=False)
-    x, target = torch.randn(inputs), torch.randn(hidden)
+    x, targets = torch.randn(inputs), torch.randn(hidden)
     labels = torch.randint(0, CLASSES, inputs[:1])
 
-    def losses(x: Any, labels: Any, target: Any) -> tuple[Any, Any]:
+    def losses(x: Any, labels: Any, targets: Any) -> tuple[Any, Any]:
         z = trunk(x)
-        return _two_losses(torch, head(z), z, labels, target)
+        return _losses(torch, head(z), z, labels, targets)
 
-    return losses, [*trunk.parameters(), *head.parameters()], (x, labels, target)
+    return losses, [*trunk.parameters(), *head.parameters()], (x, labels, targets)
 
 
 BLOCKS = 3
 SIDE = 16
 
 
-def _resnet_jax(batch: int, width: int) -> tuple[Any, ...]:
+def _resnet_jax(batch: int, width: int, count: int) -> tuple[Any, ...]:
     channels = max(4, width // 8)
     params = {
         "first": _matrix(0, 3, 3, 3, channels),
@@ -192,20 +262,20 @@ def _resnet_jax(batch: int, width: int) -> tuple[Any, ...]:
         "head": _matrix(99, channels, CLASSES),
     }
     x, labels = _random_batch(0, batch, SIDE, SIDE, 3)
-    target = jax.random.normal(jax.random.key(5), (batch, channels))
+    targets = jax.random.normal(jax.random.key(5), (count - 1, batch, channels))
 
     def convolve(x: Any, kernel: Any) -> Any:
         dimensions = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", None, None, dimensions)
 
-    def losses(params: Any, x: Any, labels: Any, target: Any) -> tuple[Any, Any]:
+    def losses(params: Any, x: Any, labels: Any, targets: Any) -> tuple[Any, Any]:
         x = jax.nn.relu(convolve(x, params["first"]))
         for first, second in params["blocks"]:
             x = x + convolve(jax.nn.relu(convolve(x, first)), second)
         z = jax.nn.relu(x).mean((1, 2))
-        return _two_losses(jnp, z @ params["head"], z, labels, target)
+        return _losses(jnp, z @ params["head"], z, labels, targets)
 
-    return losses, params, (x, labels, target)
+    return losses, params, (x, labels, targets)
 
 
 class _Residual(nn.Module):
@@ -224,7 +294,7 @@ class _Mean(nn.Module):
         return torch.relu(x).mean((2, 3))
 
 
-def _resnet_torch(batch: int, width: int) -> tuple[Any, ...]:
+def _resnet_torch(batch: int, width: int, count: int) -> tuple[Any, ...]:
     channels = max(4, width // 8)
     trunk = nn.Sequential(
         nn.Conv2d(3, channels, 3, padding=1, bias=False),
@@ -232,7 +302,7 @@ def _resnet_torch(batch: int, width: int) -> tuple[Any, ...]:
         *(_Residual(channels) for _ in range(BLOCKS)),
         _Mean(),
     )
-    return _torch_losses(trunk, channels, (batch, 3, SIDE, SIDE), (batch, channels))
+    return _torch_losses(trunk, channels, (batch, 3, SIDE, SIDE), (count - 1, batch, channels))
 
 
 TRANSFORMER_LAYERS = 2
@@ -240,7 +310,7 @@ LENGTH = 32
 HEADS = 4
 
 
-def _transformer_jax(batch: int, width: int) -> tuple[Any, ...]:
+def _transformer_jax(batch: int, width: int, count: int) -> tuple[Any, ...]:
     shapes = {
         "qkv": (width, 3 * width),
         "out": (width, width),
@@ -258,18 +328,18 @@ def _transformer_jax(batch: int, width: int) -> tuple[Any, ...]:
         "head": _matrix(99, width, CLASSES),
     }
     x, labels = _random_batch(0, batch, LENGTH, width)
-    target = jax.random.normal(jax.random.key(5), (batch, width))
+    targets = jax.random.normal(jax.random.key(5), (count - 1, batch, width))
 
-    def losses(params: Any, x: Any, labels: Any, target: Any) -> tuple[Any, Any]:
+    def losses(params: Any, x: Any, labels: Any, targets: Any) -> tuple[Any, Any]:
         for layer in params["layers"]:
             parts = (jax.nn.standardize(x) @ layer["qkv"]).reshape(batch, LENGTH, 3, HEADS, -1)
             attended = jax.nn.dot_product_attention(*(parts[:, :, i] for i in range(3)))
             x = x + attended.reshape(x.shape) @ layer["out"]
             x = x + jax.nn.gelu(jax.nn.standardize(x) @ layer["up"]) @ layer["down"]
         z = x.mean(1)
-        return _two_losses(jnp, z @ params["head"], z, labels, target)
+        return _losses(jnp, z @ params["head"], z, labels, targets)
 
-    return losses, params, (x, labels, target)
+    return losses, params, (x, labels, targets)
 
 
 class _TransformerLayer(nn.Module):
@@ -296,10 +366,10 @@ class _MeanOverPositions(nn.Module):
         return x.mean(1)
 
 
-def _transformer_torch(batch: int, width: int) -> tuple[Any, ...]:
+def _transformer_torch(batch: int, width: int, count: int) -> tuple[Any, ...]:
     layers = [_TransformerLayer(width) for _ in range(TRANSFORMER_LAYERS)]
     trunk = nn.Sequential(*layers, _MeanOverPositions())
-    return _torch_losses(trunk, width, (batch, LENGTH, width), (batch, width))
+    return _torch_losses(trunk, width, (batch, LENGTH, width), (count - 1, batch, width))
 
 
 MODELS = {
@@ -307,4 +377,4 @@ MODELS = {
     "resnet": (_resnet_jax, _resnet_torch),
     "transformer": (_transformer_jax, _transformer_torch),
 }
-"""By name: functions of (batch, width) that make the model in JAX and in PyTorch."""
+"""By name: functions of (batch, width, count of losses) that make the model in JAX and PyTorch."""

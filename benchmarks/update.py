@@ -1,5 +1,6 @@
-"""The cost of an optimizer step alone, gradients given."""
+"""The cost of an optimizer step alone, the losses' gradients given."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -14,16 +15,27 @@ from benchmarks.hlo import bytes_moved
 from benchmarks.timing import Case, measure_in_turn, ratio
 
 BASELINE = "summed(adamw)"
+RELEASED = "gdmam_released"
+"""Takes one alignment loss only."""
 
 OPTIMIZERS = {
-    BASELINE: lambda dtype: gdmam.summed(optax.adamw(1e-3, mu_dtype=dtype)),
-    "gdmam": lambda dtype: gdmam.gdmam(1e-3, momentum_dtype=dtype),
-    "scale_by_gdmam": lambda dtype: optax.chain(
-        gdmam.scale_by_gdmam(momentum_dtype=dtype), optax.scale_by_learning_rate(1e-3)
+    BASELINE: lambda dtype, others=1: gdmam.summed(optax.adamw(1e-3, mu_dtype=dtype)),
+    "gdmam": lambda dtype, others=1: gdmam.gdmam(
+        1e-3, momentum_dtype=dtype, alignment_losses=others
     ),
-    "gdmam_released": lambda dtype: gdmam.gdmam_released(1e-3),
+    "scale_by_gdmam": lambda dtype, others=1: optax.chain(
+        gdmam.scale_by_gdmam(momentum_dtype=dtype, alignment_losses=others),
+        optax.scale_by_learning_rate(1e-3),
+    ),
+    RELEASED: lambda dtype, others=1: gdmam.gdmam_released(1e-3),
+    "weighed(adamw, UPGrad)": lambda dtype, others=1: gdmam.weighed(
+        optax.adamw(1e-3, mu_dtype=dtype), gdmam.upgrad_weighting, alignment_losses=others
+    ),
 }
-"""Functions of the momentum's dtype."""
+"""Functions of the momentum's dtype and of the number of alignment losses."""
+
+TORCH_BASELINE = "PyTorch summed(AdamW)"
+TORCH = (TORCH_BASELINE, "TorchJD UPGrad, AdamW")
 
 
 def benchmark(
@@ -34,6 +46,8 @@ def benchmark(
     rounds: int,
     only: Sequence[str] = (),
     steps: int = 1,
+    losses: Sequence[int] = (2,),
+    torch: bool = False,
 ) -> list[dict[str, Any]]:
     """GDMAM's forms beside `summed(optax.adamw)` and beside a copy of as many bytes.
 
@@ -46,42 +60,57 @@ def benchmark(
         only: the optimizers beside the baseline; none given, all.
         steps: in one call. A call hands every array over, which with thousands of them takes as
             long as their update; several steps, in `jax.lax.scan`, share that.
+        losses: how many, the prediction's counted; each number is a set of cases. The released
+            form is left out where there are more than two.
+        torch: whether TorchJD's way is measured, too, over AdamW on the sum in PyTorch.
 
     Returns:
-        One row for each case; milliseconds are of one step.
+        One row for each case, its milliseconds those of one step: time over the summed loss's and
+        over the copy's, bytes moved a parameter, as compiled and at least, and memory over the
+        summed loss's: parameters, state, gradients and what the step needs beside them.
     """
     names = [BASELINE, *(only or [name for name in OPTIMIZERS if name != BASELINE])]
-    cases: dict[tuple[int, str], Case] = {}
-    copies: dict[tuple[int, str], Case] = {}
-    moved, needed, sizes = {}, {}, {}
-    for count in leaves:
-        pairs = jax.tree.map(
-            gdmam.GradientPair,
-            _random(1, parameters, count, dtype),
-            _random(2, parameters, count, dtype),
-        )
-        sizes[count] = sum(leaf.size for leaf in jax.tree.leaves(pairs)) // 2
-        for name in names:
-            key = (count, name)
-            cases[key], moved[key], needed[key] = _case(
-                name, pairs, count, dtype, momentum_dtype, steps
-            )
+    cases: dict[tuple[int, int, str], Case] = {}
+    copies: dict[tuple[int, int, str], Case] = {}
+    moved, memory, needed, sizes = {}, {}, {}, {}
+    for number, count in itertools.product(losses, leaves):
+        gradients = [_random(1 + k, parameters, count, dtype) for k in range(number)]
+        sizes[count] = sum(leaf.size for leaf in jax.tree.leaves(gradients[0]))
+        for name in [*names, *(TORCH if torch else ())]:
+            if name == RELEASED and number > 2:
+                continue
+            key = (number, count, name)
+            if name in TORCH:
+                cases[key], held, memory[key] = _torch_case(name, gradients, dtype, steps)
+                moved[key] = float("nan")
+            else:
+                cases[key], held, memory[key], moved[key] = _case(
+                    name, gradients, momentum_dtype, steps
+                )
+            # Gradients are read; parameters and state are read and written. Where there are
+            # weights, the inner products come first, over all leaves.
+            reads = 1 if name in (BASELINE, TORCH_BASELINE) else 2
+            needed[key] = reads * _bytes(gradients) + 2 * held
             copies[key] = _copy(needed[key], steps)
     measure_in_turn([case for key in cases for case in (cases[key], copies[key])], rounds)
     rows = []
-    for (count, name), case in cases.items():
+    for (number, count, name), case in cases.items():
+        key = (number, count, name)
+        base = (number, count, TORCH_BASELINE if name in TORCH else BASELINE)
         row = {
             "optimizer": name,
+            "losses": number,
             "leaves": count,
-            "milliseconds": case.milliseconds / steps,
-            f"over {BASELINE}": ratio(case, cases[count, BASELINE]),
-            "over copy": ratio(case, copies[count, name]),
-            "bytes/parameter": moved[count, name] / sizes[count],
-            "must move": needed[count, name] / sizes[count],
+            "ms": case.milliseconds / steps,
+            "over summed": ratio(case, cases[base]),
+            "over copy": ratio(case, copies[key]),
+            "moved": moved[key] / sizes[count],
+            "must move": needed[key] / sizes[count],
+            "memory": memory[key] / memory[base],
         }
         if len(leaves) > 1:
-            row[f"over {leaves[0]} leaves"] = ratio(case, cases[leaves[0], name])
-        rows.append(row | {"compilation s": case.first})
+            row[f"over {leaves[0]} leaves"] = ratio(case, cases[number, leaves[0], name])
+        rows.append(row | {"compile s": case.first})
     return rows
 
 
@@ -96,10 +125,13 @@ def _random(seed: int, parameters: int, leaves: int, dtype: str) -> dict[str, ja
 
 
 def _case(
-    name: str, pairs: Any, leaves: int, dtype: str, momentum_dtype: str | None, steps: int
-) -> tuple[Case, int, int]:
-    optimizer = OPTIMIZERS[name](momentum_dtype)
-    params = optax.tree.scale(0.1, gdmam.unpair_gradients(pairs)[0])
+    name: str, gradients: list[Any], momentum_dtype: str | None, steps: int
+) -> tuple[Case, int, int, int]:
+    """A case, the bytes of parameters and state, those of all that is held, and those moved."""
+    first, *others = gradients
+    optimizer = OPTIMIZERS[name](momentum_dtype, len(others))
+    pairs = gdmam.pair_gradients(first, others[0] if len(others) == 1 else tuple(others))
+    params = optax.tree.scale(0.1, first)
     held = [params, jax.jit(optimizer.init)(params)]
 
     def step(params: Any, state: Any, pairs: Any) -> Any:
@@ -128,11 +160,44 @@ def _case(
         held[:] = compiled(*held, pairs)
         jax.block_until_ready(held)
 
-    # Gradients are read; parameters and state are read and written.
-    must = _bytes(pairs) + 2 * _bytes(held)
-    if name != BASELINE:
-        must += _bytes(pairs)  # The inner products come first, over all leaves.
-    return Case(name, run, seconds), bytes_moved(one.as_text()), must
+    analysis = one.memory_analysis()
+    # What is donated is in the arguments and in the outputs.
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + new
+    return Case(name, run, seconds), _bytes(held), memory, bytes_moved(one.as_text())
+
+
+def _torch_case(name: str, gradients: list[Any], dtype: str, steps: int) -> tuple[Case, int, int]:
+    """A case, the bytes of parameters and state, and those of all that is held."""
+    # Here, so that the rest runs without PyTorch.
+    import torch
+
+    from benchmarks.pair import jacobian_to_gradient, peak_bytes
+    from gdmam_jax.ldl import experiment
+
+    torch.set_num_threads(experiment.processors())
+    shapes = [leaf.shape for leaf in jax.tree.leaves(gradients[0])]
+    kind = getattr(torch, dtype)
+    jacobians = [torch.randn((len(gradients), *shape)).to(kind) for shape in shapes]
+    params = [torch.nn.Parameter(0.1 * jacobian[0]) for jacobian in jacobians]
+    optimizer = torch.optim.AdamW(params, 1e-3, weight_decay=1e-4, fused=True)
+
+    def run() -> None:
+        for _ in range(steps):
+            for param, jacobian in zip(params, jacobians, strict=True):
+                if name == TORCH_BASELINE:
+                    param.grad = jacobian.sum(0)
+                else:
+                    param.jac = jacobian
+            if name != TORCH_BASELINE:
+                jacobian_to_gradient(params)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    peak = peak_bytes(run)
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    held = sum(tensor.nbytes for tensor in [*params, *state])
+    return Case(name, run), held, held + sum(each.nbytes for each in jacobians) + peak
 
 
 def _copy(size: int, times: int) -> Case:
