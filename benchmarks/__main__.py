@@ -157,5 +157,27 @@ def compile_time(
     timing.report(f"compile, leaves of {shape}", rows, output)
 
 
+@app.command()
+def soak(
+    steps: Annotated[float, typer.Option(help="How many, for example 1e6.", min=100)] = 1e6,
+    dtypes: Annotated[
+        str, typer.Option(help="Of the parameters, commas between.")
+    ] = "float32,bfloat16",
+    only: Annotated[str, typer.Option(help="Optimizers, commas between; all unless given.")] = "",
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """A long training beside float64: drift, bounds, memory, counters; fails where one breaks."""
+    timing.use_threads(threads)
+    from benchmarks import soak as module
+
+    count = int(steps) // module.CALLS * module.CALLS
+    chosen = _names(dtypes, ["float32", "bfloat16", "float16"])
+    rows = module.benchmark(count, chosen, _names(only, list(module.OPTIMIZERS)))
+    timing.report(f"soak, {count:,} steps", rows, output)
+    if any(row["held"] == "NO" for row in rows):
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")
