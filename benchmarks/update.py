@@ -23,6 +23,9 @@ OPTIMIZERS = {
     "gdmam": lambda dtype, others=1: gdmam.gdmam(
         1e-3, momentum_dtype=dtype, alignment_losses=others
     ),
+    "gdmam(not_finite=skip)": lambda dtype, others=1: gdmam.gdmam(
+        1e-3, momentum_dtype=dtype, alignment_losses=others, not_finite="skip"
+    ),
     "scale_by_gdmam": lambda dtype, others=1: optax.chain(
         gdmam.scale_by_gdmam(momentum_dtype=dtype, alignment_losses=others),
         optax.scale_by_learning_rate(1e-3),

@@ -30,8 +30,6 @@ from gdmam_jax._released import clip_by_recent_norm as clip_by_recent_norm
 from gdmam_jax._released import gdmam_released as gdmam_released
 from gdmam_jax._scopes import Scope as Scope
 from gdmam_jax._scopes import leaf_scope as leaf_scope
-from gdmam_jax._skipping import NotFinite as NotFinite
-from gdmam_jax._skipping import SkippingState as SkippingState
 from gdmam_jax._transform import GDMAMState as GDMAMState
 from gdmam_jax._transform import scale_by_gdmam as scale_by_gdmam
 from gdmam_jax._weightings import Weighting as Weighting

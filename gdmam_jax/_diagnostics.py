@@ -11,7 +11,6 @@ from gdmam_jax._geometry import ALIGNMENT_SCALARS
 from gdmam_jax._optimizers import WeighedState
 from gdmam_jax._pairs import is_nnx_variable, named_leaves
 from gdmam_jax._released import ReleasedState
-from gdmam_jax._skipping import SkippingState
 from gdmam_jax._transform import GDMAMState
 
 
@@ -47,7 +46,13 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       >>> round(float(gdmam.diagnostics(state)["cosine"]), 4)
       0.7071
     """
-    found = _nodes(opt_state, (GDMAMState, ReleasedState, WeighedState))
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, GDMAMState | ReleasedState | WeighedState)
+
+    found = [
+        (name, node) for name, node in named_leaves(opt_state, is_leaf=is_state) if is_state(node)
+    ]
     if not found:
         raise ValueError(
             "no GDMAM state found: expected the state of an optimizer with scale_by_gdmam, gdmam, "
@@ -55,6 +60,12 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         )
     report = {}
     for path, state in found:
+        # An nnx.Optimizer keeps each array in a variable.
+        state = jax.tree.map(
+            lambda leaf: leaf[...] if is_nnx_variable(leaf) else leaf,
+            state,
+            is_leaf=is_nnx_variable,
+        )
         prefix = f"{path}/" if len(found) > 1 else ""
         labels = state.allocation.scopes.labels
         for name, value in _scalars(state.allocation).items():
@@ -65,28 +76,10 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
                 report[f"{prefix}{name}"] = value
         if isinstance(state, ReleasedState):
             report[f"{prefix}decay"] = state.decay
-    counts = _nodes(opt_state, (SkippingState,))
-    for path, state in counts:
-        prefix = f"{path}/" if len(counts) > 1 else ""
-        report[f"{prefix}skipped"] = state.skipped
-        report[f"{prefix}skipped_in_a_row"] = state.in_a_row
+        if isinstance(state, GDMAMState) and state.skipped is not None:
+            report[f"{prefix}skipped"] = state.skipped
+            report[f"{prefix}skipped_in_a_row"] = state.skipped_in_a_row
     return report
-
-
-def _nodes(tree: Any, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
-    """The nodes of some kinds with their paths; plain arrays where NNX has variables."""
-
-    def of_kind(node: Any) -> bool:
-        return isinstance(node, kinds)
-
-    def plain(leaf: Any) -> Any:
-        return leaf[...] if is_nnx_variable(leaf) else leaf
-
-    return [
-        (name, jax.tree.map(plain, node, is_leaf=is_nnx_variable))
-        for name, node in named_leaves(tree, is_leaf=of_kind)
-        if of_kind(node)
-    ]
 
 
 def _scalars(allocation: Allocation) -> dict[str, jax.Array]:

@@ -19,7 +19,6 @@ from gdmam_jax._checks import check_optimizer, check_range, check_state
 from gdmam_jax._numerics import narrow, pytree_dataclass, widen
 from gdmam_jax._pairs import GradientPair, begin_update, halves
 from gdmam_jax._scopes import Scope, Scopes
-from gdmam_jax._skipping import NotFinite, with_policy
 from gdmam_jax._transform import scale_by_gdmam
 from gdmam_jax._weightings import Weighting
 
@@ -46,7 +45,7 @@ def gdmam(
     weight_decay: Any = 1e-4,
     mask: Any = None,
     momentum_dtype: Any = None,
-    not_finite: NotFinite = "apply",
+    not_finite: Literal["apply", "skip"] = "apply",
     max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -121,12 +120,27 @@ def gdmam(
             eps=eps,
             amsgrad=amsgrad,
             momentum_dtype=momentum_dtype,
+            not_finite=not_finite,
+            max_skips=max_skips,
             axis_name=axis_name,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return with_policy(chain, not_finite, max_skips)
+    if not_finite == "apply":
+        return chain
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        changes, (new, *links) = chain.update(updates, state, params, **extra_args)
+        apply = new.skipped == state[0].skipped
+        # p + (-0.0) is p to the last bit, also where p is -0.0.
+        changes = jax.tree.map(lambda change: jnp.where(apply, change, -0.0), changes)
+        links = jax.tree.map(lambda after, old: jnp.where(apply, after, old), links, [*state[1:]])
+        return changes, (new, *links)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
 def summed(

@@ -1,5 +1,6 @@
 """The allocated form: weigh, gate, then remember, as an Optax transformation."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -29,7 +30,6 @@ from gdmam_jax._numerics import (
 )
 from gdmam_jax._pairs import GradientPair, begin_update, halves
 from gdmam_jax._scopes import Scope
-from gdmam_jax._skipping import NotFinite, with_policy
 from gdmam_jax._weightings import Weighting, config_weighting, unit_weighting
 
 
@@ -52,6 +52,8 @@ class GDMAMState:
         float32 or better; None without ``b2``.
       second_moment_maximum: its largest value so far, with ``amsgrad``; else None.
       second_moment_correction: $1 - \prod_t b_{2,t}$; shape ``()``; None without ``b2``.
+      skipped: steps left out so far; int32, shape ``()``; None without ``not_finite="skip"``.
+      skipped_in_a_row: steps that were not finite since the last finite one; likewise.
     """
 
     count: jax.Array
@@ -61,6 +63,8 @@ class GDMAMState:
     second_moment: Any
     second_moment_maximum: Any
     second_moment_correction: Any
+    skipped: Any
+    skipped_in_a_row: Any
 
 
 def scale_by_gdmam(
@@ -82,7 +86,7 @@ def scale_by_gdmam(
     eps: Any = 1e-8,
     amsgrad: bool = False,
     momentum_dtype: Any = None,
-    not_finite: NotFinite = "apply",
+    not_finite: Literal["apply", "skip"] = "apply",
     max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -136,8 +140,8 @@ def scale_by_gdmam(
         statistics are float32 or better in any case.
       not_finite: what becomes of a step in which an inner product of the gradients is not finite.
         ``"apply"``: it is taken, and the numbers that are not finite spread, as in Optax's own
-        optimizers. ``"skip"``: the updates are 0 and the state stays, bit for bit, but for a count
-        (see `SkippingState` and `diagnostics`). Other links of a chain go on.
+        optimizers. ``"skip"``: the updates are 0 and the state stays, bit for bit, but for counts
+        that `diagnostics` shows. Other links of a chain go on.
       max_skips: with ``"skip"``, after so many steps left out in a row the next is taken, whatever
         it is, so that the failure shows. None: never.
       axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded: the inner
@@ -196,6 +200,12 @@ def scale_by_gdmam(
         raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
     if momentum_dtype is not None and not jnp.issubdtype(momentum_dtype, jnp.floating):
         raise ValueError(f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}")
+    if not_finite not in ("apply", "skip"):
+        raise ValueError(f"not_finite must be 'apply' or 'skip', got {not_finite!r}")
+    skips = not_finite == "skip"
+    check_range("max_skips", 0 if max_skips is None else max_skips)
+    if max_skips is not None and not skips:
+        raise ValueError("max_skips needs not_finite='skip'")
     steered = momenta == "steered"
 
     def init(params: optax.Params) -> GDMAMState:
@@ -213,6 +223,8 @@ def scale_by_gdmam(
             second_moment=None if b2 is None else second_moment(),
             second_moment_maximum=second_moment() if amsgrad else None,
             second_moment_correction=None if b2 is None else jnp.zeros((), decays.dtype),
+            skipped=jnp.zeros((), jnp.int32) if skips else None,
+            skipped_in_a_row=jnp.zeros((), jnp.int32) if skips else None,
         )
 
     def check_choices(state: GDMAMState, pairs: Any) -> None:
@@ -222,6 +234,7 @@ def scale_by_gdmam(
             ("momenta", len(state.momenta), buffers),
             ("b2", state.second_moment is not None, b2 is not None),
             ("amsgrad", state.second_moment_maximum is not None, amsgrad),
+            ("not_finite", state.skipped is not None, skips),
         ):
             if found != expected:
                 raise ValueError(
@@ -243,7 +256,6 @@ def scale_by_gdmam(
             updates, alignment, params, like=state.momenta[0], losses=allocator.losses
         )
         check_choices(state, structure.unflatten(leaves))
-        count = optax.safe_increment(state.count)
         if not leaves:
             return structure.unflatten([]), state
         allocation = allocator.step(leaves, state.allocation)
@@ -264,6 +276,29 @@ def scale_by_gdmam(
             root = jnp.sqrt(second_correction)
             second = (decay, root, root * jnp.asarray(eps, root.dtype))
         per_scope = (share, share[..., None] * factors, jnp.sum(factors, axis=-2))
+        small = {
+            "count": optax.safe_increment(state.count),
+            "allocation": allocation,
+            "momentum_correction": correction,
+            "second_moment_correction": None if b2 is None else second_correction,
+        }
+        apply = None
+        if skips:
+            # Finite only where every element of every gradient is; known without a pass over them.
+            finite = jnp.all(jnp.isfinite(allocation.gramian))
+            patience = True if max_skips is None else state.skipped_in_a_row < max_skips
+            apply = finite | ~jnp.asarray(patience)
+            small = jax.tree.map(
+                lambda new, old: jnp.where(apply, new, old),
+                small,
+                {name: getattr(state, name) for name in small},
+            )
+            more = optax.safe_increment
+            small["skipped"] = jnp.where(apply, state.skipped, more(state.skipped))
+            small["skipped_in_a_row"] = jnp.where(finite, 0, more(state.skipped_in_a_row))
+            # With these the loops over the arrays leave them as they are.
+            per_scope = jax.tree.map(lambda scalar: jnp.where(apply, scalar, 0), per_scope)
+            second = second and (jnp.where(apply, second[0], 1), *second[1:])
         dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
 
         def leaf_step(number: int, pair: GradientPair, moment: Any, largest: Any, *old: Any) -> Any:
@@ -275,6 +310,7 @@ def scale_by_gdmam(
                 moment,
                 largest,
                 second,
+                apply,
                 dtype=jnp.dtype(dtype),
             )
 
@@ -287,18 +323,15 @@ def scale_by_gdmam(
             state.second_moment_maximum,
             *state.momenta,
         )
-        return direction, GDMAMState(
-            count=count,
-            allocation=allocation,
-            momentum_correction=correction,
+        return direction, dataclasses.replace(
+            state,
             momenta=new_momenta,
             second_moment=moment,
             second_moment_maximum=largest,
-            second_moment_correction=None if b2 is None else second_correction,
+            **small,
         )
 
-    transformation = optax.GradientTransformationExtraArgs(init, update)
-    return with_policy(transformation, not_finite, max_skips)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 # One compiled function for a leaf's step: leaves of one shape are traced once.
@@ -310,6 +343,7 @@ def _leaf_step(
     second: jax.Array | None,
     largest: jax.Array | None,
     second_scalars: tuple[jax.Array, jax.Array, jax.Array] | None,
+    apply: jax.Array | None,
     *,
     dtype: Any,
 ) -> tuple[Any, ...]:
@@ -317,10 +351,13 @@ def _leaf_step(
 
     ``scalars`` are the newest components' shares of the momenta, ``(M,)``, these times the
     components' factors of the gradients, ``(M, K)``, and the factors of the components' sum,
-    ``(K,)``; ``second_scalars`` are b2, the root of its correction, and that times eps.
+    ``(K,)``; ``second_scalars`` are b2, the root of its correction, and that times eps; ``apply``
+    says whether the step is taken, None that it is.
     """
     precision = wide_dtype(*gradients, *momenta, *(() if second is None else [second]))
     wide = [jnp.asarray(gradient).astype(precision) for gradient in gradients]
+    if apply is not None:
+        wide = [jnp.where(apply, gradient, 0) for gradient in wide]
     share, share_of, factors = (scalar.astype(precision) for scalar in scalars)
 
     def combined(weights: jax.Array) -> jax.Array:
@@ -341,5 +378,7 @@ def _leaf_step(
         # u / (sqrt(v) / root + eps), with one division an element.
         denominator = floored_sqrt(second if largest is None else largest) + root_eps
         direction = root * direction / denominator
+    if apply is not None:
+        direction = jnp.where(apply, direction, 0)
     stored = tuple(narrow(each, old.dtype) for each, old in zip(new, momenta, strict=True))
     return narrow(direction, dtype), stored, second, largest

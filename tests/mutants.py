@@ -216,17 +216,33 @@ MUTANTS = (
         "- pairs * turned", "", "tests/test_weightings.py -k finite_differences",
     ),
     Mutant(
-        "a step left out changes the state", "_skipping",
-        "jnp.where(apply, new, old)", "new", "tests/test_skipping.py -k as_if",
+        "a step left out changes the allocation", "_transform",
+        "lambda new, old: jnp.where(apply, new, old)", "lambda new, old: new",
+        "tests/test_skipping.py -k as_if",
     ),
     Mutant(
-        "a step left out is not counted", "_skipping",
+        "a step left out is remembered", "_transform",
+        "wide = [jnp.where(apply, gradient, 0) for gradient in wide]", "pass",
+        "tests/test_skipping.py -k as_if",
+    ),
+    Mutant(
+        "a step left out decays the second moment", "_transform",
+        "second = second and (jnp.where(apply, second[0], 1), *second[1:])", "pass",
+        "tests/test_skipping.py -k as_if",
+    ),
+    Mutant(
+        "a step left out advances the schedule", "_optimizers",
+        "lambda after, old: jnp.where(apply, after, old)", "lambda after, old: after",
+        "tests/test_skipping.py -k as_if",
+    ),
+    Mutant(
+        "a step left out is not counted", "_transform",
         "jnp.where(apply, state.skipped, more(state.skipped))", "state.skipped",
         "tests/test_skipping.py -k as_if",
     ),
     Mutant(
-        "steps left out are never forgotten", "_skipping",
-        "jnp.where(finite, 0, more(state.in_a_row))", "more(state.in_a_row)",
+        "steps left out are never forgotten", "_transform",
+        "jnp.where(finite, 0, more(state.skipped_in_a_row))", "more(state.skipped_in_a_row)",
         "tests/test_skipping.py -k in_a_row",
     ),
 )  # fmt: skip
