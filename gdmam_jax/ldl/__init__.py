@@ -6,6 +6,7 @@
 - `imbalance`: samplers that make a training set imbalanced, statistics
 - `data`: loading, checking and fetching data sets, the built-in films, the papers' folds
 - `files`: what `data` reads: CSV, NumPy and MATLAB files
+- `baselines`: trivial predictions, which need no features
 - `methods`: what can be compared, and how to add a method of your own
 - `experiment`: all folds and seeds of a method as one compiled program
 - `report`: tables, pictures and a page from an experiment's folder

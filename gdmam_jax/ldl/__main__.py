@@ -115,7 +115,7 @@ def run(
         chunk=chunk,
     )
     names = list(methods_module.METHODS) if methods == "all" else methods.split(",")
-    chosen = [methods_module.find(name.strip()) for name in names]
+    chosen = [methods_module.find(name) for name in dict.fromkeys(map(str.strip, names))]
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: _note(str(message))

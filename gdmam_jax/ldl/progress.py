@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Clock:
-    """Estimates the time left over all methods from the epochs trained since it was made.
+    """Estimates the time left over all methods from the epochs trained since the first report.
 
     Args:
         labels: of all methods.
@@ -22,17 +22,24 @@ class Clock:
         self, labels: Sequence[str], chunk: int, now: Callable[[], float] = time.monotonic
     ) -> None:
         self.done = dict.fromkeys(labels, 0)
-        self._chunk, self._now, self._start, self._trained = chunk, now, now(), 0
+        self._chunk, self._now, self._trained = chunk, now, 0
+        self._start: float | None = None
 
     def __call__(self, label: str, done: int, total: int) -> str:
         """Take what `experiment.Progress` is told, and say the time left."""
         step = done - self.done[label]
-        self._trained += step if 0 < step <= self._chunk else 0
+        if 0 < step <= self._chunk:
+            if self._start is None:  # this step took as long as compiling did: it does not count
+                self._start = self._now()
+            else:
+                self._trained += step
         self.done[label] = done
         left = total * len(self.done) - sum(self.done.values())
-        if left and not self._trained:
+        if not left:
+            return "nothing left"
+        if self._start is None or not self._trained:
             return "time left unknown"
-        seconds = (self._now() - self._start) / max(self._trained, 1) * left
+        seconds = (self._now() - self._start) / self._trained * left
         return f"{timedelta(seconds=round(seconds))} left"
 
 
@@ -59,7 +66,9 @@ def shown(
             left = clock(label, done, total)
             if done == total or time.monotonic() - printed[label] >= seconds:
                 printed[label] = time.monotonic()
-                console.print(f"{label}: {done} of {total} epochs; {left} in all", highlight=False)
+                console.print(
+                    f"{label}: {done} of {total} epochs; all methods: {left}", highlight=False
+                )
 
         yield line
         return
