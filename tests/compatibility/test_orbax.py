@@ -16,6 +16,8 @@ OPTIMIZERS = {
     "gdmam": gdmam.gdmam(optax.cosine_decay_schedule(0.1, 8), amsgrad=True),
     "gdmam_released": gdmam.gdmam_released(0.1),
     "scopes": gdmam.gdmam(0.1, scope=gdmam.leaf_scope, b2=None),
+    "several losses": gdmam.gdmam(0.1, alignment_losses=("one", "two"), momenta="separate"),
+    "skipping": gdmam.gdmam(0.1, not_finite="skip"),
     "bfloat16 momentum": gdmam.gdmam(0.1, momentum_dtype=jnp.bfloat16),
     "multi_steps": gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 3), gdmam.gdmam(0.1)),
     "inject_hyperparams": optax.inject_hyperparams(gdmam.gdmam)(0.1),
@@ -59,9 +61,12 @@ def test_save_restore_continue(name, tmp_path):
     """Bit for bit as without a stop, and without compiling again."""
     optimizer = OPTIMIZERS[name]
     run, traces = steps_of(optimizer)
-    params = example_params()
+    params, pairs = example_params(), example_pairs(steps=8)
+    if name == "several losses":
+        prediction, alignment = gdmam.unpair_gradients(pairs)
+        pairs = gdmam.pair_gradients(prediction, {"one": alignment, "two": prediction})
     first, second = (
-        jax.tree.map(lambda leaf, part=part: leaf[part], example_pairs(steps=8))
+        jax.tree.map(lambda leaf, part=part: leaf[part], pairs)
         for part in (slice(0, 4), slice(4, 8))
     )
     middle = run((params, optimizer.init(params)), first)

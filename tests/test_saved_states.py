@@ -1,0 +1,93 @@
+"""States saved by earlier releases load, by the names of their arrays, and go on as they did.
+
+    python -m tests.test_saved_states 0.2.0     # writes tests/data/states-0.2.0.npz
+
+What an array is called, and what it means, is part of the interface: checkpoints outlive versions.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdmam_jax as gdmam
+
+FOLDER = Path(__file__).parent / "data"
+FILES = sorted(FOLDER.glob("states-*.npz"))
+OPTIMIZERS = {
+    "gdmam": lambda: gdmam.gdmam(optax.cosine_decay_schedule(0.1, 8), amsgrad=True),
+    "scopes": lambda: gdmam.gdmam(0.1, scope=gdmam.leaf_scope, not_finite="skip"),
+    "separate": lambda: gdmam.gdmam(
+        0.1, alignment_losses=("one", "two"), momenta="separate", momentum=gdmam.relative_momentum
+    ),
+    "weighed": lambda: gdmam.weighed(optax.adam(0.1), gdmam.pcgrad_weighting),
+    "released": lambda: gdmam.gdmam_released(0.1),
+}
+PARAMS = {"kernel": jnp.linspace(-1, 1, 6).reshape(3, 2), "bias": jnp.ones(2)}
+
+
+def gradients(name, step):
+    """Made of sines, and so the same in every version."""
+
+    def half(shift):
+        return jax.tree.map(
+            lambda p: jnp.asarray(np.sin(7.0 * np.arange(p.size) + shift), jnp.float32).reshape(
+                p.shape
+            ),
+            PARAMS,
+        )
+
+    one = half(step + 0.5)
+    alignment = {"one": one, "two": half(step + 0.9)} if name == "separate" else one
+    return gdmam.pair_gradients(half(float(step)), alignment)
+
+
+def train(name, carry, steps):
+    optimizer = OPTIMIZERS[name]()
+    update = jax.jit(optimizer.update)
+    params, state = carry or (PARAMS, optimizer.init(PARAMS))
+    for step in steps:
+        updates, state = update(gradients(name, step), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def named(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def record(version):
+    arrays = {}
+    for name in OPTIMIZERS:
+        middle = train(name, None, range(4))
+        end = train(name, middle, range(4, 8))
+        for what, tree in (("middle", middle), ("end", end)):
+            arrays |= {f"{name}/{what}/{path}": leaf for path, leaf in named(tree).items()}
+    np.savez_compressed(FOLDER / f"states-{version}.npz", **arrays)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_saved_state_goes_on(name, file):
+    saved = np.load(file)
+    like = jax.eval_shape(lambda: train(name, None, range(0)))
+    expected = {path: f"{name}/middle/{path}" for path in named(like)}
+    in_file = {key for key in saved.files if key.startswith(f"{name}/middle/")}
+    assert in_file == set(expected.values())
+    leaves = [jnp.asarray(saved[key]) for key in expected.values()]
+    for leaf, model in zip(leaves, jax.tree.leaves(like), strict=True):
+        assert (leaf.shape, leaf.dtype) == (model.shape, model.dtype)
+    end = train(name, jax.tree.unflatten(jax.tree.structure(like), leaves), range(4, 8))
+    for path, leaf in named(end).items():
+        np.testing.assert_allclose(
+            leaf, saved[f"{name}/end/{path}"], rtol=1e-4, atol=1e-6, err_msg=path
+        )
+
+
+if __name__ == "__main__":
+    record(*sys.argv[1:])
