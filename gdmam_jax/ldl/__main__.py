@@ -1,7 +1,9 @@
 """The command line of the label distribution laboratory: `gdmam-ldl`."""
 
+import contextlib
 import dataclasses
 import inspect
+import os
 import re
 import warnings
 from pathlib import Path
@@ -233,8 +235,12 @@ def keep_compiled() -> None:
 
     from gdmam_jax.ldl.data import cache_folder
 
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    folder = cache_folder() / "compiled"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    unset = jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]
+    if unset and os.access(folder, os.W_OK):  # JAX would complain of every program
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

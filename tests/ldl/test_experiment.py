@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import gdmam_jax as gdmam
 from gdmam_jax.ldl import baselines, data, experiment, methods, progress, report, storage
-from gdmam_jax.ldl.__main__ import _spelled, app
+from gdmam_jax.ldl.__main__ import _spelled, app, keep_compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is not made imbalanced")
 
@@ -449,6 +449,20 @@ def test_messages_are_spelled_as_on_the_command_line():
         assert _spelled(text) == spelled
 
 
+def test_compiled_programs_are_kept_in_the_cache_unless_jax_is_told_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDMAM_LDL_CACHE", str(tmp_path))
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for told, kept in ((str(tmp_path), tmp_path), (None, tmp_path / "compiled")):
+            jax.config.update(names[0], told)
+            keep_compiled()
+            assert jax.config.jax_compilation_cache_dir == str(kept)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 def test_help_lists_what_can_be_named():
     shown = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).output
     for name in (*methods.METHODS, *data.REGISTRY, *experiment.SELECTIONS):
@@ -497,7 +511,7 @@ def test_command_line(tmp_path, command):
     assert record["data"]["training_rows"] == [8, 8]
     assert record["data"]["imbalance_factor"] > 1
     assert record["versions"]["jax"] == jax.__version__
-    again = command(*options)  # trains nothing, and reads as finished
+    again = command(*options, "--no-report")  # trains nothing, and reads as finished
     assert "AdamW: 2 of 2 epochs; all methods: nothing left" in again.output
     assert json.loads((out / "adamw.json").read_text()) == record
     with pytest.raises(ValueError, match="holds results of another data"):
