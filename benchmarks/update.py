@@ -31,14 +31,14 @@ OPTIMIZERS = {
         optax.scale_by_learning_rate(1e-3),
     ),
     RELEASED: lambda dtype, others=1: gdmam.gdmam_released(1e-3),
-    "weighed(adamw, UPGrad)": lambda dtype, others=1: gdmam.weighed(
+    "UPGrad(adamw)": lambda dtype, others=1: gdmam.weighed(
         optax.adamw(1e-3, mu_dtype=dtype), gdmam.upgrad_weighting, alignment_losses=others
     ),
 }
 """Functions of the momentum's dtype and of the number of alignment losses."""
 
 TORCH_BASELINE = "PyTorch summed(AdamW)"
-TORCH = (TORCH_BASELINE, "TorchJD UPGrad, AdamW")
+TORCH = (TORCH_BASELINE, "TorchJD UPGrad(AdamW)")
 
 
 def benchmark(

@@ -134,31 +134,30 @@ def table(runs):
 
 def draw(runs, shape, solution, path):
     """The wave and every method's error; the errors, and GDMAM's cosines, over the steps."""
-    figure, axes = plt.subplot_mosaic(
-        [["exact", *runs], ["error", "error", "cosine", "cosine"]],
-        figsize=(13, 6),
-        layout="constrained",
-    )
+    figure = plt.figure(figsize=(13, 6), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    maps, (error, cosine) = above.subplots(1, 1 + len(runs)), below.subplots(1, 2)
     span = {"extent": (0, 1, 0, LENGTH), "aspect": "auto", "origin": "lower"}
     wrong = {method: np.abs(run["learned"] - solution) for method, run in runs.items()}
     worst = max(each.max() for each in wrong.values())
-    image = axes["exact"].imshow(solution.reshape(shape), cmap="RdBu_r", **span)
-    axes["exact"].set(title="Exact solution", xlabel="t", ylabel="x")
-    figure.colorbar(image, ax=axes["exact"], shrink=0.8)
-    for number, (method, run) in enumerate(runs.items()):
-        image = axes[method].imshow(wrong[method].reshape(shape), vmin=0, vmax=worst, **span)
-        axes[method].set(title=f"Error of {method}", xlabel="t", ylabel="x")
-        figure.colorbar(image, ax=axes[method], shrink=0.8)
+    shown = {"Exact solution": (solution, {"cmap": "RdBu_r"})}
+    for method in runs:
+        shown[f"Error of {method}"] = (wrong[method], {"vmin": 0, "vmax": worst})
+    for axes, (title, (values, style)) in zip(maps, shown.items(), strict=True):
+        image = axes.imshow(values.reshape(shape), **span, **style)
+        axes.set(title=title, xlabel="t", ylabel="x")
+        above.colorbar(image, ax=axes, shrink=0.8)
+    for (method, run), color in zip(runs.items(), ("C7", "C1", "C0"), strict=False):
         steps = RECORD * np.arange(1, 1 + len(run["errors"]))
-        axes["error"].plot(steps, run["errors"], color=("C7", "C1", "C0")[number], label=method)
-    for name, cosines in runs["GDMAM"]["cosines"].items():
-        axes["cosine"].plot(steps, cosines, label=name.removeprefix("cosine/"))
-    axes["error"].set(title="Relative error", xlabel="step", yscale="log")
-    axes["cosine"].set(title="GDMAM: cosine with the residual's gradient", xlabel="step")
-    axes["cosine"].axhline(0, color="grey", linewidth=0.5)
-    for name in ("error", "cosine"):
-        axes[name].legend(frameon=False)
-        axes[name].spines[["top", "right"]].set_visible(False)
+        error.plot(steps, run["errors"], color=color, label=method)
+    for name, values in runs["GDMAM"]["cosines"].items():
+        cosine.plot(steps, values, label=name.removeprefix("cosine/"))
+    error.set(title="Relative error", xlabel="step", yscale="log")
+    cosine.set(title="GDMAM: cosine with the residual's gradient", xlabel="step")
+    cosine.axhline(0, color="grey", linewidth=0.5)
+    for axes in (error, cosine):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -50,7 +50,7 @@ def test_update_of_several_losses(tmp_path):
         tmp_path, "update", "--parameters", "65536", "--leaves", "2", "--rounds", "1",
         "--losses", "2,3", "--only", "gdmam_released,gdmam", "--torch",
     )  # fmt: skip
-    torch_ways = ["PyTorch summed(AdamW)", "TorchJD UPGrad, AdamW"]
+    torch_ways = ["PyTorch summed(AdamW)", "TorchJD UPGrad(AdamW)"]
     # The released form has one alignment loss.
     assert [(row["losses"], row["optimizer"]) for row in rows] == [
         *((2, name) for name in ("summed(adamw)", "gdmam_released", "gdmam", *torch_ways)),

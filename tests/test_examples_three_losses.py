@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import gdmam_jax as gdmam
-from gdmam_jax.nnx import value_and_paired_grad
 from tests.test_examples import load_example
 
 
@@ -18,37 +16,22 @@ def example():
     return load_example("three_losses")
 
 
-def test_trains_compares_and_draws(example, tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(example.METHODS, "ConFIG")  # Each method takes seconds to compile.
+def test_both_spellings_train_alike_and_are_reported(example, tmp_path, monkeypatch, capsys):
+    in_order = (example.losses_in_order, lambda rate: gdmam.gdmam(rate, alignment_losses=2))
+    # Each method takes seconds to compile.
+    methods = {"sum": in_order, "GDMAM": example.METHODS["GDMAM"]}
+    monkeypatch.setattr(example, "METHODS", methods)
     picture = tmp_path / "new" / "picture.png"
     arguments = ["--steps", "300", "--width", "12", "--points", "32", "--picture", str(picture)]
     monkeypatch.setattr(sys, "argv", ["three_losses.py", *arguments])
     example.main()
     printed = capsys.readouterr().out
-    rows = [line.split() for line in printed.splitlines() if line.startswith("│")]
-    errors = {row[1]: float(row[3]) for row in rows}
-    assert set(errors) == set(example.METHODS)
-    assert errors["GDMAM"] < 0.9
-    assert f"{errors['GDMAM'] / errors['sum']:.1f}" in printed.split("GDMAM's error is")[1]
+    rows = [line.strip("│").split("│") for line in printed.splitlines() if line.startswith("│")]
+    results = {row[0].strip(): np.array(row[1:], float) for row in rows}
+    np.testing.assert_allclose(results["GDMAM"], results["sum"], rtol=0.05)
+    assert results["GDMAM"][0] < 0.9
+    assert "GDMAM's error is 1 times" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_both_spellings_are_one_training(example):
-    x, t = jax.random.uniform(jax.random.key(0), (2, 16, 1))
-    params = []
-    for losses, alignment_losses in (
-        (example.losses_in_order, 2),
-        (example.losses_by_name, ("inflow", "initial")),
-    ):
-        model = example.Network(4, nnx.Rngs(0))
-        optimizer = nnx.Optimizer(
-            model, gdmam.gdmam(0.1, alignment_losses=alignment_losses), wrt=nnx.Param
-        )
-        _, pairs = value_and_paired_grad(losses)(model, x, t)
-        optimizer.update(model, pairs)
-        params.append(jax.tree.leaves(nnx.state(model, nnx.Param)))
-    for one, other in zip(*params, strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def test_the_losses_of_the_solution_vanish_and_of_others_do_not(example, x64):
