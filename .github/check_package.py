@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "gdmam_jax"
 DEVELOPMENT = (".ci/", ".github/", ".pre-commit-config.yaml")
 """What is tracked and belongs in no sdist."""
+EVERYTHING = ("tests", "README.md", "docs")
+"""All tests but those in the source itself."""
 
 
 def tracked() -> set[str]:
@@ -99,7 +101,7 @@ def test(wheel: Path, files: set[str], selected: list[str]) -> None:
         install = [python, "-m", "pip", "install", "-q", "-c", "constraints.txt", f"{wheel}[test]"]
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         subprocess.run(install, check=True, cwd=folder, env=clean)
-        command = [python, "-m", "pytest", "-q", *(selected or ["-n", "auto", "tests"])]
+        command = [python, "-m", "pytest", "-q", *(selected or ["-n", "auto", *EVERYTHING])]
         subprocess.run(command, check=True, cwd=folder, env=clean)
 
 

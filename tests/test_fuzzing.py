@@ -195,7 +195,7 @@ OPTIMIZERS = {
 }
 
 
-@fuzzed(5)
+@fuzzed(8)
 @given(st.data(), st.sampled_from(sorted(OPTIMIZERS)))
 def test_update(data, name):
     optimizer, formula = OPTIMIZERS[name]
