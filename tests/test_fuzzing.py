@@ -33,12 +33,6 @@ def fuzzed(examples):
     )
 
 
-def deleted():
-    array = jnp.ones(2)
-    array.delete()
-    return array
-
-
 # Few shapes, so that little is compiled.
 LEAVES = [
     lambda: jnp.array([1.0, -2.0]),
@@ -212,8 +206,8 @@ def test_update(data, name):
         if data.draw(st.integers(0, 4)) == 0:
             pairs = data.draw(beside(prediction, anything))
         result = None if pairs is None else answer(optimizer.update, pairs, state)
-    if result is None:
-        return
+    if result is None or jax.tree.structure(prediction) != jax.tree.structure(alignment):
+        return  # refused, or several alignment losses, which are another formula
     updates, state_after = result
     assert jax.tree.structure(updates) == jax.tree.structure(prediction)
     expected = formula(flat(prediction), flat(alignment))
@@ -311,3 +305,12 @@ def test_refused(name):
     with pytest.raises((TypeError, ValueError)) as error:
         REFUSED[name]()
     assert refusal(error.value), str(error.value)
+
+
+def test_a_deleted_buffer_is_never_read():
+    array = jnp.array([1.0, 2.0])
+    donated = jax.jit(gdmam.scale_by_gdmam().init, donate_argnums=0)(array)
+    array.delete()  # where nothing of it could be used again, JAX leaves it
+    assert donated.momenta[0].tolist() == [0, 0]
+    with pytest.raises((RuntimeError, ValueError), match="deleted"):
+        gdmam.decompose(gdmam.GradientPair(array, array))
