@@ -11,9 +11,9 @@ import typer
 
 from benchmarks.__main__ import _names
 from benchmarks.physics import report as reports
-from benchmarks.physics.equations import EQUATIONS
+from benchmarks.physics.equations import EQUATIONS, HELD_OUT
 from benchmarks.physics.methods import ALL_METHODS, CHOICES
-from benchmarks.physics.training import PAPER, SMALL, train
+from benchmarks.physics.training import PAPER, SMALL, Scale, objective, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +23,17 @@ app = typer.Typer(
 TUNING_SEEDS = 1000
 """The first seed that rates are tuned on; results have seeds from 0."""
 
+DEFAULTS = ",".join(name for name in ALL_METHODS if name not in CHOICES)
+
+Losses = Annotated[
+    int,
+    typer.Option(help="2: residual and data. 3: residual, boundary and initial.", min=2, max=3),
+]
+Paper = Annotated[
+    bool,
+    typer.Option("--paper", help="For a GPU: the ConFIG paper's 5 x 50 networks; fewer points."),
+]
+Methods = Annotated[str, typer.Option(help=f"Commas between, or all: {', '.join(ALL_METHODS)}.")]
 Folder = Annotated[
     Path, typer.Option(help="Where the results lie; what is there is not run again.")
 ]
@@ -37,22 +48,18 @@ def run(
     out: Folder = Path("results/physics"),
     equations: Annotated[
         str, typer.Option(help=f"Commas between, or all: {', '.join(EQUATIONS)}.")
-    ] = "burgers,schroedinger,kovasznay,beltrami,helmholtz,klein-gordon,soliton",
-    methods: Annotated[
-        str, typer.Option(help=f"Commas between, or all: {', '.join(ALL_METHODS)}.")
-    ] = ",".join([name for name in ALL_METHODS if name not in CHOICES]),
+    ] = ",".join(
+        ["burgers,schroedinger,kovasznay,beltrami,helmholtz,klein-gordon,soliton", *HELD_OUT]
+    ),
+    methods: Methods = DEFAULTS,
+    losses: Losses = 2,
     rates: Annotated[str, typer.Option(help="Peak learning rates to tune over.")] = "3e-3,1e-2",
     seeds: Annotated[int, typer.Option(help="Of the results, from 0.", min=1)] = 5,
     tuning_seeds: Annotated[int, typer.Option(help="That the rate is tuned on.", min=1)] = 2,
     steps: Annotated[
         int | None, typer.Option(help="Fewer or more than the scale's.", min=1)
     ] = None,
-    paper: Annotated[
-        bool,
-        typer.Option(
-            "--paper", help="For a GPU: the ConFIG paper's 5 x 50 networks; fewer points."
-        ),
-    ] = False,
+    paper: Paper = False,
 ) -> None:
     """Tune each method's rate on seeds of their own, then train; resumes where it was stopped."""
     scale = PAPER if paper else SMALL
@@ -61,13 +68,16 @@ def run(
         scale = scale._replace(steps=steps - steps % records, records=records)
     grid = [float(rate) for rate in rates.split(",")]
     settings = {
-        "scale": scale._asdict(), "rates": grid, "seeds": seeds, "tuning_seeds": tuning_seeds
+        "scale": scale._asdict(), "rates": grid, "seeds": seeds,
+        "tuning_seeds": tuning_seeds, "losses": losses,
     }  # fmt: skip
     pairs = [
         (equation, method)
         for equation in _chosen(equations, list(EQUATIONS))
         for method in _chosen(methods, ALL_METHODS)
     ]
+    for pair in pairs:
+        _check(*pair, losses)
     out.mkdir(parents=True, exist_ok=True)
     started, fresh = time.perf_counter(), 0
     for number, (equation, method) in enumerate(pairs):
@@ -80,7 +90,7 @@ def run(
                     "give the same again, or another --out"
                 )
             continue
-        record = _compare(equation, method, grid, seeds, tuning_seeds, scale)
+        record = _compare(equation, method, grid, seeds, tuning_seeds, scale, losses)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(record | {"settings": settings}))
         os.replace(partial, path)
@@ -95,8 +105,21 @@ def run(
     typer.echo(reports.table(reports.load(out)))
 
 
+def _check(equation: str, method: str, losses: int) -> None:
+    try:
+        objective(EQUATIONS[equation], method, SMALL, losses)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def _compare(
-    equation: str, method: str, grid: list[float], seeds: int, tuning_seeds: int, scale: Any
+    equation: str,
+    method: str,
+    grid: list[float],
+    seeds: int,
+    tuning_seeds: int,
+    scale: Scale,
+    losses: int,
 ) -> dict[str, Any]:
     """Tuning, then results; one program, whose lanes both have."""
     lanes = max(seeds, len(grid) * tuning_seeds)
@@ -106,13 +129,14 @@ def _compare(
 
     tuned_rates = np.repeat(grid, tuning_seeds)
     tuned_seeds = np.tile(TUNING_SEEDS + np.arange(tuning_seeds), len(grid))
-    tuning = train(EQUATIONS[equation], method, padded(tuned_rates), padded(tuned_seeds), scale)
+    problem = EQUATIONS[equation]
+    tuning = train(problem, method, padded(tuned_rates), padded(tuned_seeds), scale, losses)
     finals = tuning.errors[: len(tuned_rates), -1].reshape(len(grid), tuning_seeds)
     # The geometric mean: one failed run does not hide that another rate is far better.
     scores = np.nan_to_num(np.log(finals), nan=np.inf, posinf=np.inf).mean(axis=1)
     rate = grid[int(np.argmin(scores))]
     start = time.perf_counter()
-    curves = train(EQUATIONS[equation], method, np.full(lanes, rate), padded(range(seeds)), scale)
+    curves = train(problem, method, np.full(lanes, rate), padded(range(seeds)), scale, losses)
     seconds = time.perf_counter() - start
     return {
         "equation": equation,

@@ -1,31 +1,42 @@
 """Ways to train on the residual and the data loss, as optimizers of pairs."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 import gdmam_jax as gdmam
 
 Rate = Callable[[Any], Any]
-Method = Callable[[Rate], optax.GradientTransformation]
+Losses = tuple[str, ...] | None
+"""The names of several alignment losses, or None for one."""
+
+Method = Callable[[Rate, Losses], optax.GradientTransformation]
+
+
+def summed(data_weight: float = 1.0) -> Method:
+    return lambda rate, losses: gdmam.summed(optax.adam(rate), alignment_weight=data_weight)
 
 
 def weighed(weighting: gdmam.Weighting) -> Method:
-    return lambda rate: gdmam.weighed(optax.adam(rate), weighting)
+    return lambda rate, losses: gdmam.weighed(optax.adam(rate), weighting, alignment_losses=losses)
 
 
 def ours(**choices: Any) -> Method:
-    return lambda rate: gdmam.gdmam(rate, weight_decay=0.0, **choices)
+    return lambda rate, losses: gdmam.gdmam(
+        rate, weight_decay=0.0, alignment_losses=losses, **choices
+    )
 
 
 METHODS: dict[str, Method] = {
-    "summed": lambda rate: gdmam.summed(optax.adam(rate)),
-    "data x 10": lambda rate: gdmam.summed(optax.adam(rate), alignment_weight=10.0),
-    "data x 100": lambda rate: gdmam.summed(optax.adam(rate), alignment_weight=100.0),
+    "summed": summed(),
+    "data x 10": summed(10.0),
+    "data x 100": summed(100.0),
     "pcgrad": weighed(gdmam.pcgrad_weighting),
-    # For two gradients, equal projections on both are equal norms with weights that add up to 1.
-    "imtl-g": weighed(gdmam.balanced_weighting),
+    "imtl-g": weighed(gdmam.imtl_g_weighting),
     "config": weighed(gdmam.config_weighting),
     "gdmam": ours(),
     "gdmam open": ours(gate=gdmam.open_gate),
@@ -45,8 +56,83 @@ DATA_FIRST = "gdmam data first"
 """The default with the losses' roles exchanged: the data loss is the prediction."""
 
 MOMENTUM_CONFIG = "m-config"
-"""M-ConFIG, which evaluates one loss a step: see `training`."""
+"""M-ConFIG, which evaluates one loss a step: see `momentum_config`."""
 
 ALL_METHODS = [*METHODS, DATA_FIRST, MOMENTUM_CONFIG]
 CHOICES = [name for name in ALL_METHODS if name.startswith("gdmam ")]
 """The default with one choice changed."""
+
+
+class MomentumState(NamedTuple):
+    """What M-ConFIG remembers.
+
+    Attributes:
+        seen: how many gradients of each loss there were.
+        count: how many updates, once each loss had been seen.
+        momenta: running means of each loss's gradients, shape ``(losses, parameters)``.
+        combined: the momentum that the last direction stands for.
+        second: the running mean of the squared gradients that would have made it.
+    """
+
+    seen: jax.Array
+    count: jax.Array
+    momenta: jax.Array
+    combined: jax.Array
+    second: jax.Array
+
+
+class Momentum(NamedTuple):
+    """``init(params) -> state`` and ``update(gradient, state, which) -> (update, state)``."""
+
+    init: Callable[[jax.Array], MomentumState]
+    update: Callable[[jax.Array, MomentumState, int], tuple[jax.Array, MomentumState]]
+
+
+def momentum_config(losses: int, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Momentum:
+    r"""M-ConFIG: ConFIG of the momenta of gradients that come one loss at a time.
+
+    With bias-corrected momenta $\hat m_k$ of the losses and $d = ConFIG(\hat m)$, the momentum
+    $m = (1 - b_1^t) d$ is as if made by the gradient $g = (m - b_1 m_{before}) / (1 - b_1)$, whose
+    squares the second moment follows; the update is $d / (\sqrt{\hat v} + eps)$. It is 0 until each
+    loss has been seen, as in the authors' `PseudoMomentumOperator`, which this reproduces.
+
+    Args:
+        losses: how many.
+        b1: decay of the momenta.
+        b2: decay of the second moment.
+        eps: added to its root.
+
+    Returns:
+        Functions of vectors of parameters and gradients.
+
+    References:
+        Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural
+        Networks, ICLR 2025.
+    """
+
+    def init(params: jax.Array) -> MomentumState:
+        zeros, count = jnp.zeros_like(params), jnp.zeros((), jnp.int32)
+        momenta = jnp.zeros((losses, *params.shape), params.dtype)
+        return MomentumState(jnp.zeros(losses, jnp.int32), count, momenta, zeros, zeros)
+
+    def corrected(moment: jax.Array, decay: float, count: jax.Array) -> jax.Array:
+        # 1 - decay^count to all digits, also in float32.
+        return moment / -jnp.expm1(jnp.maximum(count, 1) * np.log(decay))
+
+    def update(
+        gradient: jax.Array, state: MomentumState, which: int
+    ) -> tuple[jax.Array, MomentumState]:
+        seen = state.seen.at[which].add(1)
+        momenta = state.momenta.at[which].set(b1 * state.momenta[which] + (1 - b1) * gradient)
+        ready = jnp.all(seen > 0)
+        count = state.count + ready
+        known = corrected(momenta, b1, seen[:, None])
+        weights = gdmam.config_weighting(known @ known.T, None)
+        direction = jnp.where(ready, weights @ known, 0)
+        combined = direction * -jnp.expm1(count * np.log(b1))
+        implied = (combined - b1 * state.combined) / (1 - b1)
+        second = b2 * state.second + (1 - b2) * implied**2
+        scaled = direction / (jnp.sqrt(corrected(second, b2, count)) + eps)
+        return scaled, MomentumState(seen, count, momenta, combined, second)
+
+    return Momentum(init, update)

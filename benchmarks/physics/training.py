@@ -1,7 +1,9 @@
 """Training one network for every learning rate and seed, all in one compiled program."""
 
 import functools
+import itertools
 from collections.abc import Callable
+from math import comb
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +12,8 @@ import numpy as np
 import optax
 
 import gdmam_jax as gdmam
-from benchmarks.physics.equations import Equation
-from benchmarks.physics.methods import DATA_FIRST, METHODS, MOMENTUM_CONFIG, Rate
+from benchmarks.physics.equations import Along, Equation, Network
+from benchmarks.physics.methods import DATA_FIRST, METHODS, MOMENTUM_CONFIG, Rate, momentum_config
 
 WARM_UP = 100
 """Steps over which the learning rate climbs to its peak; after them it follows half a cosine."""
@@ -39,141 +41,223 @@ class Curves(NamedTuple):
     cosines: np.ndarray
 
 
-def init(key: jax.Array, sizes: list[int]) -> list[dict[str, jax.Array]]:
-    """Glorot-normal layers without biases at first."""
-    keys = jax.random.split(key, len(sizes) - 1)
-    normal = jax.nn.initializers.glorot_normal()
-    return [
-        {"kernel": normal(key, (rows, columns)), "bias": jnp.zeros(columns)}
-        for key, rows, columns in zip(keys, sizes[:-1], sizes[1:], strict=True)
+def init(key: jax.Array, sizes: list[int]) -> jax.Array:
+    """Glorot-normal layers without biases at first, in one vector.
+
+    One array is one compiled update, whatever the depth.
+    """
+    deviations = [
+        np.repeat([np.sqrt(2 / (rows + columns)), 0], [rows * columns, columns])
+        for rows, columns in itertools.pairwise(sizes)
     ]
+    flat = np.concatenate(deviations).astype(np.float32)
+    return flat * jax.random.normal(key, flat.shape)
 
 
-def network(params: Any, equation: Equation, points: jax.Array) -> jax.Array:
-    """Hyperbolic tangents over inputs scaled to [-1, 1]."""
-    lower, upper = jnp.array(equation.lower), jnp.array(equation.upper)
-    hidden = 2 * (points - lower) / (upper - lower) - 1
-    for layer in params[:-1]:
-        hidden = jnp.tanh(hidden @ layer["kernel"] + layer["bias"])
-    return hidden @ params[-1]["kernel"] + params[-1]["bias"]
+def _layers(params: jax.Array, sizes: list[int]) -> list[tuple[jax.Array, jax.Array]]:
+    """Kernels and biases of a vector of parameters."""
+    shapes = [(rows + 1, columns) for rows, columns in itertools.pairwise(sizes)]
+    parts = jnp.split(params, np.cumsum([np.prod(shape) for shape in shapes])[:-1])
+    layers = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [(layer[:-1], layer[-1]) for layer in layers]
 
 
-def train(equation: Equation, method: str, rates: Any, seeds: Any, scale: Scale = SMALL) -> Curves:
+def network(params: jax.Array, sizes: list[int], equation: Equation) -> Network:
+    r"""Hyperbolic tangents over inputs scaled to [-1, 1], with their derivatives.
+
+    Derivatives go through the layers beside the values, all axes' of one order in one array. With
+    $y = \tanh z$ and $s = 1 - y^2$, so that $y_1 = s z_1$, Leibniz' rule gives
+    $y_n = \sum_k \binom{n - 1}{k} s_k z_{n - k}$ and $s_n = -\sum_k \binom{n}{k} y_k y_{n - k}$.
+
+    Args:
+        params: of `init`.
+        sizes: of the layers.
+        equation: whose domain the points lie in.
+
+    Returns:
+        A function ``(points, orders) -> along``.
+    """
+    layers = _layers(params, sizes)
+    lower, upper = np.array(equation.lower), np.array(equation.upper)
+
+    def along(points: jax.Array, orders: tuple[int, ...]) -> Along:
+        axes = sorted(range(len(orders)), key=lambda axis: -orders[axis])
+        counts = [sum(order >= k for order in orders) for k in range(1, max(orders) + 1)]
+        scale = 2 / (upper - lower)
+        # Before the first layer derivatives are the same at all points.
+        slopes = np.diag(scale)[axes, None].astype(points.dtype)
+        z = [(scale * (points - lower) - 1).astype(points.dtype)]
+        z += [slopes[:count] * (k == 0) for k, count in enumerate(counts)]
+        for number, (kernel, bias) in enumerate(layers):
+            z = [each @ kernel for each in z]
+            z[0] += bias
+            if number < len(layers) - 1:
+                z = _tanh(z, counts)
+        return [
+            [z[0], *(z[k][axes.index(axis)] for k in range(1, order + 1))]
+            for axis, order in enumerate(orders)
+        ]
+
+    return along
+
+
+def _tanh(z: list[jax.Array], counts: list[int]) -> list[jax.Array]:
+    """The hyperbolic tangent of a value and of its derivatives, one array for each order."""
+    y = [jnp.tanh(z[0])]
+    s = [1 - y[0] ** 2]
+    for n, count in enumerate(counts, 1):
+
+        def first(terms: list[jax.Array], k: int, count: int = count) -> jax.Array:
+            """What belongs to the axes that have this order, which come first."""
+            return terms[k] if k == 0 else terms[k][:count]
+
+        y.append(sum(comb(n - 1, k) * first(s, k) * first(z, n - k) for k in range(n)))
+        s.append(-sum(comb(n, k) * first(y, k) * first(y, n - k) for k in range(n + 1)))
+    return y
+
+
+def train(
+    equation: Equation,
+    method: str,
+    rates: Any,
+    seeds: Any,
+    scale: Scale = SMALL,
+    losses: int = 2,
+) -> Curves:
     """Trains one network for each pair of learning rate and seed.
 
     Args:
         equation: which.
-        method: a name in `METHODS`, `DATA_FIRST` or `MOMENTUM_CONFIG`.
+        method: a name in `ALL_METHODS`.
         rates: peak learning rates, shape ``(runs,)``.
         seeds: of parameters and points, shape ``(runs,)``.
         scale: sizes.
+        losses: 2, residual and data, or 3, residual, boundary and initial.
 
     Returns:
-        Relative errors in the root mean square against the reference, and cosines of the two
-        gradients, every ``steps / records`` steps.
+        Relative errors in the root mean square against the reference, and cosines of the
+        prediction gradient and the sum of the others, every ``steps / records`` steps.
     """
-    program = _program(equation, method, scale)
-    curves = program(jnp.asarray(rates, jnp.float32), jnp.asarray(seeds, jnp.uint32))
+    starts = _start(tuple(layer_sizes(equation, scale)), scale, jnp.asarray(seeds, jnp.uint32))
+    program = _program(equation, method, scale, losses)
+    curves = program(jnp.asarray(rates, jnp.float32), *starts)
     return Curves(*(np.asarray(each, np.float64) for each in curves))
 
 
-@functools.cache
-def _program(equation: Equation, method: str, scale: Scale) -> Any:
-    sizes = [len(equation.lower), *[scale.width] * scale.depth, equation.outputs]
-    points, solution = (jnp.asarray(array, jnp.float32) for array in equation.reference)
-    every = scale.steps // scale.records
+def layer_sizes(equation: Equation, scale: Scale) -> list[int]:
+    """Inputs, hidden layers and outputs of the network."""
+    return [len(equation.lower), *[scale.width] * scale.depth, equation.outputs]
 
-    def losses(params: Any, sample: Any) -> tuple[jax.Array, jax.Array]:
-        found = equation.losses(lambda x: network(params, equation, x), sample)
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(sizes: tuple[int, ...], scale: Scale, seeds: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Parameters and the keys of all steps, for each seed.
+
+    A program of its own: random bits are long to compile, and all methods share these.
+    """
+    shape = scale.records, scale.steps // scale.records
+
+    def start(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first, second = jax.random.split(jax.random.key(seed))
+        return init(first, list(sizes)), jax.random.split(second, shape)
+
+    return jax.vmap(start)(seeds)
+
+
+def objective(
+    equation: Equation, method: str, scale: Scale, losses: int
+) -> Callable[[jax.Array, Any], tuple[jax.Array, Any]]:
+    """The losses as a method takes them: ``(params, sample) -> (prediction, alignment)``."""
+    sizes = layer_sizes(equation, scale)
+    if losses not in (2, 3) or (losses == 3 and (not equation.timed or method == DATA_FIRST)):
+        raise ValueError(
+            f"{losses} losses are not to be had of {equation.name} with {method}: there are 2, or "
+            "3 where there is time and the residual is the prediction"
+        )
+
+    def both(params: jax.Array, sample: Any) -> tuple[jax.Array, Any]:
+        found = equation.losses(network(params, sizes, equation), sample)
         residual = found.pop("residual")
-        data = sum(found.values())
+        data = found if losses == 3 else sum(found.values())
         return (data, residual) if method == DATA_FIRST else (residual, data)
 
-    def run(rate: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return both
+
+
+@functools.cache
+def _program(equation: Equation, method: str, scale: Scale, losses: int) -> Any:
+    sizes = layer_sizes(equation, scale)
+    points, solution = (jnp.asarray(array, jnp.float32) for array in equation.reference)
+    both = objective(equation, method, scale, losses)
+
+    def run(rate: jax.Array, params: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         peak = optax.schedules.warmup_cosine_decay_schedule(0.0, 1.0, WARM_UP, scale.steps)
-        start, step = _stepper(method, lambda count: rate * peak(count), losses)
-        keys = jax.random.split(jax.random.key(seed))
-        params = init(keys[0], sizes)
+        start, step = stepper(method, lambda count: rate * peak(count), both, losses)
 
         def advance(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
             sample = equation.sample(key, scale.residual_points, scale.data_points)
             return step(carry, sample)
 
-        def record(carry: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-            carry, cosines = jax.lax.scan(advance, carry, jax.random.split(key, every))
-            wrong = network(carry[0], equation, points) - solution
-            error = jnp.linalg.norm(wrong) / jnp.linalg.norm(solution)
+        def record(carry: Any, keys: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+            carry, cosines = jax.lax.scan(advance, carry, keys)
+            learned = network(carry[0], sizes, equation)(points, (0,) * points.shape[1])[0][0]
+            error = jnp.linalg.norm(learned - solution) / jnp.linalg.norm(solution)
             return carry, (error, jnp.mean(cosines))
 
-        keys = jax.random.split(keys[1], scale.records)
         return jax.lax.scan(record, (params, start(params)), keys)[1]
 
     return jax.jit(jax.vmap(run))
 
 
-def _stepper(method: str, rate: Rate, losses: Callable[..., Any]) -> tuple[Any, Any]:
-    """How a method starts, and its step ``(carry, sample) -> (carry, cosine)``."""
+def stepper(
+    method: str, rate: Rate, objective: Callable[..., Any], losses: int
+) -> tuple[Callable[[jax.Array], Any], Callable[..., Any]]:
+    """How a method starts, and its step ``(carry, sample) -> (carry, cosine)``.
+
+    Args:
+        method: a name in `ALL_METHODS`.
+        rate: the learning rate, a function of the step.
+        objective: ``(params, sample) -> (prediction, alignment)``, see `objective`.
+        losses: how many there are.
+
+    Returns:
+        ``(start, step)``; the carry is ``(params, start(params))`` at first.
+    """
     if method == MOMENTUM_CONFIG:
-        return _momentum_config(rate, losses)
-    optimizer = METHODS["gdmam" if method == DATA_FIRST else method](rate)
+        return _in_turn(rate, objective, losses)
+    make = METHODS["gdmam" if method == DATA_FIRST else method]
+    optimizer = make(rate, None if losses == 2 else ("boundary", "initial"))
 
     def step(carry: Any, sample: Any) -> tuple[Any, jax.Array]:
         params, state = carry
-        _, pairs = gdmam.value_and_paired_grad(losses)(params, sample)
-        updates, state = optimizer.update(pairs, state, params)
-        return (optax.apply_updates(params, updates), state), gdmam.decompose(pairs).geometry.cosine
+        _, pair = gdmam.value_and_paired_grad(objective)(params, sample)
+        updates, state = optimizer.update(pair, state, params)
+        return (optax.apply_updates(params, updates), state), _cosine(pair)
 
     return optimizer.init, step
 
 
-def _momentum_config(rate: Rate, losses: Callable[..., Any]) -> tuple[Any, Any]:
-    """M-ConFIG: each loss's gradient is evaluated in turn, and ConFIG combines their momenta.
+def _cosine(pair: gdmam.GradientPair) -> jax.Array:
+    """Of the prediction gradient and the sum of the others."""
+    alignment = sum(jax.tree.leaves(pair.alignment))
+    norms = jnp.linalg.norm(pair.prediction) * jnp.linalg.norm(alignment)
+    return jnp.vdot(pair.prediction, alignment) / jnp.maximum(norms, 1e-30)
 
-    A step here evaluates both once, one after the other with an update after each, so that every
-    method has the same number of gradients. The second moment follows the gradient that would
-    have made the combined momentum. After Liu, Chu and Thuerey, ICLR 2025; not yet checked
-    against their own code.
+
+def _in_turn(rate: Rate, objective: Callable[..., Any], losses: int) -> tuple[Any, Any]:
+    """M-ConFIG: each loss's gradient is evaluated in turn, with an update after each.
+
+    A step here evaluates all once, so that every method has the same number of gradients.
     """
-    b1, b2, eps = 0.9, 0.999, 1e-8
-
-    def start(params: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return {"count": 0, "momenta": (zeros, zeros), "combined": zeros, "second": zeros}
-
-    def substep(which: int, params: Any, state: Any, sample: Any) -> tuple[Any, Any]:
-        gradient = jax.grad(lambda params: losses(params, sample)[which])(params)
-        count = state["count"] + 1
-        momenta = list(state["momenta"])
-        momenta[which] = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, momenta[which], gradient)
-        # Of two losses in turn, each has been seen in every second update.
-        seen = [(count + 1 - loss) // 2 for loss in range(2)]
-        known = [
-            jax.tree.map(lambda m, n=n: m / jnp.maximum(1 - b1**n, 1e-8), momentum)
-            for momentum, n in zip(momenta, seen, strict=True)
-        ]
-        norms = [optax.tree.norm(tree) + 1e-12 for tree in known]
-        mean = 0.5 * (norms[0] + norms[1])
-        direction = jax.tree.map(lambda a, b: mean * (a / norms[0] + b / norms[1]), *known)
-        combined = jax.tree.map(lambda d: d * (1 - b1**count), direction)
-        implied = jax.tree.map(
-            lambda new, old: (new - b1 * old) / (1 - b1), combined, state["combined"]
-        )
-        second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state["second"], implied)
-        scale = rate(count // 2)
-        params = jax.tree.map(
-            lambda p, d, v: p - scale * d / (jnp.sqrt(v / (1 - b2**count)) + eps),
-            params,
-            direction,
-            second,
-        )
-        momenta_pair = (momenta[0], momenta[1])
-        return params, {
-            "count": count, "momenta": momenta_pair, "combined": combined, "second": second
-        }  # fmt: skip
+    optimizer = momentum_config(losses)
 
     def step(carry: Any, sample: Any) -> tuple[Any, jax.Array]:
-        for which in range(2):
-            carry = substep(which, *carry, sample)
-        return carry, jnp.zeros(())
+        params, state = carry
+        now = rate(state.seen[-1])
+        for which in range(losses):
+            one = lambda params, which=which: jax.tree.leaves(objective(params, sample))[which]  # noqa: E731
+            update, state = optimizer.update(jax.grad(one)(params), state, which)
+            params -= now * update
+        return (params, state), jnp.zeros(())
 
-    return start, step
+    return optimizer.init, step

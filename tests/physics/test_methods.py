@@ -1,0 +1,161 @@
+"""The methods, beside ConFIG's own package and TorchJD, on gradients recorded in a training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdmam_jax as gdmam
+from benchmarks.physics.equations import EQUATIONS
+from benchmarks.physics.methods import METHODS, momentum_config
+from benchmarks.physics.training import SMALL, init, objective
+
+torch = pytest.importorskip("torch")
+BURGERS = EQUATIONS["burgers"]
+SMALLEST = SMALL._replace(width=6, depth=2, residual_points=20, data_points=10)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """Gradients of three losses of Burgers' equation along 40 steps of Adam on their sum."""
+    losses = objective(BURGERS, "summed", SMALLEST, 3)
+    optimizer = optax.adam(1e-2)
+    start = init(jax.random.key(0), [2, 6, 6, 1])
+
+    def step(carry, key):
+        params, state = carry
+        sample = BURGERS.sample(key, 20, 10)
+        _, pair = gdmam.value_and_paired_grad(losses)(params, sample)
+        gradients = jnp.stack([pair.prediction, *jax.tree.leaves(pair.alignment)])
+        updates, state = optimizer.update(gradients.sum(0), state)
+        return (optax.apply_updates(params, updates), state), gradients
+
+    keys = jax.random.split(jax.random.key(1), 40)
+    return np.asarray(
+        jax.jit(lambda: jax.lax.scan(step, (start, optimizer.init(start)), keys)[1])()
+    )
+
+
+@pytest.fixture
+def float64_in_torch():
+    """ConFIG's own package makes its weights in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def theirs_in_turn(gradients, losses):
+    operator = pytest.importorskip("conflictfree.momentum_operator").PseudoMomentumOperator(losses)
+    return np.array(
+        [
+            operator.calculate_gradient(k, torch.tensor(step[k].astype(np.float64))).numpy()
+            for step in gradients
+            for k in range(losses)
+        ]
+    )
+
+
+def ours_in_turn(gradients, losses, dtype):
+    optimizer = momentum_config(losses)
+    gradients = jnp.asarray(gradients[:, :losses].astype(dtype))
+
+    def step(state, group):
+        updates = []
+        for k in range(losses):
+            update, state = optimizer.update(group[k], state, k)
+            updates.append(update)
+        return state, jnp.stack(updates)
+
+    found = jax.jit(lambda: jax.lax.scan(step, optimizer.init(gradients[0, 0]), gradients)[1])()
+    return np.asarray(found).reshape(-1, gradients.shape[-1])
+
+
+@pytest.mark.parametrize("losses", [2, 3])
+def test_momentum_config_is_that_of_its_authors(losses, recorded, x64, float64_in_torch):
+    found = ours_in_turn(recorded, losses, np.float64)
+    expected = theirs_in_turn(recorded, losses)
+    assert np.all(found[: losses - 1] == 0)
+    assert np.min(np.max(np.abs(expected[losses - 1 :]), axis=1)) > 0.1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)
+
+
+def test_momentum_config_in_float32(recorded, float64_in_torch):
+    found = ours_in_turn(recorded, 2, np.float32)
+    expected = theirs_in_turn(recorded, 2)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+WEIGHTINGS = {
+    "ConFIG": gdmam.config_weighting,
+    "IMTLG": gdmam.imtl_g_weighting,
+    "PCGrad": gdmam.pcgrad_weighting,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_weightings_are_those_of_conflictfree_and_torchjd(name, recorded):
+    operators = pytest.importorskip("conflictfree.grad_operator")
+    aggregators = pytest.importorskip("torchjd.aggregation")
+    own = {"ConFIG": "ConFIGOperator", "IMTLG": "IMTLGOperator", "PCGrad": "PCGradOperator"}[name]
+    conflicts = 0
+    for rows in recorded[:, :2]:
+        conflicts += rows[0] @ rows[1] < 0
+        weights = WEIGHTINGS[name](jnp.asarray(rows @ rows.T), None)
+        found, tensor = np.asarray(weights) @ rows, torch.tensor(rows)
+        for other in (
+            getattr(operators, own)().calculate_gradient(tensor),
+            getattr(aggregators, name)()(tensor),
+        ):
+            scale = np.linalg.norm(other)
+            assert np.linalg.norm(found - other.numpy()) <= 1e-6 * scale
+    assert 0 < conflicts < len(recorded)
+
+
+@pytest.mark.parametrize("losses", [2, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_pairs(name, losses):
+    names = None if losses == 2 else ("boundary", "initial")
+    optimizer, params = METHODS[name](lambda count: 0.1, names), jnp.ones(2)
+    alignment = jnp.array([-1.0, 1.0])
+    if losses == 3:
+        alignment = {"boundary": alignment, "initial": jnp.array([0.5, 0.5])}
+    pair = gdmam.GradientPair(jnp.array([1.0, 2.0]), alignment)
+    update, _ = optimizer.update(pair, optimizer.init(params), params)
+    assert 0.01 < float(jnp.max(jnp.abs(update))) < 0.2
+
+
+@pytest.mark.parametrize(("name", "weight"), [("data x 10", 10), ("data x 100", 100)])
+def test_fixed_weights_are_on_each_data_loss(name, weight):
+    """Adam's second step; its first knows signs only."""
+    gradients = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    optimizer, adam = METHODS[name](lambda count: 0.1, ("boundary", "initial")), optax.adam(0.1)
+    params = jnp.ones(4)
+    state, other = optimizer.init(params), adam.init(params)
+    for p, b, i in gradients:
+        pair = gdmam.GradientPair(jnp.array(p), {"boundary": jnp.array(b), "initial": jnp.array(i)})
+        found, state = optimizer.update(pair, state, params)
+        expected, other = adam.update(jnp.array(p + weight * (b + i)), other)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_three_losses_are_parts_of_two(x64):
+    params = init(jax.random.key(0), [2, 6, 6, 1]).astype(jnp.float64)
+    sample = BURGERS.sample(jax.random.key(1), 20, 10)
+
+    @jax.jit
+    def found(params):
+        return [
+            objective(BURGERS, method, SMALLEST, losses)(params, sample)
+            for method, losses in (("gdmam", 2), ("gdmam", 3), ("gdmam data first", 2))
+        ]
+
+    (residual, data), (first, parts), (other_data, other_residual) = found(params)
+    assert set(parts) == {"boundary", "initial"}
+    np.testing.assert_allclose(sum(parts.values()), data, rtol=1e-12)
+    np.testing.assert_allclose([first, other_data, other_residual], [residual, data, residual])
+    for equation, method, losses in (
+        ("kovasznay", "gdmam", 3), ("burgers", "gdmam data first", 3), ("burgers", "gdmam", 4),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="losses"):
+            objective(EQUATIONS[equation], method, SMALLEST, losses)
