@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.__main__ import _names
+from benchmarks import timing
+from benchmarks.__main__ import Output, Rounds, Threads, _name, _names
 from benchmarks.physics import report as reports
 from benchmarks.physics.equations import EQUATIONS, HELD_OUT
 from benchmarks.physics.methods import ALL_METHODS, CHOICES
@@ -164,6 +165,30 @@ def report(
         reports.draw(records, picture)
     if csv is not None:
         reports.write_csv(records, csv)
+
+
+@app.command()
+def step(
+    equation: Annotated[str, typer.Option(help="One name.")] = "burgers",
+    methods: Methods = DEFAULTS,
+    losses: Losses = 2,
+    steps: Annotated[int, typer.Option(help="In one measurement.", min=1)] = 50,
+    rounds: Rounds = 20,
+    paper: Paper = False,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """Time of a step of each method, over one of the summed loss and one of the pair's sum."""
+    timing.use_threads(threads)
+    from benchmarks.physics import step as module
+
+    problem = _name(equation, "--equation", list(EQUATIONS))
+    chosen = _chosen(methods, ALL_METHODS)
+    for method in chosen:
+        _check(problem, method, losses)
+    scale = PAPER if paper else SMALL
+    rows = module.benchmark(EQUATIONS[problem], chosen, scale, losses, steps, rounds)
+    timing.report(f"physics step: {problem}, {losses} losses, one network", rows, output)
 
 
 if __name__ == "__main__":

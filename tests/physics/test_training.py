@@ -82,3 +82,21 @@ def test_the_command_resumes_reports_and_refuses(tmp_path, monkeypatch):
     median = np.median(np.array(record["errors"])[:, -1])
     assert f"{median:.2g}" in result.output
     assert invoke("report", "--out", tmp_path / "none").exit_code == 2
+
+
+def test_the_time_of_a_step_is_told_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.physics.__main__.SMALL", TINY)
+    output = tmp_path / "step.json"
+    given = ["step", "--equation", "heat", "--methods", "gdmam", "--steps", 2, "--rounds", 2]
+    assert invoke(*given, "--output", output).exit_code == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["summed loss", "summed", "gdmam"]
+    assert (
+        rows[0]["over the summed loss"]["median"] == rows[1]["over the pair's sum"]["median"] == 1
+    )
+    for row in rows:
+        for base in ("over the summed loss", "over the pair's sum"):
+            assert 0 < row[base]["low"] <= row[base]["median"] <= row[base]["high"]
+    refused = invoke("step", "--equation", "poisson", "--losses", 3)
+    assert refused.exit_code == 2
+    assert "poisson" in refused.output
