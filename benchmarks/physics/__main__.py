@@ -14,7 +14,7 @@ from benchmarks.__main__ import Output, Rounds, Threads, _name, _names
 from benchmarks.physics import report as reports
 from benchmarks.physics.equations import EQUATIONS, HELD_OUT
 from benchmarks.physics.methods import ALL_METHODS, CHOICES
-from benchmarks.physics.training import PAPER, SMALL, Scale, objective, train
+from benchmarks.physics.training import PAPER, SMALL, WARM_UP, Scale, objective, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,6 +67,8 @@ def run(
     if steps is not None:
         records = min(scale.records, steps)
         scale = scale._replace(steps=steps - steps % records, records=records)
+        if scale.steps <= WARM_UP:
+            raise typer.BadParameter(f"--steps must be above the warm-up's {WARM_UP}, got {steps}")
     grid = [float(rate) for rate in rates.split(",")]
     settings = {
         "scale": scale._asdict(), "rates": grid, "seeds": seeds,

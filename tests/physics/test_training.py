@@ -72,6 +72,7 @@ def test_the_command_resumes_reports_and_refuses(tmp_path, monkeypatch):
     assert other.exit_code == 2
     assert "other settings" in other.output
     assert invoke(*given, "--methods", "nonsense").exit_code == 2
+    assert "warm-up" in invoke(*given, "--methods", "summed", "--steps", 100).output
     picture, csv = tmp_path / "new" / "curves.png", tmp_path / "new" / "errors.csv"
     result = invoke("report", "--out", tmp_path, "--picture", picture, "--csv", csv)
     assert result.exit_code == 0
