@@ -204,8 +204,11 @@ def test_float32_agrees_with_float64(name, count):
             assert difference < tolerance * np.linalg.norm(exact @ rows)
 
 
-def test_a_solver_stops_before_float32_underflows():
-    rows = np.random.default_rng(14).normal(size=(3, 10))
+@pytest.mark.parametrize("seed", [14, 42])  # each failed with one of XLA's levels of optimisation
+def test_a_solver_stops_before_float32_underflows(seed):
+    rows = np.random.default_rng(seed).normal(size=(3, 10))
     rows = rows - 1.2 * rows.mean(axis=0)
-    weights = compiled_weights("upgrad")((rows @ rows.T).astype(np.float32))
-    np.testing.assert_allclose(weights, [0.900616, 0.951939, 0.862629], rtol=1e-5)
+    found = compiled_weights("upgrad")((rows @ rows.T).astype(np.float32))
+    with jax.enable_x64(True):
+        exact = compiled_weights("upgrad")(rows @ rows.T)
+    np.testing.assert_allclose(found, np.asarray(exact), rtol=1e-4)
