@@ -62,6 +62,10 @@ NO_GRADIENTS = [
     lambda: np.array(["a", "b"]),
     lambda: np.array([None, 1.0], object),
     lambda: np.datetime64("2020-01-01"),
+    lambda: jnp.float32,
+    lambda: np.ones(2, ">f4"),
+    lambda: np.ones(2, np.longdouble),
+    lambda: np.ma.array([1.0, 2.0], dtype=np.float32),
 ]
 
 
@@ -239,14 +243,15 @@ def test_value_and_paired_grad(tree):
         equal(gdmam.unpair_gradients(pairs), (prediction, alignment))
 
 
+LARGEST = np.finfo(float).max
 BOUNDS = {
     "initial_momentum": (0, 0.999),
     "minimum_momentum": (0, 0.999),
     "maximum_momentum": (0.95, np.nextafter(1, 0)),
-    "prediction_sensitivity": (0, np.inf),
+    "prediction_sensitivity": (0, LARGEST),
     "statistics_decay": (0, np.nextafter(1, 0)),
     "b2": (0, np.nextafter(1, 0)),
-    "eps": (np.nextafter(0, 1), np.inf),
+    "eps": (np.nextafter(0, 1), LARGEST),
 }
 
 
@@ -266,7 +271,7 @@ def test_numbers(name, value):
     low, high = BOUNDS[name]
     made = answer(gdmam.scale_by_gdmam, **({"b2": 0.9} | {name: value}))
     short = getattr(value, "dtype", None) == jnp.bfloat16
-    assert (made is not None) == (low <= value <= high and not short)
+    assert (made is not None) == (low <= float(value) <= high and not short)
 
 
 W = jnp.array([1.0, 2.0])
@@ -296,6 +301,20 @@ REFUSED = {
     "names twice": lambda: gdmam.gdmam(0.1, alignment_losses=("x", "x")),
     "one loss": lambda: gdmam.value_and_paired_grad(jnp.sum)(W),
     "a vector for a loss": lambda: gdmam.value_and_paired_grad(lambda w: (w, w))(W),
+    "text for losses": lambda: gdmam.value_and_paired_grad(lambda w: ("1", "2"))(W),
+    "params of another shape": lambda: update(gdmam.gdmam(0.1), params=W[:, None]),
+    "a number for a state": lambda: gdmam.scale_by_gdmam().update(PAIR, 3, W),
+    "text for a number": lambda: gdmam.scale_by_gdmam(b2="0.9"),
+    "a vector for a number": lambda: gdmam.scale_by_gdmam(b2=np.array([0.1, 0.2])),
+    "None for a number": lambda: gdmam.scale_by_gdmam(eps=None),
+    "infinite decay": lambda: gdmam.gdmam(0.1, weight_decay=jnp.inf),
+    "no optimizer": lambda: gdmam.summed(None),
+    "gate with text": lambda: update(gdmam.gdmam(0.1, gate=lambda cosine, ratio: ("1", "2"))),
+    "other pairs than at the start, summed": lambda: update(
+        gdmam.summed(optax.adam(0.1)), gdmam.GradientPair(jnp.ones(3), jnp.ones(3))
+    ),
+    "no pairs, weighed": lambda: update(gdmam.weighed(optax.adam(0.1), gdmam.mean_weighting), None),
+    "text for params, clip_by_recent_norm": lambda: gdmam.clip_by_recent_norm().init("text"),
     "argnums": lambda: gdmam.value_and_paired_grad(lambda w: (w.sum(), w.sum()), 1)(W),
 }
 
