@@ -108,7 +108,7 @@ def environment() -> dict[str, Any]:
     found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     device = jax.devices()[0]
     return {
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
         "versions": {"python": platform.python_version()}
         | {name: found[name] for name in names if name in found},
         "device": device.device_kind,

@@ -21,7 +21,7 @@ from gdmam_jax._numerics import (
     widen,
     zeros_like,
 )
-from gdmam_jax._pairs import GradientPair, begin_update, check_floating, named_leaves
+from gdmam_jax._pairs import GradientPair, begin_update, check_floating, halves, named_leaves
 from gdmam_jax._weightings import constant_weighting, norm_weighting
 
 
@@ -366,7 +366,7 @@ def _leaf_step(
     factors, b1, b2, eps, first_correction, root = (
         scalar.astype(precision) for scalar in (factors, b1, b2, eps, *corrections)
     )
-    prediction, alignment = widen(pair.prediction), widen(pair.alignment)
+    prediction, alignment = (widen(half) for half in halves(pair))
     gradient = factors[0] * prediction.astype(precision) + factors[1] * alignment.astype(precision)
     first = (b1 * first.astype(precision) + (1 - b1) * gradient).astype(first.dtype)
     second = b2 * second + (1 - b2) * gradient**2

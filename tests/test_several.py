@@ -288,6 +288,10 @@ def test_the_released_form_takes_one_alignment_loss():
         optimizer.update(
             gdmam.pair_gradients(PARAMS, (PARAMS, PARAMS)), optimizer.init(PARAMS), PARAMS
         )
+    state = optimizer.init(PARAMS)
+    plain, _ = optimizer.update(gdmam.pair_gradients(PARAMS, PARAMS), state, PARAMS)
+    named, _ = optimizer.update(gdmam.pair_gradients(PARAMS, {"only": PARAMS}), state, PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, plain, named)
 
 
 def test_leaves_with_other_losses_are_refused():
