@@ -1,5 +1,6 @@
 """What every test may use: eight simulated devices, float64 on request, the shared folder."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('
 import jax
 import pytest
 
+# Traced functions are millions of small objects, which the collector would go through all the time.
+gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_num_cpu_devices", 8)
 # Small functions are compiled again and again, by test after test: once is enough. Each worker has
 # a folder of its own, since two must not write one file.
