@@ -86,17 +86,20 @@ def gdmam(
       TypeError: while tracing, an update that is not a `GradientPair`.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> import gdmam_jax as gdmam
       >>> def losses(w):
       ...     return jnp.sum((w - 1) ** 2), 100 * (w[0] - w[1]) ** 2
       >>> optimizer = gdmam.gdmam(0.1)
+      >>> @jax.jit
+      ... def step(w, state):
+      ...     _, pairs = gdmam.value_and_paired_grad(losses)(w)
+      ...     updates, state = optimizer.update(pairs, state, w)
+      ...     return optax.apply_updates(w, updates), state
       >>> w = jnp.array([3.0, -2.0])
       >>> state = optimizer.init(w)
       >>> for _ in range(200):
-      ...     _, pairs = gdmam.value_and_paired_grad(losses)(w)
-      ...     updates, state = optimizer.update(pairs, state, w)
-      ...     w = optax.apply_updates(w, updates)
+      ...     w, state = step(w, state)
       >>> bool(jnp.all(jnp.abs(w - 1) < 0.1))
       True
     """

@@ -13,7 +13,7 @@ PAIR = gdmam.GradientPair(jnp.array([1.0, 3.0]), jnp.array([4.0, -2.0]))
 
 def one_update(optimizer, pair=PAIR, params=None):
     params = jnp.zeros_like(pair.prediction) if params is None else params
-    return optimizer.update(pair, optimizer.init(params), params)[0]
+    return jax.jit(optimizer.update)(pair, jax.jit(optimizer.init)(params), params)[0]
 
 
 def test_summed_weighs_both_gradients():
