@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gdmam_jax._checks import check_ordered, check_range
+from gdmam_jax._checks import check_ordered, check_range, is_numeric
 from gdmam_jax._geometry import Geometry, gramian, norms
 from gdmam_jax._numerics import EPS, divide, floored_sqrt, pytree_dataclass, wide_dtype
 from gdmam_jax._pairs import GradientPair, check_floating, describe, is_pair
@@ -477,14 +477,14 @@ def _as_array(
     count = shape[-1]
     if isinstance(values, tuple | list):
         if len(values) == count:
-            rows = [jnp.asarray(value) for value in values if _is_numeric(value)]
+            rows = [jnp.asarray(value) for value in values if is_numeric(value)]
             if len(rows) == count and all(_fits(row.shape, shape[:-1]) for row in rows):
                 rows = [jnp.broadcast_to(row, shape[:-1]).astype(dtype) for row in rows]
                 return jnp.stack(rows, axis=-1)
             got = f"{[describe(value) for value in values]}"
         else:
             got = f"{len(values)} values"
-    elif not _is_numeric(values):
+    elif not is_numeric(values):
         got = describe(values)
     else:
         array = jnp.asarray(values)
@@ -496,10 +496,6 @@ def _as_array(
         + (f", each of shape {shape[:-1]}" if stacked else f", an array of shape {shape}")
         + f" or plain numbers; got {got}"
     )
-
-
-def _is_numeric(value: Any) -> bool:
-    return isinstance(value, int | float) or hasattr(value, "shape")
 
 
 def _fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:

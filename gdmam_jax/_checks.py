@@ -48,6 +48,11 @@ def check_range(
         raise ValueError(f"{name} must lie in {left}{minimum}, {maximum}{right}, got {value}")
 
 
+def is_numeric(value: Any) -> bool:
+    """Whether ``value`` is an array or a plain real number."""
+    return isinstance(value, int | float) or hasattr(value, "shape")
+
+
 def check_state(state: Any, kind: type) -> None:
     """Raise a ``TypeError`` unless ``state`` is an optimizer state of this kind."""
     if not isinstance(state, kind):

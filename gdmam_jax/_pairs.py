@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gdmam_jax._checks import is_numeric
 from gdmam_jax._numerics import pytree_dataclass
 
 _FLATTENED = (
@@ -445,9 +446,8 @@ def _check_losses(losses: Any) -> tuple[jax.Array, Any]:
         for name, loss in named_leaves(alignment)
     ]
     for name, loss in named:
-        is_number = isinstance(loss, float) or hasattr(loss, "shape")
         if not (
-            is_number
+            is_numeric(loss)
             and jnp.shape(loss) == ()
             and jnp.issubdtype(jnp.result_type(loss), jnp.floating)
         ):

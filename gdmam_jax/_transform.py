@@ -286,8 +286,9 @@ def scale_by_gdmam(
         if skips:
             # Finite only where every element of every gradient is; known without a pass over them.
             finite = jnp.all(jnp.isfinite(allocation.gramian))
-            patience = True if max_skips is None else state.skipped_in_a_row < max_skips
-            apply = finite | ~jnp.asarray(patience)
+            apply = finite
+            if max_skips is not None:
+                apply = finite | (state.skipped_in_a_row >= max_skips)
             small = jax.tree.map(
                 lambda new, old: jnp.where(apply, new, old),
                 small,

@@ -390,7 +390,9 @@ def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     def weights(gramian: jax.Array) -> jax.Array:
         # In units of each gradient's length, where all weights are of order one.
         lengths, inverses, matrix = cosines(gramian)
-        matrix = matrix + 10 * float(jnp.finfo(matrix.dtype).eps) * jnp.eye(lengths.size)
+        matrix = matrix + 10 * float(jnp.finfo(matrix.dtype).eps) * jnp.eye(
+            lengths.size, dtype=matrix.dtype
+        )
         w = jnp.ones_like(lengths)
 
         def newton(w: jax.Array, _: None) -> tuple[jax.Array, None]:

@@ -1,10 +1,13 @@
 """Pictures of what GDMAM did during a training. Needs matplotlib: the extra `plotting`."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from gdmam_jax._geometry import ALIGNMENT_SCALARS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +25,8 @@ PANELS = {
     "momentum": ("prediction_momentum", "parallel_momentum", "orthogonal_momentum"),
 }
 """The panels of `plot_diagnostics`, and the scalars in each."""
+KNOWN = {*ALIGNMENT_SCALARS, *itertools.chain(*PANELS.values()), "decay"}
+"""Names of scalars that each scope has its own of."""
 LOGARITHMIC = ("norms of the gradients", "weights")
 
 
@@ -136,10 +141,8 @@ def _stacked(history: History) -> dict[str, NDArray[Any]]:
 
 def _name(key: str) -> tuple[str, str, str]:
     """The scope's label, the scalar's name and the alignment loss of a key of `diagnostics`."""
-    known = {name for names in PANELS.values() for name in names}
-    known |= {"parallel_norm", "orthogonal_norm", "projection", "decay"}
     parts = key.split("/")
     for number, part in enumerate(parts):
-        if part in known:
+        if part in KNOWN:
             return "/".join(parts[:number]), part, "/".join(parts[number + 1 :])
     return "", key, ""

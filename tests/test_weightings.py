@@ -212,3 +212,10 @@ def test_a_solver_stops_before_float32_underflows(seed):
     with jax.enable_x64(True):
         exact = compiled_weights("upgrad")(rows @ rows.T)
     np.testing.assert_allclose(found, np.asarray(exact), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_weights_keep_float32_where_float64_is_on(name, x64):
+    weights = compiled_weights(name)(jnp.eye(3, dtype=jnp.float32))
+    assert weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights / weights[0], 1, rtol=1e-5)

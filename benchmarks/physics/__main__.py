@@ -1,7 +1,6 @@
 """Command line of the physics-informed benchmark."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from benchmarks.physics import report as reports
 from benchmarks.physics.equations import EQUATIONS, HELD_OUT
 from benchmarks.physics.methods import ALL_METHODS, CHOICES
 from benchmarks.physics.training import PAPER, SMALL, WARM_UP, Scale, objective, train
+from gdmam_jax.ldl import storage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,9 +94,7 @@ def run(
                 )
             continue
         record = _compare(equation, method, grid, seeds, tuning_seeds, scale, losses)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record | {"settings": settings}))
-        os.replace(partial, path)
+        storage.write_json(path, record | {"settings": settings})
         fresh += 1
         left = (time.perf_counter() - started) / fresh * (len(pairs) - number - 1)
         typer.echo(
