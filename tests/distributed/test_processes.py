@@ -31,7 +31,6 @@ def launch(number, *flags, missing=0):
     } | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
     }
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

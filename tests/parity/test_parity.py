@@ -5,22 +5,15 @@ import pytest
 from tests.parity.problems import GOLDEN
 from tests.parity.trajectories import FORMS, PROBLEMS, compare, compare_golden
 
-BOTH = pytest.mark.parametrize(
-    ("problem", "form"), [(problem, form) for problem in PROBLEMS for form in FORMS]
-)
 
-
-@BOTH
-def test_float64_trajectories_agree(problem, form):
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("form", FORMS)
+def test_trajectories_agree(problem, form):
     found = compare(problem, form)
     assert 0.05 < found["conflicts"] < 0.95
     assert 0.05 < found["clipped"] < 0.95
     assert found["float64"] < 1e-10
-
-
-@BOTH
-def test_float32_stays_as_close_to_float64_as_pytorch_does(problem, form):
-    found = compare(problem, form)
+    # In float32 each strays from its own float64 trajectory; ours as little as PyTorch's.
     assert 0 < found["jax_float32"] < 2 * found["torch_float32"]
 
 
