@@ -60,7 +60,7 @@ def methods():
         "PCGrad (Adam)": gdmam.weighed(optax.adam(rate), gdmam.pcgrad_weighting),
         "ConFIG (Adam)": gdmam.weighed(optax.adam(rate), gdmam.config_weighting),
         "GDMAM": gdmam.gdmam(rate, weight_decay=0.0),
-        "GDMAM, conflict_gate": gdmam.gdmam(rate, weight_decay=0.0, gate=gdmam.conflict_gate),
+        "GDMAM, conflict gate": gdmam.gdmam(rate, weight_decay=0.0, gate=gdmam.conflict_gate),
     }
 
 
