@@ -7,11 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gdmam_jax._checks import check_ordered, check_range, is_numeric
+from gdmam_jax._checks import (
+    check_function,
+    check_losses,
+    check_ordered,
+    check_range,
+    is_numeric,
+)
 from gdmam_jax._geometry import Geometry, gramian, norms
 from gdmam_jax._numerics import EPS, divide, floored_sqrt, pytree_dataclass, wide_dtype
 from gdmam_jax._pairs import GradientPair, check_floating, describe, is_pair
 from gdmam_jax._scopes import Scope, Scopes
+from gdmam_jax._sharding import as_axis_names
 from gdmam_jax._weightings import Weighting
 
 COMPONENTS = ("prediction", "parallel", "orthogonal")
@@ -350,11 +357,12 @@ class Allocator:
     def __post_init__(self) -> None:
         for name in ("weighting", "gate", "momentum", "scope"):
             choice = getattr(self, name)
-            if choice is not None and not callable(choice):
-                raise TypeError(
-                    f"{name} must be a function, got {choice!r}; optax.inject_hyperparams takes "
-                    "functions for schedules: give it static_args="
-                    "('weighting', 'gate', 'momentum', 'scope')"
+            if choice is not None:
+                check_function(
+                    name,
+                    choice,
+                    "; optax.inject_hyperparams takes functions for schedules: give it "
+                    "static_args=('weighting', 'gate', 'momentum', 'scope')",
                 )
         for name in ("minimum_momentum", "maximum_momentum", "initial_momentum"):
             check_range(name, getattr(self, name), 0, 1, below_maximum=True)
@@ -363,15 +371,8 @@ class Allocator:
         check_range("statistics_decay", self.statistics_decay, 0, 1, below_maximum=True)
         for name, value in zip(COMPONENTS, self.sensitivity, strict=True):
             check_range(f"{name}_sensitivity", 0 if value is None else value)
-        losses = self.alignment_losses
-        number = losses is None or (isinstance(losses, int) and losses >= 1)
-        names = isinstance(losses, tuple | list) and 0 < len(losses) == len({*losses})
-        if not (number or names):
-            raise ValueError(
-                "alignment_losses must be a number of losses, at least 1, or a sequence of their "
-                f"names, each once; got {losses!r}. optax.inject_hyperparams takes numbers for "
-                "what it injects: give it static_args=('alignment_losses',)"
-            )
+        check_losses(self.alignment_losses)
+        as_axis_names(self.axis_name)
 
     @property
     def losses(self) -> int | tuple[str, ...]:

@@ -68,6 +68,24 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(f"expected an Optax optimizer, got {optimizer!r}")
 
 
+def check_function(name: str, value: Any, advice: str = "") -> None:
+    """Raise a ``TypeError`` that names ``name`` unless ``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r}{advice}")
+
+
+def check_losses(losses: Any) -> None:
+    """Raise a ``ValueError`` unless ``losses`` can be an ``alignment_losses`` argument."""
+    number = losses is None or (isinstance(losses, int) and losses >= 1)
+    names = isinstance(losses, tuple | list) and 0 < len(losses) == len({*losses})
+    if not (number or names):
+        raise ValueError(
+            "alignment_losses must be a number of losses, at least 1, or a sequence of their "
+            f"names, each once; got {losses!r}. optax.inject_hyperparams takes numbers for "
+            "what it injects: give it static_args=('alignment_losses',)"
+        )
+
+
 def check_ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:
     """Raise a ``ValueError`` that names both unless ``low <= high``."""
     if not (_is_traced(low) or _is_traced(high)) and low > high:

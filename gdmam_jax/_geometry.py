@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from gdmam_jax._checks import check_function
 from gdmam_jax._numerics import EPS, narrow, pytree_dataclass, safe_sqrt, widen
 from gdmam_jax._pairs import GradientPair, check_pairs, halves, is_pair
 from gdmam_jax._scopes import Scope, Scopes
@@ -184,6 +185,8 @@ def decompose(
       -0.3162
     """
     check_pairs(pairs)
+    if scope is not None:
+        check_function("scope", scope)
     if not jax.tree.leaves(pairs):
         raise ValueError(f"decompose needs at least one pair of gradients, got {pairs}")
     return _decompose(pairs, scope, as_axis_names(axis_name))

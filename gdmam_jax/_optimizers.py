@@ -17,7 +17,7 @@ from gdmam_jax._allocation import (
 )
 from gdmam_jax._checks import check_optimizer, check_range, check_state
 from gdmam_jax._numerics import narrow, pytree_dataclass, widen
-from gdmam_jax._pairs import GradientPair, begin_update, halves
+from gdmam_jax._pairs import GradientPair, begin_update, check_floating, halves
 from gdmam_jax._scopes import Scope, Scopes
 from gdmam_jax._transform import scale_by_gdmam
 from gdmam_jax._weightings import Weighting
@@ -199,7 +199,11 @@ def summed(
         ]
         return inner.update(structure.unflatten(sums), state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    def init(params: optax.Params) -> optax.OptState:
+        check_floating(params, "parameter")
+        return inner.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @pytree_dataclass

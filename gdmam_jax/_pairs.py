@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._checks import is_numeric
+from gdmam_jax._checks import check_function, is_numeric
 from gdmam_jax._numerics import pytree_dataclass
 
 _FLATTENED = (
@@ -212,6 +212,7 @@ def begin_update(
       ValueError: halves of a pair differ, or a tree differs from ``like``.
     """
     pairs = updates if alignment is None else pair_gradients(updates, alignment)
+    check_floating(params, "parameter")
     if like is None:
         like = params
     check_pairs(pairs, like)
@@ -359,6 +360,8 @@ def value_and_paired_grad(
       >>> float(pair.prediction), float(pair.alignment)
       (36.0, 3.0)
     """
+    check_function("loss_fn", loss_fn)
+    check_argnums(argnums)
 
     def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         positions = argument_positions(argnums, len(args))
@@ -404,6 +407,13 @@ def _check_argument(argument: Any, position: int) -> None:
     is_module = equinox is not None and isinstance(argument, equinox.Module)
     advice = "eqx.partition(model, eqx.is_inexact_array)" if is_module else ""
     check_floating(argument, f"argument {position} of the loss function,", advice)
+
+
+def check_argnums(argnums: Any) -> None:
+    """Raise a ``TypeError`` unless ``argnums`` is an integer or a sequence of integers."""
+    several = argnums if isinstance(argnums, Sequence) else (argnums,)
+    if not all(isinstance(position, int) for position in several):
+        raise TypeError(f"argnums must be an integer or a sequence of them, got {argnums!r}")
 
 
 def argument_positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:

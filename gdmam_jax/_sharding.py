@@ -9,7 +9,10 @@ import jax
 
 def as_axis_names(axis_name: str | Sequence[str] | None) -> tuple[str, ...]:
     """The mesh axes that an ``axis_name`` argument names."""
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name must be a string or a sequence of strings, got {axis_name!r}")
+    return tuple(names)
 
 
 def explicit_mesh(leaves: Any) -> Any:

@@ -198,7 +198,7 @@ def scale_by_gdmam(
         raise ValueError(f"momenta must be 'steered' or 'separate', got {momenta!r}")
     if amsgrad and b2 is None:
         raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
-    if momentum_dtype is not None and not jnp.issubdtype(momentum_dtype, jnp.floating):
+    if momentum_dtype is not None and not _is_floating(momentum_dtype):
         raise ValueError(f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}")
     if not_finite not in ("apply", "skip"):
         raise ValueError(f"not_finite must be 'apply' or 'skip', got {not_finite!r}")
@@ -333,6 +333,13 @@ def scale_by_gdmam(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # no dtype at all
+        return False
 
 
 # One compiled function for a leaf's step: leaves of one shape are traced once.

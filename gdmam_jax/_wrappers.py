@@ -6,8 +6,14 @@ from typing import Any
 import jax
 import optax
 
-from gdmam_jax._checks import check_optimizer
-from gdmam_jax._pairs import GradientPair, begin_update, is_nnx_variable, is_pair
+from gdmam_jax._checks import check_function, check_losses, check_optimizer
+from gdmam_jax._pairs import (
+    GradientPair,
+    begin_update,
+    check_floating,
+    is_nnx_variable,
+    is_pair,
+)
 
 
 def over_pairs(
@@ -53,7 +59,9 @@ def over_pairs(
       0.0
       -0.1
     """
+    check_function("wrapper", wrapper)
     check_optimizer(optimizer)
+    check_losses(alignment_losses)
     inner = optax.with_extra_args_support(optimizer)
 
     def paired_init(paired_params: optax.Params) -> optax.OptState:
@@ -69,6 +77,7 @@ def over_pairs(
         return doubled(updates), state
 
     wrapped = wrapper(optax.GradientTransformationExtraArgs(paired_init, paired_update))
+    check_optimizer(wrapped)
     if isinstance(wrapped, optax.GradientTransformation):  # optax.MultiSteps is none
         wrapped = optax.with_extra_args_support(wrapped)
 
@@ -82,6 +91,7 @@ def over_pairs(
         )
 
     def init(params: optax.Params) -> optax.OptState:
+        check_floating(params, "parameter")
         return wrapped.init(doubled(params))
 
     def update(

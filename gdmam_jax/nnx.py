@@ -8,6 +8,7 @@ from flax import nnx
 from flax.nnx import filterlib
 
 from gdmam_jax import _pairs
+from gdmam_jax._checks import check_function
 
 _CONTEXT = "gdmam_jax"
 
@@ -61,6 +62,8 @@ def value_and_paired_grad(
       (2, 1)
       >>> _ = optimizer.update(model, pairs)
     """
+    check_function("loss_fn", loss_fn)
+    _pairs.check_argnums(argnums)
     predicate = filterlib.to_predicate(wrt)
 
     @nnx.update_context(_CONTEXT)

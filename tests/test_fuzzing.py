@@ -197,8 +197,7 @@ OPTIMIZERS = {
 @given(st.data(), st.sampled_from(sorted(OPTIMIZERS)))
 def test_update(data, name):
     optimizer, formula = OPTIMIZERS[name]
-    # `over_pairs` and `summed` leave what they are initialised with to what they wrap.
-    params = data.draw(nested(gradients if name in ("over_pairs", "summed") else anything))
+    params = data.draw(nested(anything))
     state = answer(optimizer.init, params)
     if state is None:
         return
@@ -315,6 +314,37 @@ REFUSED = {
     ),
     "no pairs, weighed": lambda: update(gdmam.weighed(optax.adam(0.1), gdmam.mean_weighting), None),
     "text for params, clip_by_recent_norm": lambda: gdmam.clip_by_recent_norm().init("text"),
+    "text for params, over_pairs": lambda: gdmam.over_pairs(
+        lambda tx: optax.MultiSteps(tx, 2), gdmam.gdmam(0.1)
+    ).init("text"),
+    "text for params, summed": lambda: gdmam.summed(optax.adam(0.1)).init("text"),
+    "integer params": lambda: gdmam.gdmam(0.1).init(jnp.arange(2)),
+    "integer params, summed": lambda: gdmam.summed(optax.adam(0.1)).init(jnp.arange(2)),
+    "integer params for an update": lambda: update(gdmam.gdmam(0.1), params=jnp.arange(2)),
+    "integer params for an update, summed": lambda: update(
+        gdmam.summed(optax.adam(0.1)), params=jnp.arange(2)
+    ),
+    "integer params for an update, released": lambda: update(
+        gdmam.gdmam_released(0.1), params=jnp.arange(2)
+    ),
+    "a number for a wrapper": lambda: gdmam.over_pairs(3, gdmam.gdmam(0.1)),
+    "a wrapper that wraps nothing": lambda: gdmam.over_pairs(lambda tx: None, gdmam.gdmam(0.1)),
+    "half a loss, over_pairs": lambda: gdmam.over_pairs(
+        lambda tx: tx, gdmam.gdmam(0.1), alignment_losses=1.5
+    ),
+    "a number for a dtype": lambda: gdmam.gdmam(0.1, momentum_dtype=3),
+    "text for a dtype": lambda: gdmam.gdmam(0.1, momentum_dtype="text"),
+    "an integer dtype": lambda: gdmam.gdmam(0.1, momentum_dtype=jnp.int32),
+    "a number for an axis": lambda: gdmam.gdmam(0.1, axis_name=3),
+    "a number for an axis, weighed": lambda: gdmam.weighed(
+        optax.adam(0.1), gdmam.sum_weighting, axis_name=(3,)
+    ),
+    "a number for an axis, released": lambda: gdmam.gdmam_released(0.1, axis_name=3),
+    "a number for an axis, decompose": lambda: gdmam.decompose(PAIR, axis_name=3),
+    "a number for a scope, decompose": lambda: gdmam.decompose(PAIR, scope=3),
+    "a number for a loss function": lambda: gdmam.value_and_paired_grad(3),
+    "text for argnums": lambda: gdmam.value_and_paired_grad(jnp.sum, "x"),
+    "None for argnums": lambda: gdmam.value_and_paired_grad(jnp.sum, None),
     "argnums": lambda: gdmam.value_and_paired_grad(lambda w: (w.sum(), w.sum()), 1)(W),
 }
 
