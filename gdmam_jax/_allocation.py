@@ -15,7 +15,14 @@ from gdmam_jax._checks import (
     is_numeric,
 )
 from gdmam_jax._geometry import Geometry, gramian, norms
-from gdmam_jax._numerics import EPS, divide, floored_sqrt, pytree_dataclass, wide_dtype
+from gdmam_jax._numerics import (
+    EPS,
+    divide,
+    floored_sqrt,
+    pytree_dataclass,
+    register_with_flax,
+    wide_dtype,
+)
 from gdmam_jax._pairs import GradientPair, check_floating, describe, is_pair
 from gdmam_jax._scopes import Scope, Scopes
 from gdmam_jax._sharding import as_axis_names
@@ -387,6 +394,7 @@ class Allocator:
 
     def init(self, params: Any) -> Allocation:
         """The allocation before the first step."""
+        register_with_flax()
         check_floating(params, "parameter")
         scopes = Scopes.of(params, self.scope)
         dtype = wide_dtype(*jax.tree.leaves(params))

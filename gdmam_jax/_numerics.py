@@ -1,5 +1,7 @@
 """Small numerical tools, and the one kind of dataclass that trees and states are made of."""
 
+import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
@@ -11,12 +13,49 @@ EPS = 1e-12
 """Added to every norm, so that nothing divides by zero."""
 
 T = TypeVar("T")
+_DATACLASSES: list[type] = []
 
 
 @dataclass_transform(frozen_default=True)
 def pytree_dataclass(cls: type[T]) -> type[T]:
     """A frozen `chex.dataclass` that type checkers know as one, and that is no mapping."""
-    return chex.dataclass(cls, frozen=True, mappable_dataclass=False)
+    made = chex.dataclass(cls, frozen=True, mappable_dataclass=False)
+    _DATACLASSES.append(made)
+    return made
+
+
+def register_with_flax() -> None:
+    """Lets `flax.serialization`, where it has been imported, write and read the dataclasses.
+
+    By itself it knows named tuples, but no dataclasses. Every ``init`` of a state comes here. What
+    holds no array, such as the scopes' names, is not written but taken from the target.
+    """
+    serialization: Any = sys.modules.get("flax.serialization")
+    if serialization is None:
+        return
+
+    def held(node: Any) -> dict[str, Any]:
+        fields = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+        return {name: value for name, value in fields.items() if jax.tree.leaves(value)}
+
+    def to_state(node: Any) -> dict[str, Any]:
+        return {name: serialization.to_state_dict(value) for name, value in held(node).items()}
+
+    def from_state(target: Any, saved: dict[str, Any]) -> Any:
+        expected = held(target)
+        if saved.keys() != expected.keys():
+            raise ValueError(
+                f"the saved {type(target).__name__} was made with other choices than this "
+                f"optimizer's; it holds {sorted(saved)}, expected {sorted(expected)}"
+            )
+        restored = {
+            name: serialization.from_state_dict(value, saved[name], name=name)
+            for name, value in expected.items()
+        }
+        return dataclasses.replace(target, **restored)
+
+    for cls in _DATACLASSES:
+        serialization.register_serialization_state(cls, to_state, from_state, override=True)
 
 
 def wide_dtype(*arrays: Any) -> Any:

@@ -16,6 +16,7 @@ from gdmam_jax._numerics import (
     floored_sqrt,
     map_leaves,
     pytree_dataclass,
+    register_with_flax,
     safe_sqrt,
     wide_dtype,
     widen,
@@ -96,6 +97,7 @@ def clip_by_recent_norm(
     check_range("window", window, 1)
 
     def init(params: optax.Params) -> RecentNormState:
+        register_with_flax()
         check_floating(params, "parameter")
         dtype = wide_dtype(*jax.tree.leaves(params))
         return RecentNormState(norms=jnp.zeros(window, dtype).at[-1].set(jnp.inf))

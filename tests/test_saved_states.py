@@ -8,6 +8,7 @@ What an array is called, and what it means, is part of the interface: checkpoint
 import sys
 from pathlib import Path
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +87,47 @@ def test_a_saved_state_goes_on(name, file):
     for path, leaf in named(end).items():
         np.testing.assert_allclose(
             leaf, saved[f"{name}/end/{path}"], rtol=1e-4, atol=1e-6, err_msg=path
+        )
+
+
+SERIALIZED = OPTIMIZERS | {
+    "over_pairs": lambda: gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 2), gdmam.gdmam(0.1)),
+    "clip_by_recent_norm": gdmam.clip_by_recent_norm,
+}
+
+
+@pytest.mark.parametrize("name", SERIALIZED)
+def test_flax_serialization(name):
+    target = jax.eval_shape(SERIALIZED[name]().init, PARAMS)
+    state = jax.tree.map(
+        lambda leaf: np.arange(1, 1 + leaf.size).reshape(leaf.shape).astype(leaf.dtype), target
+    )
+    restored = flax.serialization.from_bytes(target, flax.serialization.to_bytes(state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for found, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"b2": None}, "GDMAMState was made with other choices"),
+        ({"amsgrad": True}, "expected .*second_moment_maximum"),
+        ({"not_finite": "skip"}, "expected .*skipped"),
+        ({"momenta": "separate"}, "size of the list"),
+        ({"scope": gdmam.leaf_scope}, "another scope or alignment_losses"),
+        ({"alignment_losses": 2}, "another scope or alignment_losses"),
+    ],
+)
+def test_flax_serialization_refuses_another_choice(choices, message):
+    saved = flax.serialization.to_bytes(gdmam.gdmam(0.1).init(PARAMS))
+    optimizer = gdmam.gdmam(0.1, **choices)
+    pair = (PARAMS,) * choices.get("alignment_losses", 1)
+    pairs = gdmam.pair_gradients(PARAMS, pair if len(pair) > 1 else PARAMS)
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(
+            pairs, flax.serialization.from_bytes(optimizer.init(PARAMS), saved), PARAMS
         )
 
 

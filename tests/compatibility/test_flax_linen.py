@@ -95,9 +95,11 @@ def test_train_state(optimizer):
     assert state.step == 60
 
 
-def test_states_are_not_for_flax_serialization():
-    """It knows named tuples, not dataclasses; pickle knows both."""
-    state = gdmam.gdmam(0.1).init({"w": jnp.ones(2)})
-    with pytest.raises(TypeError, match="GDMAMState"):
-        flax.serialization.to_bytes(state)
-    chex.assert_trees_all_equal(pickle.loads(pickle.dumps(state)), state)
+def test_a_train_state_is_written_and_read():
+    params = {"w": jnp.ones(2)}
+    state = TrainState.create(apply_fn=None, params=params, tx=gdmam.gdmam(0.1))
+    state = state.apply_gradients(grads=gdmam.pair_gradients(params, params))
+    fresh = TrainState.create(apply_fn=None, params=params, tx=state.tx)
+    restored = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal(pickle.loads(pickle.dumps(state.opt_state)), state.opt_state)
