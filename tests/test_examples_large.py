@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests import kills
+
 SMALL = {
     "language_model": [
         *("--steps", "2", "--width", "16", "--layers", "1", "--heads", "2"),
@@ -41,6 +43,26 @@ def test_language_model_goes_on_with_other_sharding(load, monkeypatch, capsys, t
     assert "GDMAM: going on from step 2" in again
     ends = [text.split("ends with state ")[1][:16] for text in (first, again)]
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "step"),
+    [
+        ("a save half done", 4),
+        ("folders of two steps exchanged", None),
+        ("a byte changed", None),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_half_a_save_left_out(load, tmp_path, damage, step):
+    """`python -m tests.kills damage` tries many more."""
+    training = load("training")
+    kills.save_two(training, tmp_path)
+    next(change for what, change in kills.damages(tmp_path) if what == damage)(tmp_path)
+    if step is None:
+        with pytest.raises(ValueError, match=r"4 is not what was saved at step 4"):
+            kills.read(training, tmp_path)
+    else:
+        assert kills.read(training, tmp_path) == (step, True)
 
 
 def test_image_labels_says_who_won(load, monkeypatch, capsys):
