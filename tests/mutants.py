@@ -1,6 +1,7 @@
 """Small mistakes made in the core on purpose, each with the tests that must notice it.
 
-    python -m tests.mutants
+    python -m tests.mutants                # the mistakes of the list below
+    python -m tests.mutants --random 60    # as many drawn from all that the syntax allows
 
 Copies the project to a temporary folder, makes one mistake at a time, and runs the named tests: a
 mutant survives where they all pass. Exits with 1 if one does, or if a mistake no longer fits the
@@ -8,12 +9,17 @@ code. A few seconds each; `-k` chooses some by a part of their description.
 """
 
 import argparse
+import ast
+import contextlib
+import copy as copying
 import dataclasses
+import multiprocessing
 import os
+import random
 import shutil
-import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -248,6 +254,100 @@ MUTANTS = (
 )  # fmt: skip
 
 
+# What is drawn at random, and the tests that must notice it.
+DRAWN = {
+    "_geometry": ("tests/test_geometry.py", "tests/test_several.py"),
+    "_allocation": ("tests/test_allocation.py", "tests/test_several.py", "tests/test_transform.py"),
+    "_transform": ("tests/test_transform.py", "tests/test_optimizers.py", "tests/test_skipping.py"),
+}
+EXCHANGED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
+    ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+RENAMED = {
+    "minimum": "maximum", "maximum": "minimum", "ones_like": "zeros_like",
+    "zeros_like": "ones_like", "any": "all", "all": "any",
+}  # fmt: skip
+
+
+def mistakes(node: ast.AST) -> Iterator[ast.AST]:
+    """What could stand in a node's place by mistake."""
+    other = copying.deepcopy(node)
+    if isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in EXCHANGED:
+        other.op = EXCHANGED[type(node.op)]()
+        yield other
+    elif isinstance(node, ast.Compare):
+        other.ops[0] = EXCHANGED[type(node.ops[0])]()
+        yield other
+    elif isinstance(node, ast.UnaryOp):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield ast.Constant(node.value + 1)
+    elif isinstance(node, ast.Attribute) and node.attr in RENAMED:
+        other.attr = RENAMED[node.attr]
+        yield other
+    elif isinstance(node, ast.If | ast.IfExp):
+        other.test = ast.UnaryOp(ast.Not(), node.test)
+        yield other
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield ast.Pass()
+
+
+def sites(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+    """Each mistake in the code below ``node``: whose field, which entry of it, and what instead.
+
+    Annotations, default values, decorators and messages of errors are no code.
+    """
+    for name, field in ast.iter_fields(node):
+        if name in ("annotation", "returns", "defaults", "kw_defaults", "decorator_list"):
+            continue
+        for number, child in enumerate(field if isinstance(field, list) else [field]):
+            if isinstance(child, ast.AST) and not isinstance(child, ast.Raise | ast.JoinedStr):
+                place = number if isinstance(field, list) else None
+                yield from ((node, name, place, instead) for instead in mistakes(child))
+                yield from sites(child)
+
+
+def draw(number: int, seed: int) -> list[Mutant]:
+    """Random mistakes in the modules of ``DRAWN``, each at another place."""
+    mutants = []
+    for module, tests in DRAWN.items():
+        source = (ROOT / "gdmam_jax" / f"{module}.py").read_text()
+        tree = ast.parse(source)
+        for parent, name, place, instead in sites(tree):
+            holder, key = (vars(parent), name)
+            if place is not None:
+                holder, key = holder[name], place
+            original, holder[key] = holder[key], instead
+            what = f"{module}:{original.lineno} {ast.unparse(original)} -> {ast.unparse(instead)}"
+            what = " ".join(what.split())[:150]
+            mutants.append(Mutant(what, module, source, ast.unparse(tree), " ".join(tests)))
+            holder[key] = original
+    print(f"{number} of {len(mutants)} mistakes")
+    return random.Random(seed).sample(mutants, number)
+
+
+BASE = 10
+
+
+def run_tests(copy: Path, arguments: list[str]) -> None:
+    """In a process of its own, which ends with `BASE` plus pytest's code."""
+    os.chdir(copy)
+    for module in [name for name in sys.modules if name.split(".")[0] in ("tests", "gdmam_jax")]:
+        del sys.modules[module]
+    sys.path[:] = [str(copy), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    sys.dont_write_bytecode = True
+    import pytest
+
+    with open("pytest.log", "w") as log, contextlib.redirect_stdout(log):
+        code = pytest.main(arguments)
+    sys.exit(BASE + int(code))
+
+
 def survives(mutant: Mutant, copy: Path) -> bool:
     """Whether all of the mutant's tests pass."""
     path = copy / "gdmam_jax" / f"{mutant.module}.py"
@@ -257,21 +357,35 @@ def survives(mutant: Mutant, copy: Path) -> bool:
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
         files, _, chosen = mutant.tests.partition(" -k ")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", files]
-        command += ["-k", chosen] if chosen else []
-        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        arguments = ["-q", "-x", "-n0", "-p", "no:cacheprovider", *files.split()]
+        arguments += ["-k", chosen] if chosen else []
+        # Forked from one that has imported what takes long.
+        process = multiprocessing.get_context("forkserver").Process(
+            target=run_tests, args=(copy, arguments)
+        )
+        process.start()
+        process.join()
     finally:
         path.write_text(original)
-    if result.returncode not in (0, 1):
-        raise RuntimeError(f"{mutant.what}: pytest could not run\n{result.stdout[-2000:]}")
-    return result.returncode == 0
+    code = (process.exitcode or 0) - BASE
+    # A module that cannot be imported (2) is noticed; tests that are not there are an error.
+    if code not in (0, 1, 2):
+        log = (copy / "pytest.log").read_text()
+        raise RuntimeError(f"{mutant.what}: pytest could not run\n{log[-2000:]}")
+    return code == 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("-k", default="", help="only mutants whose description holds this")
-    chosen = [mutant for mutant in MUTANTS if parser.parse_args().k in mutant.what]
+    parser.add_argument("--random", type=int, default=0, help="so many random mistakes instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the random ones (0)")
+    arguments = parser.parse_args()
+    mutants = draw(arguments.random, arguments.seed) if arguments.random else MUTANTS
+    chosen = [mutant for mutant in mutants if arguments.k in mutant.what]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["jax", "optax", "chex", "flax.nnx", "pytest"]
+    )
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
