@@ -31,6 +31,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def skipped_under(setting, reason):
+    """The mark of a test that cannot hold under one of JAX's settings."""
+    return pytest.mark.skipif(bool(getattr(jax.config, setting)), reason=f"{setting} {reason}")
+
+
 @pytest.fixture
 def x64():
     """Run the test with float64 switched on."""
