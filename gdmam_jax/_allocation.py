@@ -64,7 +64,10 @@ class NormStatistics:
 
 
 Gate = Callable[[jax.Array, jax.Array], tuple[Any, Any]]
+"""A function ``(cosine, ratio) -> (parallel, orthogonal)``: factors of the alignment gradient's
+parts along and across the prediction gradient."""
 MomentumRule = Callable[[NormStatistics, Any, tuple[Any, Any, Any]], Any]
+"""A function ``(statistics, initial, sensitivity) -> momentum``: the components' coefficients."""
 
 
 def cosine_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:

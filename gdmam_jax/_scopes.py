@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from gdmam_jax._pairs import named_leaves
 
 Scope = Callable[[str], Hashable]
+"""A function of a leaf's path, such as ``"encoder/kernel"``: leaves with one result go together."""
 
 
 def leaf_scope(path: str) -> str:

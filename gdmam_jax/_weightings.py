@@ -19,6 +19,8 @@ from gdmam_jax._numerics import EPS, divide, floored_sqrt, safe_sqrt
 from gdmam_jax._programmes import ITERATIONS, cosines, minimise, quadratic, shares
 
 Weighting = Callable[[jax.Array, jax.Array], Any]
+"""A function ``(gramian, norms) -> weights`` of the gradients' inner products and of the running
+means of their norms."""
 
 
 def _with_settings(weighting: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -278,7 +280,7 @@ def _over_scopes(weights: Callable[[jax.Array], jax.Array], gramian: jax.Array) 
 def mgda_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     r"""MGDA: the shortest vector among all averages of the gradients.
 
-    $w = \arg\min_{w \ge 0, \sum w = 1} w^T G w$. The result is against no gradient, and 0 where no
+    $w = \operatorname{argmin}_{w \ge 0, \sum w = 1} w^T G w$. The result is against no gradient, and 0 where no
     direction improves all. It follows the smallest gradient.
 
     Args:
@@ -472,7 +474,7 @@ def dual_proj_weighting(
 ) -> jax.Array:
     r"""DualProj: the mean gradient, moved as little as makes it conflict with no gradient.
 
-    $w = \arg\min_{w \ge p} w^T G w$: the projection of $\sum_k p_k g_k$ onto the cone of what is
+    $w = \operatorname{argmin}_{w \ge p} w^T G w$: the projection of $\sum_k p_k g_k$ onto the cone of what is
     against no gradient.
 
     Args:
@@ -504,7 +506,7 @@ def dual_proj_weighting(
 def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = None) -> jax.Array:
     r"""UPGrad: each gradient is made to conflict with none; then their mean.
 
-    $w = \sum_k p_k \arg\min_{v \ge e_k} v^T G v$. The result is against no gradient, and grows in
+    $w = \sum_k p_k \operatorname{argmin}_{v \ge e_k} v^T G v$. The result is against no gradient, and grows in
     proportion when a gradient does.
 
     Args:

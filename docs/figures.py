@@ -1,0 +1,107 @@
+"""What the pages show that is written elsewhere: measurements, and docstrings.
+
+`mkdocs.yml` names this module. A page whose first lines say ``render_macros: true`` can call its
+functions. A new measurement, written over the old file, changes the page.
+"""
+
+import ast
+import csv
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+PHYSICS = ("summed", "pcgrad", "imtl-g", "config", "m-config", "gdmam")
+FAILED = 0.5
+"""Relative error from which a run of `benchmarks.physics` counts as failed."""
+
+
+def row(file: str, **where: Any) -> dict[str, Any]:
+    """The one row of ``docs/figures/FILE.json`` whose values are those of ``where``."""
+    rows = json.loads((DOCS / "figures" / f"{file}.json").read_text())["rows"]
+    found = [each for each in rows if where.items() <= each.items()]
+    if len(found) != 1:
+        raise ValueError(f"expected one row of {file}.json with {where}, found {len(found)}")
+    return found[0]
+
+
+def figure(file: str, column: str, **where: Any) -> str:
+    """A cell: a ratio with its quartiles, or a number."""
+    value = row(file, **where)[column]
+    if isinstance(value, dict):
+        return f"{value['median']:.2f} ({value['low']:.2f} - {value['high']:.2f})"
+    return f"{value:.3g}"
+
+
+def measured(file: str) -> str:
+    """What a file's figures were measured by and on: command, processor, versions."""
+    about = json.loads((DOCS / "figures" / f"{file}.json").read_text())
+    command = about["command"].split(" --output")[0]
+    return (
+        f"`{command}` on {about['processors']} core(s) of {about['processor'] or about['device']}, "
+        f"jax {about['versions']['jax']}, load {about['load']:.0f}"
+    )
+
+
+def physics() -> dict[str, dict[str, list[float]]]:
+    """The final errors in ``docs/physics.csv``: by method, then by equation."""
+    errors: dict[str, dict[str, list[float]]] = {method: defaultdict(list) for method in PHYSICS}
+    with (DOCS / "physics.csv").open() as lines:
+        for run in csv.DictReader(lines):
+            errors[run["method"]][run["equation"]].append(float(run["error"]))
+    return errors
+
+
+def physics_table() -> str:
+    """Median error (smallest to largest) of each method on each equation, lowest median bold."""
+    errors = physics()
+    equations = list(errors["gdmam"])
+    lowest = {
+        equation: min(statistics.median(each[equation]) for each in errors.values())
+        for equation in equations
+    }
+    lines = [
+        f"| method | {' | '.join(equations)} | failed | worst over best |",
+        "| --- |" + " ---: |" * (len(equations) + 2),
+    ]
+    for method, found in errors.items():
+        cells, ratios = [], []
+        for equation in equations:
+            median = statistics.median(found[equation])
+            text = f"{median:.2g} ({min(found[equation]):.2g} - {max(found[equation]):.2g})"
+            cells.append(f"**{text}**" if median == lowest[equation] else text)
+            ratios.append(median / lowest[equation])
+        failed = sum(error > FAILED for runs in found.values() for error in runs)
+        lines.append(f"| {method} | {' | '.join(cells)} | {failed} | {max(ratios):.1f} |")
+    return "\n".join(lines)
+
+
+def docstrings() -> dict[str, str]:
+    """The first paragraph of every docstring in the package's private modules, by name."""
+    found = {}
+    for path in (DOCS.parent / "gdmam_jax").glob("_*.py"):
+        body = ast.parse(path.read_text()).body
+        for node, following in zip(body, [*body[1:], None], strict=True):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found[node.name] = ast.get_docstring(node)
+            elif isinstance(node, ast.Assign) and isinstance(following, ast.Expr):
+                found[node.targets[0].id] = following.value.value
+    return {name: text.split("\n\n")[0] for name, text in found.items() if text}
+
+
+def group(*names: str) -> str:
+    """A table of public names, a line each, and then the documentation of each."""
+    texts = docstrings()
+    lines = ["| name | what |", "| --- | --- |"]
+    for name in names:
+        text = " ".join(texts[name].split()).replace("|", "\\|")
+        lines.append(f"| [`{name}`][gdmam_jax.{name}] | {text} |")
+    return "\n".join([*lines, "", *(f"::: gdmam_jax.{name}\n" for name in names)])
+
+
+def define_env(env: Any) -> None:
+    """Gives the pages the functions above."""
+    for function in (figure, group, measured, physics_table):
+        env.macro(function)
