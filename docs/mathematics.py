@@ -8,8 +8,6 @@ import logging
 import re
 from typing import Any
 
-from latex2mathml.converter import convert
-
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
@@ -20,6 +18,8 @@ log = logging.getLogger("mkdocs.hooks.mathematics")
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:
     """Converts what `pymdownx.arithmatex` has found, in pages and docstrings."""
+    # Here, so that tests, which import every module, do not need it.
+    from latex2mathml.converter import convert
 
     def replace(match: re.Match[str]) -> str:
         display = "block" if match["tag"] == "div" else "inline"

@@ -10,7 +10,7 @@ images and labels are represented. GDMAM beside the sum of both.
         --fsdp --steps 20000 --checkpoints runs/digits    # a GPU machine or a TPU slice
     python examples/image_labels.py --help
 
-Several processes: the same command in each, see docs/distributed.md.
+Several processes: the same command in each, see docs/many_devices.md.
 """
 
 import argparse

@@ -10,7 +10,7 @@ prediction loss alone.
         --fsdp --steps 20000 --learning-rate 1e-3 --checkpoints runs/large
     python examples/language_model.py --help
 
-Several processes: the same command in each, see docs/distributed.md.
+Several processes: the same command in each, see docs/many_devices.md.
 """
 
 import argparse

@@ -280,8 +280,8 @@ def _over_scopes(weights: Callable[[jax.Array], jax.Array], gramian: jax.Array) 
 def mgda_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     r"""MGDA: the shortest vector among all averages of the gradients.
 
-    $w = \operatorname{argmin}_{w \ge 0, \sum w = 1} w^T G w$. The result is against no gradient, and 0 where no
-    direction improves all. It follows the smallest gradient.
+    $w = \operatorname{argmin}_{w \ge 0, \sum w = 1} w^T G w$. The result is against no gradient,
+    and 0 where no direction improves all. It follows the smallest gradient.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
@@ -474,8 +474,8 @@ def dual_proj_weighting(
 ) -> jax.Array:
     r"""DualProj: the mean gradient, moved as little as makes it conflict with no gradient.
 
-    $w = \operatorname{argmin}_{w \ge p} w^T G w$: the projection of $\sum_k p_k g_k$ onto the cone of what is
-    against no gradient.
+    $w = \operatorname{argmin}_{w \ge p} w^T G w$: the projection of $\sum_k p_k g_k$ onto
+    the cone of what is against no gradient.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
@@ -506,8 +506,8 @@ def dual_proj_weighting(
 def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = None) -> jax.Array:
     r"""UPGrad: each gradient is made to conflict with none; then their mean.
 
-    $w = \sum_k p_k \operatorname{argmin}_{v \ge e_k} v^T G v$. The result is against no gradient, and grows in
-    proportion when a gradient does.
+    $w = \sum_k p_k \operatorname{argmin}_{v \ge e_k} v^T G v$. The result is against no
+    gradient, and grows in proportion when a gradient does.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.

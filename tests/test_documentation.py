@@ -1,0 +1,286 @@
+"""README and pages: links, anchors, numbers, and rows of tables that name what is tested."""
+
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+import gdmam_jax as gdmam
+from docs import figures
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [*DOCS.glob("*.md"), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY"))]
+)
+NAVIGATION = re.findall(r"^ +- .*: (\S+\.\w+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+
+
+def prose(page):
+    """A page without code, in which brackets mean something else."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^--8<-- \"(.+)\"$", lambda match: (ROOT / match[1]).read_text(), text)
+    return text
+
+
+def anchors(page):
+    """The headings of a page as Python-Markdown's `toc` and GitHub name them, and ids."""
+    text = prose(page)
+    found = set(re.findall(r'\bid="([^"]+)"', text))
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        plain = re.sub(r"[^\w\s-]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading))
+        found.add(re.sub(r"[-\s]+", "-", plain.strip().lower()))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    text = re.sub(r"`[^`\n]*`", "code", prose(page))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file() or (target.is_dir() and page.parent == ROOT), link
+        # What is not in `docs` is not on the site.
+        assert page.parent == ROOT or target.resolve().is_relative_to(DOCS), link
+        assert not anchor or anchor in anchors(target), link
+    for name in re.findall(r"\]\[gdmam_jax\.(\w+)\]", prose(page)):
+        assert hasattr(gdmam, name), name
+
+
+def test_every_page_is_in_the_navigation_once():
+    assert sorted(name for name in NAVIGATION if name.endswith(".md")) == sorted(
+        page.name for page in DOCS.glob("*.md")
+    )
+
+
+def test_llms_txt_names_the_pages():
+    named = re.findall(r"\]\((\S+)\)", (DOCS / "llms.txt").read_text())
+    pages = [name.removesuffix(".md") for name in NAVIGATION if name not in ("index.md",)]
+    assert sorted(named) == sorted(f"{name}/" for name in pages if "/" not in name)
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert re.search(r"^  font: false$", settings, re.MULTILINE)
+    own = [path for path in DOCS.rglob("*") if path.suffix in (".css", ".html", ".js")]
+    for text in [settings, *(path.read_text() for path in own)]:
+        assert not re.findall(r"https?://\S+", text)
+
+
+def test_the_api_has_every_public_name_once():
+    page = (DOCS / "api.md").read_text()
+    named = re.findall(r'^    "(\w+)",$', page, re.MULTILINE)
+    modules = {"nnx", "plotting", "ldl"}
+    public = {name for name in vars(gdmam) if not name.startswith("_")} - modules
+    assert sorted(named) == sorted(public)
+    assert set(re.findall(r"^::: gdmam_jax\.(\w+)$", page, re.MULTILINE)) == modules
+    assert all(figures.docstrings()[name].endswith((".", ")", ":")) for name in named)
+
+
+def test_figures_of_the_pages_are_in_their_files():
+    jinja2 = pytest.importorskip("jinja2")
+    macros = {
+        function.__name__: function
+        for function in (figures.figure, figures.group, figures.measured, figures.physics_table)
+    }
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    rendered = 0
+    for page in DOCS.glob("*.md"):
+        text = page.read_text()
+        if text.startswith("---\nrender_macros: true\n---"):
+            environment.from_string(text).render(**macros)
+            rendered += 1
+        else:
+            assert not re.search(r"{{ (figure|measured|group|physics_table)\(", text), page
+    assert rendered >= 2
+    with pytest.raises(ValueError, match=r"one row of update.json with .*'adam'.*, found 0"):
+        figures.figure("update", "moved", optimizer="adam")
+
+
+def test_figures_of_the_readme_are_those_of_the_files():
+    text = " ".join((ROOT / "README.md").read_text().replace("*", "").split())
+    medians = {
+        method: {equation: statistics.median(errors) for equation, errors in found.items()}
+        for method, found in figures.physics().items()
+    }
+    ours = medians["gdmam"]
+    numbers = ("none", "one", "two", "three", "four", "five", "six")
+    third = sum(3 * ours[equation] < error for equation, error in medians["summed"].items())
+    assert f"less than a third of that of Adam on the sum on {numbers[third]} of" in text
+    assert all(ours[equation] < error for equation, error in medians["config"].items())
+    low, high = re.search(r"an update takes ([\d.]+) to ([\d.]+) times", text).groups()
+    update = figures.row("update", optimizer="gdmam")
+    assert float(low) <= round(update["over summed"]["median"], 1) <= float(high)
+    assert round(update["memory"], 2) == 1
+
+
+def rows(page):
+    """The first cells of every table of a page, but for headings."""
+    lines = (DOCS / page).read_text().splitlines()
+    return [
+        line.split(" | ")[0].removeprefix("| ")
+        for number, line in enumerate(lines)
+        if line.startswith("| ")
+        and not line.startswith("| ---")
+        and not lines[min(number + 1, len(lines) - 1)].startswith("| ---")
+    ]
+
+
+COMPATIBILITY = {
+    # Optax
+    "`chain`, `named_chain`": "test_optax test_chain test_named_chain",
+    "`scale`, `clip`, `clip_by_block_rms`, `centralize`, `scale_by_sign` before": (
+        "test_optax test_link_before"
+    ),
+    "`clip_by_global_norm` before": "test_optax test_clip_by_global_norm_before",
+    "`add_noise` before": "test_optax test_add_noise_before",
+    "`freeze` before": "test_optax test_freeze_before",
+    "`clip_by_global_norm`, `adaptive_grad_clip`, `zero_nans`, `add_decayed_weights`, `freeze`, "
+    "`flatten` behind": "test_optax test_link_after",
+    "`ema` behind": "test_optax test_ema_after",
+    "`add_noise` behind": "test_optax test_add_noise_after",
+    "`contrib.reduce_on_plateau`": "test_optax test_reduce_on_plateau",
+    "learning-rate schedules": "test_optax test_learning_rate_schedule",
+    "`lookahead`": "test_optax test_lookahead",
+    "`contrib.schedule_free`": "test_optax test_schedule_free",
+    "`partition`": "test_optax test_partition",
+    "`masked`": "test_optax test_masked test_masked_link_before",
+    "`inject_hyperparams`": "test_optax test_inject_hyperparams_schedules_every_scalar",
+    "`inject_hyperparams` of a weighting's setting": (
+        "test_optax test_inject_hyperparams_every_scalar_matters"
+    ),
+    "`tree.map_params`": "test_optax test_map_params",
+    "`tree.norm`, `tree.add`, `tree.scale`, `tree.cast`": (
+        "test_optax_tree test_arithmetic_on_pairs_is_arithmetic_on_both_gradients "
+        "test_states_are_ordinary_trees"
+    ),
+    "`tree.get`, `tree.set`": "test_optax_tree test_get_and_set_of_injected_numbers",
+    "unknown extra arguments": "test_optax test_unknown_extra_arguments",
+    "`update(gradients, state, params, alignment=others)`": (
+        "test_optax test_alignment_gradients_by_keyword"
+    ),
+    "recompilation, dtypes, states under explicit sharding": (
+        "test_contrib_behaviour test_no_recompilation_and_dtypes "
+        "test_state_types_are_stable_under_explicit_sharding"
+    ),
+    "Optax's own tests of an optimizer": "test_contrib_behaviour test_convergence",
+    "`MultiSteps`": "test_optax test_multi_steps",
+    "`MultiSteps` with `skip_not_finite`": "test_optax test_skip_not_finite",
+    "`apply_if_finite`": "test_optax test_apply_if_finite",
+    "`zero_nans`, `adaptive_grad_clip`, `add_decayed_weights` before": (
+        "test_optax test_link_before_over_pairs "
+        "test_links_that_need_over_pairs_fail_at_once_without"
+    ),
+    "`ema` before": "test_optax test_ema_before_over_pairs",
+    "`contrib.mechanize`": "test_optax test_mechanize",
+    "`alignment=` with `masked`, `partition` or links before GDMAM": (
+        "test_optax test_alignment_gradients_by_keyword "
+        "test_links_before_see_only_the_prediction_gradients_of_a_keyword_call"
+    ),
+    "a *function* as labels of `partition` or mask of `masked`": (
+        "test_optax test_labels_by_a_function"
+    ),
+    "`flatten` around GDMAM": "test_optax test_flatten_says_why_not_and_what_to_do",
+    "`inject_hyperparams` with half-precision parameters": (
+        "test_optax test_injected_numbers_narrower_than_float32_are_refused"
+    ),
+    "`tree.get` of GDMAM's own numbers": (
+        "test_optax_tree test_get_does_not_look_inside_dataclasses_but_diagnostics_does"
+    ),
+    # Flax
+    "`gdmam_jax.nnx.value_and_paired_grad`": (
+        "test_nnx test_state_advances_as_in_one_forward_pass test_gradients_are_those_of_each_loss"
+    ),
+    "`wrt` filters, such as LoRA": (
+        "test_nnx test_wrt_differentiates_and_trains_only_what_it_chooses"
+    ),
+    "several modules, containers, shared `Rngs`, metrics as arguments": (
+        "test_nnx test_several_arguments_in_any_order "
+        "test_variables_and_containers_of_modules_are_arguments_too "
+        "test_references_shared_between_arguments_stay_shared test_metrics_in_the_loss_function"
+    ),
+    "attributes that the loss adds, replaces or removes": (
+        "test_nnx test_structure_changes_are_kept"
+    ),
+    "`nnx.Optimizer`": "test_flax_nnx test_optimizer_goes_the_way_of_plain_parameters",
+    "graph mode and tree mode of NNX": "test_nnx test_training_learns_and_compiles_once",
+    "`nnx.split` once, `jax.jit`, `nnx.merge` inside": (
+        "test_flax_nnx test_jax_jit_with_functional_state"
+    ),
+    "scope functions": "test_flax_nnx test_scope_functions_get_the_paths_of_variables",
+    "Linen with `TrainState`": "test_flax_linen test_train_state",
+    "`flax.serialization.to_bytes`": ("test_flax_linen test_states_are_not_for_flax_serialization"),
+    # Equinox, Haiku
+    "Equinox modules": (
+        "test_equinox_haiku test_equinox test_fields_called_value_keep_their_name "
+        "test_equinox_goes_the_way_of_its_list_of_arrays"
+    ),
+    "Haiku": "test_equinox_haiku test_haiku",
+    "scopes by Haiku module or Equinox layer": (
+        "test_equinox_haiku test_scopes_by_haiku_module_and_equinox_layer"
+    ),
+    # Checkpoints, ensembles, meta-learning
+    "Orbax: save, restore, go on": "test_orbax test_save_restore_continue",
+    "Orbax onto another mesh, or one device": "test_orbax test_restore_onto_another_sharding",
+    "Orbax's `CheckpointManager` of an NNX model": (
+        "test_orbax test_checkpoint_manager_of_an_nnx_model"
+    ),
+    "`jax.vmap` over seeds": "test_meta_learning test_an_ensemble_in_one_program",
+    "`jax.grad` through steps": (
+        "test_meta_learning test_gradient_through_a_few_steps "
+        "test_gradient_through_steps_without_any_gradient_is_finite"
+    ),
+    "float16, bfloat16": "test_mixed_precision test_accuracy test_training_in_half_precision",
+    "scaled losses": (
+        "test_mixed_precision test_scaled_losses test_overflown_scaled_losses_are_skipped "
+        "test_which_momentum_a_scale_left_in_place_does_not_change"
+    ),
+    "scopes": (
+        "test_scopes test_every_scope_goes_as_if_it_were_alone test_one_label_is_one_geometry "
+        "test_leaves_of_one_task_alone_are_trained_by_it"
+    ),
+    # Several alignment losses
+    "dictionaries and tuples of losses, NNX modules": (
+        "test_several test_gradients_are_those_of_each_loss "
+        "test_work_of_one_loss_is_not_done_for_the_others test_modules_of_flax_nnx "
+        "test_each_alignment_gradient_is_gated_by_itself"
+    ),
+    "one loss in a dictionary": (
+        "test_several test_one_loss_in_a_dictionary_is_the_plain_form_bit_for_bit"
+    ),
+    "`over_pairs`, `MultiSteps`, `partition`, `masked`": (
+        "test_several test_wrappers_masks_and_partitions"
+    ),
+    "half precision, `vmap`, explicit sharding, Orbax": (
+        "test_several test_half_precision test_vmap_over_models "
+        "test_shards_send_one_message_of_all_inner_products"
+    ),
+    "`gdmam_released`": "test_several test_the_released_form_takes_one_alignment_loss",
+}
+"""The rows of docs/compatibility.md, and for each the file and the tests that hold it."""
+
+IN_NO_ROW = {
+    "test_nnx test_errors_say_what_is_wrong",
+    "test_nnx test_state_is_untouched_after_an_error",
+    "test_nnx test_ordinary_optimizer_through_summed_is_nnx_grad_of_the_sum",
+}
+
+
+def test_every_row_of_compatibility_has_its_tests_and_every_test_its_row():
+    assert rows("compatibility.md") == list(COMPATIBILITY)
+    named = set()
+    for tests in COMPATIBILITY.values():
+        file, *names = tests.split()
+        named |= {f"{file} {name}" for name in names}
+    existing = {
+        f"{path.stem} {name}"
+        for path in [*(ROOT / "tests").glob("test_*.py"), *(ROOT / "tests").glob("*/test_*.py")]
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert named <= existing
+    files = {path.stem for path in (ROOT / "tests" / "compatibility").glob("test_*.py")}
+    demanded = {test for test in existing if test.split()[0] in {*files, "test_nnx"}}
+    assert demanded - named == IN_NO_ROW
