@@ -11,7 +11,8 @@ from typing import Any
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
-UNKNOWN = re.compile(r">(\\[A-Za-z]+)<")
+UNKNOWN = re.compile(r">(\\[A-Za-z]+|&)<")
+"""What the converter leaves as it is: a command that it does not know, a stray `&`."""
 
 log = logging.getLogger("mkdocs.hooks.mathematics")
 
@@ -23,10 +24,14 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
 
     def replace(match: re.Match[str]) -> str:
         display = "block" if match["tag"] == "div" else "inline"
-        formula = convert(html.unescape(match["latex"]), display=display)
+        # The same but for its name, which the converter does not know.
+        latex = html.unescape(match["latex"]).replace("{aligned}", "{align*}")
+        formula = convert(latex, display=display)
         if unknown := UNKNOWN.findall(formula):
-            log.warning("%s: %s is not known in %s", page.file.src_uri, unknown, match["latex"])
-        # In a paragraph of its own, which scrolls where a screen is narrower than a formula.
+            log.warning("%s: %s is not known in %s", page.file.src_uri, unknown, latex)
+        # Bars are signs of operators to a browser, with space around.
+        formula = formula.replace(">&#x0007C;<", ' lspace="0" rspace="0">&#x0007C;<')
+        # A block of its own scrolls where a screen is narrower than a formula.
         return f'<div class="formula">{formula}</div>' if display == "block" else formula
 
     return FORMULA.sub(replace, content)
