@@ -12,6 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import gdmam_jax
+
 DOCS = Path(__file__).parent
 PHYSICS = ("summed", "pcgrad", "imtl-g", "config", "m-config", "gdmam")
 FAILED = 0.5
@@ -81,7 +83,7 @@ def physics_table() -> str:
 def docstrings() -> dict[str, str]:
     """The first paragraph of every docstring in the package's private modules, by name."""
     found = {}
-    for path in (DOCS.parent / "gdmam_jax").glob("_*.py"):
+    for path in Path(gdmam_jax.__file__).parent.glob("_*.py"):
         body = ast.parse(path.read_text()).body
         for node, following in zip(body, [*body[1:], None], strict=True):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):

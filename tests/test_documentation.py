@@ -100,6 +100,11 @@ def test_figures_of_the_pages_are_in_their_files():
         figures.figure("update", "moved", optimizer="adam")
 
 
+def test_the_table_of_physics_is_that_of_its_runs():
+    text = (DOCS / "physics.md").read_text()
+    assert "{{ physics_table() }}" in text or figures.physics_table() in text
+
+
 def test_figures_of_the_readme_are_those_of_the_files():
     text = " ".join((ROOT / "README.md").read_text().replace("*", "").split())
     medians = {
