@@ -277,7 +277,7 @@ IN_NO_ROW = {
 def test_every_row_of_compatibility_has_its_tests_and_every_test_its_row():
     assert rows("compatibility.md") == list(COMPATIBILITY)
     named = set()
-    for tests in COMPATIBILITY.values():
+    for tests in "; ".join(COMPATIBILITY.values()).split("; "):
         file, *names = tests.split()
         named |= {f"{file} {name}" for name in names}
     existing = {
