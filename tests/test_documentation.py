@@ -217,7 +217,10 @@ COMPATIBILITY = {
     ),
     "scope functions": "test_flax_nnx test_scope_functions_get_the_paths_of_variables",
     "Linen with `TrainState`": "test_flax_linen test_train_state",
-    "`flax.serialization.to_bytes`": ("test_flax_linen test_states_are_not_for_flax_serialization"),
+    "`flax.serialization`": (
+        "test_flax_linen test_a_train_state_is_written_and_read; test_saved_states "
+        "test_flax_serialization test_flax_serialization_refuses_another_choice"
+    ),
     # Equinox, Haiku
     "Equinox modules": (
         "test_equinox_haiku test_equinox test_fields_called_value_keep_their_name "
