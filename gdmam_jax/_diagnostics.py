@@ -28,10 +28,10 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       ``gate`` (the parallel part's factor), ``orthogonal_gate``, ``prediction_momentum``,
       ``parallel_momentum``, ``orthogonal_momentum``; for the released form also ``decay`` (its
       ``b1``), with ``not_finite="skip"`` also ``skipped`` and ``skipped_in_a_row``, counts of
-      steps. With several alignment losses, the keys of what each has its own of end with
-      ``/`` and its name or number; with several scopes each key starts with ``label/``; with
-      several GDMAM states, with the state's path in ``opt_state``. All are 0 but the momenta
-      before the first step. They are those of the last step that was not skipped.
+      steps. `weighed` has no momenta. With several alignment losses, the keys of what each has its
+      own of end with ``/`` and its name or number; with several scopes each key starts with
+      ``label/``; with several GDMAM states, with the state's path in ``opt_state``. All are 0 but
+      the momenta before the first step. They are those of the last step that was not skipped.
 
     Raises:
       ValueError: no state of GDMAM or `weighed` is inside ``opt_state``.
@@ -69,6 +69,8 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         prefix = f"{path}/" if len(found) > 1 else ""
         labels = state.allocation.scopes.labels
         for name, value in _scalars(state.allocation).items():
+            if isinstance(state, WeighedState) and "_momentum" in name:
+                continue  # The wrapped optimizer has its own.
             if labels:
                 for number, label in enumerate(labels):
                     report[f"{prefix}{label}/{name}"] = value[..., number]

@@ -95,6 +95,7 @@ def test_a_weighed_optimizer_reports_its_weights():
     seen = gdmam.diagnostics(one_step(gdmam.weighed(optax.sgd(0.1), gdmam.pcgrad_weighting)))
     np.testing.assert_allclose(seen["prediction_weight"], 1 + 0.5 / 6, rtol=1e-6)
     np.testing.assert_allclose(seen["alignment_weight"], 1 + 0.5 / 15.25, rtol=1e-6)
+    assert not [name for name in seen if "momentum" in name]
 
 
 @pytest.mark.parametrize(
