@@ -33,17 +33,22 @@ def figure(file: str, column: str, **where: Any) -> str:
     """A cell: a ratio with its quartiles, or a number."""
     value = row(file, **where)[column]
     if isinstance(value, dict):
-        return f"{value['median']:.2f} ({value['low']:.2f} - {value['high']:.2f})"
+        return _with_range(*(f"{value[key]:.2f}" for key in ("median", "low", "high")))
     return f"{value:.3g}"
+
+
+def _with_range(middle: str, low: str, high: str) -> str:
+    return f"{middle}<br><small>{low} to {high}</small>"
 
 
 def measured(file: str) -> str:
     """What a file's figures were measured by and on: command, processor, versions."""
     about = json.loads((DOCS / "figures" / f"{file}.json").read_text())
     command = about["command"].split(" --output")[0]
+    cores = "one core" if about["processors"] == 1 else f"{about['processors']} cores"
     return (
-        f"`{command}` on {about['processors']} core(s) of {about['processor'] or about['device']}, "
-        f"jax {about['versions']['jax']}, load {about['load']:.0f}"
+        f"`{command}` on {cores} of {about['processor'] or about['device']}, "
+        f"jax {about['versions']['jax']}"
     )
 
 
@@ -57,7 +62,7 @@ def physics() -> dict[str, dict[str, list[float]]]:
 
 
 def physics_table() -> str:
-    """Median error (smallest to largest) of each method on each equation, lowest median bold."""
+    """Median error, smallest to largest, of each method on each equation, lowest median bold."""
     errors = physics()
     equations = list(errors["gdmam"])
     lowest = {
@@ -72,8 +77,9 @@ def physics_table() -> str:
         cells, ratios = [], []
         for equation in equations:
             median = statistics.median(found[equation])
-            text = f"{median:.2g} ({min(found[equation]):.2g} - {max(found[equation]):.2g})"
-            cells.append(f"**{text}**" if median == lowest[equation] else text)
+            middle = f"**{median:.2g}**" if median == lowest[equation] else f"{median:.2g}"
+            ends = min(found[equation]), max(found[equation])
+            cells.append(_with_range(middle, *(f"{end:.2g}" for end in ends)))
             ratios.append(median / lowest[equation])
         failed = sum(error > FAILED for runs in found.values() for error in runs)
         lines.append(f"| {method} | {' | '.join(cells)} | {failed} | {max(ratios):.1f} |")
