@@ -62,7 +62,7 @@ def physics() -> dict[str, dict[str, list[float]]]:
 
 
 def physics_table() -> str:
-    """Median error, smallest to largest, of each method on each equation, lowest median bold."""
+    """Median error in percent, smallest to largest, by method and equation; lowest median bold."""
     errors = physics()
     equations = list(errors["gdmam"])
     lowest = {
@@ -77,9 +77,10 @@ def physics_table() -> str:
         cells, ratios = [], []
         for equation in equations:
             median = statistics.median(found[equation])
-            middle = f"**{median:.2g}**" if median == lowest[equation] else f"{median:.2g}"
-            ends = min(found[equation]), max(found[equation])
-            cells.append(_with_range(middle, *(f"{end:.2g}" for end in ends)))
+            three = (median, min(found[equation]), max(found[equation]))
+            middle, *ends = (f"{100 * error:.{2 + (error >= 1)}g}" for error in three)
+            bold = "**" * (median == lowest[equation])
+            cells.append(_with_range(bold + middle + bold, *ends))
             ratios.append(median / lowest[equation])
         failed = sum(error > FAILED for runs in found.values() for error in runs)
         lines.append(f"| {method} | {' | '.join(cells)} | {failed} | {max(ratios):.1f} |")
