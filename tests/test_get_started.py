@@ -1,0 +1,136 @@
+"""docs/get_started.md, followed with each library: all of it runs, and does what it says."""
+
+import re
+import struct
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import chex
+import matplotlib
+import numpy as np
+import pytest
+from flax import nnx
+
+tensorboardX = pytest.importorskip("tensorboardX")  # noqa: N816
+
+matplotlib.use("Agg")
+
+PAGE = Path(__file__).parents[1] / "docs" / "get_started.md"
+STATE = {
+    "Optax": ("params", "opt_state"),
+    "Flax NNX": ("model", "optimizer"),
+    "Flax Linen": ("state",),
+    "Equinox": ("params", "opt_state"),
+}
+"""What a step of each library's loop takes beside the batch."""
+BLOCK = re.compile(
+    r'^=== "(?P<tab>[^"]+)"$|^(?P<indent> *)```python\n(?P<code>.*?)\n *```$', re.M | re.S
+)
+
+
+def blocks(library):
+    """The page's Python, as a reader meets it who chooses one library's tabs."""
+    tab = None
+    for match in BLOCK.finditer(PAGE.read_text()):
+        tab = match["tab"] or tab
+        if match["code"] is not None and (not match["indent"] or tab == library):
+            yield textwrap.dedent(match["code"])
+
+
+class Run:
+    """Stands in for a run of Weights & Biases, with the documented signature of `log`."""
+
+    def __init__(self):
+        self.logged = []
+
+    def log(self, data, step=None, commit=None):
+        assert all(type(value) is float for value in data.values())
+        self.logged.append((step, data))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.fixture
+def loggers(monkeypatch):
+    """Modules in place of `wandb` and `mlflow`, which are large, and what they were given."""
+    runs, logged = [], []
+
+    def init(entity=None, project=None):
+        runs.append((project, Run()))
+        return runs[-1][1]
+
+    def log_metrics(metrics, step=None, synchronous=None):
+        assert all(re.fullmatch(r"[\w\-. :/]+", name) for name in metrics)
+        assert all(type(value) is float for value in metrics.values())
+        logged.append((step, metrics))
+
+    wandb, mlflow = types.ModuleType("wandb"), types.ModuleType("mlflow")
+    wandb.init, mlflow.start_run, mlflow.log_metrics = init, Run, log_metrics
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    return runs, logged
+
+
+def events(folder):
+    """The scalars in TensorBoard's files: by name a list of steps and values."""
+    found = {}
+    for path in folder.glob("events.*"):
+        data, position = path.read_bytes(), 0
+        while position < len(data):
+            (length,) = struct.unpack_from("<Q", data, position)
+            event = tensorboardX.proto.event_pb2.Event.FromString(
+                data[position + 12 : position + 12 + length]
+            )
+            position += 12 + length + 4
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_the_page_has_every_library_twice():
+    tabs = [match["tab"] for match in BLOCK.finditer(PAGE.read_text()) if match["tab"]]
+    assert tabs == [*STATE, *STATE]
+    assert [len([*blocks(library)]) for library in STATE] == [6] * len(STATE)
+
+
+@pytest.mark.parametrize("library", STATE)
+def test_following_the_page(library, tmp_path, monkeypatch, loggers):
+    monkeypatch.chdir(tmp_path)
+    loop, *middle, checkpoint = blocks(library)
+    reader = {"__name__": "reader"}
+
+    exec(loop, reader)
+    history, values = reader["history"], reader["values"]
+    assert len(history) == 300
+    assert all(-1 <= float(seen["cosine"]) <= 1 for seen in history)
+    assert float(values[0]) < 0.05
+    assert float(values[1]) < 1.0
+    ratios = [float(seen["alignment_norm"] / seen["prediction_norm"]) for seen in history]
+    assert np.median(ratios) > 5  # "many times longer"
+
+    for block in middle:
+        exec(block, reader)
+    assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+    cosines = [float(seen["cosine"]) for seen in history]
+    logged = events(tmp_path / "runs")
+    assert logged.keys() == history[0].keys()
+    steps, series = zip(*logged["cosine"], strict=True)
+    assert steps == tuple(range(300))
+    np.testing.assert_allclose(series, cosines, rtol=1e-6)
+    [(project, run)], mlflow = loggers
+    assert project == "two losses"
+    for entries in (run.logged, mlflow):
+        assert [step for step, _ in entries] == [*range(300)]
+        assert [data["cosine"] for _, data in entries] == cosines
+
+    # An NNX step changes its arguments: give it copies.
+    expected = reader["step"](*(nnx.clone(reader[name]) for name in STATE[library]), reader["x"])
+    exec(checkpoint, reader)
+    assert (tmp_path / "checkpoint").is_dir()
+    chex.assert_trees_all_equal(reader["seen"], expected[-1])
