@@ -31,9 +31,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def skipped_under(setting, reason):
-    """The mark of a test that cannot hold under one of JAX's settings."""
-    return pytest.mark.skipif(bool(getattr(jax.config, setting)), reason=f"{setting} {reason}")
+def skipped_under(setting, reason, value=True):
+    """The mark of a test that cannot hold where one of JAX's settings has a value."""
+    return pytest.mark.skipif(
+        getattr(jax.config, setting) == value, reason=f"{setting}={value} {reason}"
+    )
+
+
+def skipped_under_strict_promotion(whose):
+    """The mark of a test of something whose own code mixes dtypes."""
+    return skipped_under("jax_numpy_dtype_promotion", f"forbids what {whose} does", "strict")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import gdmam_jax as gdmam
+from tests.conftest import skipped_under_strict_promotion
 
 
 @pytest.mark.parametrize(("factor", "window"), [(5.0, 5), (1.5, 2), (0.5, 1)])
@@ -43,6 +44,7 @@ def test_biases_are_told_by_the_last_name_on_their_path():
     assert found == {name: -0.5 if bias else -0.25 for name, bias in names.items()}
 
 
+@skipped_under_strict_promotion("a schedule of Optax")
 def test_the_learning_rate_can_be_scheduled():
     schedule = optax.piecewise_constant_schedule(1.0, {1: 0.5})
     params, pair = jnp.ones(2), gdmam.GradientPair(jnp.ones(2), jnp.ones(2))

@@ -35,7 +35,7 @@ PARAMS = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
 
 
 def losses(params, x):
-    output = x @ params["dense"]["kernel"] + params["dense"]["bias"]
+    output = x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
     return jnp.mean((output - 1) ** 2), jnp.mean(jnp.sin(3 * output))
 
 
