@@ -36,7 +36,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 def run(name, folder, cache, kill_after=None, number=signal.SIGKILL):
-    """What an example prints, and whether it was killed after so many seconds."""
+    """What an example prints, and whether a signal after so many seconds ended it."""
     words = [*EXAMPLES[name].split(), *FLAGS.split(), "--checkpoints", str(folder)]
     process = subprocess.Popen(
         [sys.executable, ROOT / "examples" / f"{name}.py", *words],
@@ -49,7 +49,8 @@ def run(name, folder, cache, kill_after=None, number=signal.SIGKILL):
         return process.communicate(timeout=kill_after)[0], False
     except subprocess.TimeoutExpired:
         process.send_signal(number)
-        return process.communicate()[0], True
+        output = process.communicate()[0]
+        return output, process.returncode != 0
 
 
 def end(output):
@@ -61,6 +62,8 @@ def end(output):
 
 def kill(times, seed):
     """How many of so many kills were followed by the end of an undisturbed training."""
+    # Where a shell started this in the background, SIGINT is ignored, and would be in the examples.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     draw, lost, kills = random.Random(seed), 0, 0
     for example, share in zip(EXAMPLES, (times - times // 2, times // 2), strict=True):
         with tempfile.TemporaryDirectory() as folder:
