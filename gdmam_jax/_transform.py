@@ -303,7 +303,8 @@ def scale_by_gdmam(
         dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
 
         def leaf_step(number: int, pair: GradientPair, moment: Any, largest: Any, *old: Any) -> Any:
-            dtype = dtypes[number] if dtypes else jnp.result_type(pair.prediction, old[0])
+            with jax.numpy_dtype_promotion("standard"):
+                dtype = dtypes[number] if dtypes else jnp.result_type(pair.prediction, old[0])
             return _leaf_step(
                 halves(pair),
                 tuple(allocation.scopes.at(scalars, number) for scalars in per_scope),

@@ -332,7 +332,7 @@ def test_whole_modules_are_pointed_to_what_takes_them():
 
 def test_complex_gradients_and_pairs_taken_for_arrays_are_refused():
     with pytest.raises(TypeError, match=r"prediction gradient at w has dtype complex64"):
-        gdmam.pair_gradients({"w": 1j * jnp.ones(2)}, {"w": 1j * jnp.ones(2)})
+        gdmam.pair_gradients({"w": jnp.ones(2, complex)}, {"w": jnp.ones(2, complex)})
     pairs = gdmam.pair_gradients(PARAMS, PARAMS)
     with pytest.raises(TypeError, match=r"over_pairs.*summed or weighed"):
         optax.apply_updates(PARAMS, optax.sgd(0.1).update(pairs, optax.sgd(0.1).init(PARAMS))[0])
