@@ -59,7 +59,7 @@ def arrays(node):
 @pytest.fixture
 def batch():
     key = jax.random.key(0)
-    return {"x": jax.random.normal(key, (16, 3)), "y": np.ones((16, 2), np.float32)}
+    return {"x": jax.random.normal(key, (16, 3), "float32"), "y": np.ones((16, 2), np.float32)}
 
 
 @pytest.fixture

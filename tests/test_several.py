@@ -308,7 +308,7 @@ def test_leaves_with_other_losses_are_refused():
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [
-        (lambda w: (jnp.sum(w), {"a": w}), r"alignment loss a must be .* float32\[3\]"),
+        (lambda w: (jnp.sum(w), {"a": w}), r"alignment loss a must be .* float(32|64)\[3\]"),
         (lambda w: (jnp.sum(w), (jnp.sum(w), 3)), r"alignment loss 1 must be .* int"),
         (lambda w: (jnp.sum(w), ()), "no alignment loss"),
         (lambda w: ((jnp.sum(w), jnp.sum(w)), w), "Then give has_aux=True"),
