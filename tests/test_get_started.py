@@ -11,9 +11,8 @@ import chex
 import matplotlib
 import numpy as np
 import pytest
+import tensorboardX
 from flax import nnx
-
-tensorboardX = pytest.importorskip("tensorboardX")  # noqa: N816
 
 matplotlib.use("Agg")
 

@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 
 import jax
+import nbclient
+import nbformat
 import pytest
-
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
 
 ROOT = Path(__file__).parents[1]
 SHORTER = {
