@@ -240,7 +240,8 @@ def test_finite_at_every_scale_whose_squares_the_dtype_holds(dtype, scale_p, sca
 @pytest.mark.parametrize("value", [1e30, np.inf, np.nan])
 def test_norms_of_gradients_too_long_to_square_are_not_finite(value):
     """As in Optax: what to do with such a step is not the geometry's business."""
-    pair = gdmam.GradientPair(jnp.ones(3), jnp.ones(3).at[1].set(value))
+    ones = jnp.ones(3, jnp.float32)
+    pair = gdmam.GradientPair(ones, ones.at[1].set(value))
     geometry = gdmam.decompose(pair).geometry
     np.testing.assert_allclose(geometry.prediction_norm, np.sqrt(3), rtol=1e-6)
     assert not np.isfinite(geometry.alignment_norm)

@@ -10,7 +10,7 @@ from flax import nnx
 
 import gdmam_jax as gdmam
 from gdmam_jax.nnx import value_and_paired_grad
-from tests.conftest import skipped_under_strict_promotion
+from tests.conftest import skipped_under, skipped_under_strict_promotion
 
 
 class Model(nnx.Module):
@@ -221,6 +221,7 @@ def test_metrics_in_the_loss_function(model, batch):
     np.testing.assert_allclose(metric.compute(), (first + second) / 2, rtol=1e-6)
 
 
+@skipped_under("jax_disable_jit", "compiles nothing")
 @pytest.mark.parametrize("graph", [True, False])
 def test_training_learns_and_compiles_once(batch, graph):
     class Small(nnx.Module):

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import gdmam_jax as gdmam
 import gdmam_jax.nnx
 from tests.compatibility.harness import example_params, train
-from tests.conftest import skipped_under_strict_promotion
+from tests.conftest import skipped_under, skipped_under_strict_promotion
 from tests.test_pairs import count
 
 NAMES = ("first", "second")
@@ -167,6 +167,7 @@ def example(steps=6):
     )
 
 
+@skipped_under("jax_disable_jit", "compiles nothing")
 @skipped_under_strict_promotion("optax.MultiSteps")
 def test_wrappers_masks_and_partitions():
     """One compilation, states of constant types (see `train`), and what each computes."""

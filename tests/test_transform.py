@@ -54,6 +54,7 @@ def all_finite(tree):
 
 
 @skipped_under("jax_debug_nans", "switches off donation")
+@skipped_under("jax_disable_jit", "compiles nothing")
 @EVERY_FORM
 def test_one_compilation_serves_all_steps_and_buffers_can_be_donated(form):
     optimizer, traces = FORMS[form](), []
