@@ -153,7 +153,7 @@ def test_vmap_scan_and_control_flow():
 @skipped_under_strict_promotion("the loss")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_gradients_have_the_dtype_of_their_parameters(dtype):
-    params = {"a": jnp.ones(3, dtype), "b": jnp.ones(3)}
+    params = {"a": jnp.ones(3, dtype), "b": jnp.ones(3, jnp.float32)}
     _, pairs = gdmam.value_and_paired_grad(
         lambda p: (jnp.sum(p["a"] * p["b"]), jnp.sum(p["a"] ** 2))
     )(params)
