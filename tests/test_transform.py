@@ -97,7 +97,7 @@ def test_vmap_trains_each_model_as_alone(form, x64):
         lambda leaf: jnp.stack([leaf, 2 * leaf + 0.3, 0 * leaf]).astype(jnp.float64), PARAMS
     )
     states = jax.vmap(optimizer.init)(models)
-    x = batches(1)[0]
+    x = batches(1)[0].astype(jnp.float64)
     together, _ = jax.jit(jax.vmap(functools.partial(step, optimizer), in_axes=(0, 0, None)))(
         models, states, x
     )
