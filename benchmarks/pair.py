@@ -21,7 +21,7 @@ from torchjd import aggregation, autojac
 
 import gdmam_jax as gdmam
 from benchmarks.timing import Case, measure_in_turn, ratio
-from gdmam_jax.ldl import experiment
+from gdmam_jax.ldl.laboratory import training
 
 CLASSES = 10
 
@@ -50,7 +50,7 @@ def benchmark(
         the arithmetic of one forward and K backward passes would take, and memory over the summed
         loss's: what the step needs beside parameters and batch.
     """
-    torch.set_num_threads(experiment.processors())
+    torch.set_num_threads(training.processors())
     rows = []
     for name, count in itertools.product(names, losses):
         make_jax, make_torch = MODELS[name]

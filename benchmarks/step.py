@@ -16,7 +16,9 @@ from flax import nnx
 import gdmam_jax as gdmam
 from benchmarks import rda_torch
 from benchmarks.timing import Case, Ratio, measure_in_turn, ratio, tracked
-from gdmam_jax.ldl import data, experiment, imbalance, losses, methods
+from gdmam_jax.ldl import data, imbalance, losses
+from gdmam_jax.ldl.laboratory import methods, program, training
+from gdmam_jax.ldl.laboratory.protocol import Configuration
 from gdmam_jax.ldl.models import RDA, draw_noise, rda_losses
 
 SHAPES = {"movie": (7755, 1869, 5), "emotion6": (1980, 168, 7), "scut_fbp": (1500, 300, 5)}
@@ -51,7 +53,7 @@ def step(names: Sequence[str], steps: int, rounds: int) -> list[dict[str, Any]]:
     Returns:
         One row for each data set and way to run it.
     """
-    torch.set_num_threads(experiment.processors())
+    torch.set_num_threads(training.processors())
     rows = []
     for name in names:
         dataset, origin = load(name)
@@ -166,9 +168,9 @@ def whole(
     Returns:
         One row for each.
     """
-    torch.set_num_threads(experiment.processors())
+    torch.set_num_threads(training.processors())
     dataset, origin = load(name)
-    configuration = experiment.Configuration(
+    configuration = Configuration(
         folds=folds, seeds=1, epochs=epochs, chunk=epochs, log_variance_bound=log_variance_bound
     )
     prepared = data.make_folds(dataset, folds=folds, validation_size=20)
@@ -181,8 +183,9 @@ def whole(
         scores["PyTorch, as released"].append(float(np.mean(tested)))
         middle = time.perf_counter()
         jax.clear_caches()
-        program = experiment.build(method, prepared, configuration)
-        trained = experiment.train(program, seed, 1e-3, configuration)
+        built = program.build(method, prepared, configuration)
+        setting = next(iter(method.settings.values()), 0.0)
+        trained = training.train(built, seed, 1e-3, configuration, setting=setting)
         end = time.perf_counter()
         scores["JAX"].append(float(trained.results["validation"]["measures"]["kld"].mean()))
         times["PyTorch, as released"].append(middle - start)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from gdmam_jax.ldl.experiment import processors
+from gdmam_jax.ldl.laboratory.training import processors
 
 
 @dataclass

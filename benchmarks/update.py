@@ -176,9 +176,9 @@ def _torch_case(name: str, gradients: list[Any], dtype: str, steps: int) -> tupl
     import torch
 
     from benchmarks.pair import jacobian_to_gradient, peak_bytes
-    from gdmam_jax.ldl import experiment
+    from gdmam_jax.ldl.laboratory import training
 
-    torch.set_num_threads(experiment.processors())
+    torch.set_num_threads(training.processors())
     shapes = [leaf.shape for leaf in jax.tree.leaves(gradients[0])]
     kind = getattr(torch, dtype)
     jacobians = [torch.randn((len(gradients), *shape)).to(kind) for shape in shapes]

@@ -2,7 +2,7 @@
 
 Each variant changes one choice of GDMAM's default, with AMSGrad. All are trained by the protocol of
 the label distribution laboratory, with every learning rate of the grid, and compared by their KLD
-on natural rows: rows of the training folds that the imbalance sampler left out.
+at the last epoch on natural rows: rows of the training folds that the imbalance sampler left out.
 
     python examples/ldl_choices.py --data films --out results/choices
 
@@ -15,16 +15,14 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
 
 import gdmam_jax as gdmam
-from gdmam_jax.ldl import data, experiment, methods
-
-LAST = 20
-"""Epochs whose mean is compared, at the end of training."""
+from gdmam_jax.ldl import data
+from gdmam_jax.ldl.laboratory import experiment, methods, results, selection
+from gdmam_jax.ldl.laboratory.protocol import Configuration
 
 
 def two_groups(path: str) -> str:
@@ -104,7 +102,7 @@ def main() -> None:
         warnings.filterwarnings("ignore", message=".*renormalised")
         try:
             dataset = data.find(args.data, folder=args.data_folder)
-            configuration = experiment.Configuration(
+            configuration = Configuration(
                 folds=args.folds, seeds=1, epochs=args.epochs, learning_rates=tuple(args.rates)
             )
         except (ValueError, OSError) as error:
@@ -118,18 +116,18 @@ def main() -> None:
         experiment.run(dataset, chosen, configuration, folder=args.out, progress=progress)
 
     table = Table(
-        title=f"{dataset.name}: KLD on natural rows, mean of the last {LAST} epochs",
-        caption="a rate: the one with the lowest KLD, mean over all epochs, on the rows that tune",
+        title=f"{dataset.name}: KLD on natural rows, last epoch",
+        caption="a rate: the one with the lowest KLD at the last epoch on the rows that tune",
     )
     for column in ("variant", "tuned on validation rows", "rate", "tuned on natural rows", "rate "):
         table.add_column(column, justify="left" if column == "variant" else "right")
+    found = {result.name: result for result in results.load(args.out).methods}
     for method in chosen:
         cells = []
-        with np.load(args.out / f"{method.name}.npz") as curves:  # (rates, folds, epochs)
-            last = curves["tuning_natural_kld"][:, :, -LAST:].mean((1, 2))
-            for rows in ("validation", "natural"):
-                best = curves[f"tuning_{rows}_kld"].mean((1, 2)).argmin()
-                cells += [f"{last[best]:.4f}", f"{args.rates[best]:g}"]
+        for rows in ("validation", "natural"):
+            trial = found[method.name].trial("last", rows)
+            score = selection.score(found[method.name].trials[trial], "last", "natural")
+            cells += [f"{score:.4f}", trial]
         table.add_row(method.name, *cells)
     console.print(table)
 

@@ -6,10 +6,7 @@
 - `imbalance`: samplers that make a training set imbalanced, statistics
 - `data`: loading, checking and fetching data sets, the built-in films, the papers' folds
 - `files`: what `data` reads: CSV, NumPy and MATLAB files
-- `baselines`: trivial predictions, which need no features
-- `methods`: what can be compared, and how to add a method of your own
-- `experiment`: all folds and seeds of a method as one compiled program
-- `report`: tables, pictures and a page from an experiment's folder
+- `laboratory`: experiments, their methods and reports
 
 The command line is `gdmam-ldl`, or `python -m gdmam_jax.ldl`. Needs the extra `gdmam-jax[ldl]`;
 what only some functions need (pandas, pooch, scikit-learn, matplotlib) is imported when they run.

@@ -33,8 +33,8 @@ class _Listing(TyperCommand):
 
     def format_help(self, *args: Any) -> None:
         from gdmam_jax.ldl.data import REGISTRY
-        from gdmam_jax.ldl.experiment import SELECTIONS
-        from gdmam_jax.ldl.methods import METHODS
+        from gdmam_jax.ldl.laboratory.methods import METHODS
+        from gdmam_jax.ldl.laboratory.protocol import SELECTIONS
 
         methods = ", ".join(f"{name} ({method.label})" for name, method in METHODS.items())
         selections = "; ".join(f"{name}, {meaning}" for name, meaning in SELECTIONS.items())
@@ -53,7 +53,7 @@ def run(
     ] = "films",
     methods: Annotated[
         str, typer.Option(help="Names (below), separated by commas, or all.")
-    ] = "gdmam, gdmam-pcgrad, gdmam-released, rda",
+    ] = "gdmam-pcgrad, gdmam, pcgrad, rda",
     imbalance: Annotated[
         str,
         typer.Option(
@@ -73,12 +73,8 @@ def run(
     validation_size: Annotated[int, typer.Option(help="Rows held out of training.")] = 20,
     hidden: Annotated[int, typer.Option(help="Width of the model.")] = 100,
     learning_rates: Annotated[
-        str, typer.Option(help="Tuning grid, separated by commas; chosen on held-out rows.")
+        str, typer.Option(help="Separated by commas; every one is trained, report chooses.")
     ] = "1e-3",
-    tuning: Annotated[
-        str, typer.Option(help="Rows that choose: validation (the papers') or natural.")
-    ] = "validation",
-    tuning_seeds: Annotated[int, typer.Option(help="Seeds the tuning grid is run with.")] = 1,
     alignment_weight: Annotated[float, typer.Option(help="The three lambdas.")] = 0.1,
     log_variance_bound: Annotated[
         float, typer.Option(help="Soft bound of the log-variances; 0: none, as released.")
@@ -99,10 +95,11 @@ def run(
 ) -> None:
     """Train and test methods on a data set's folds, and write tables, pictures and a page."""
     from gdmam_jax.ldl import data as data_module
-    from gdmam_jax.ldl import experiment, progress
-    from gdmam_jax.ldl import methods as methods_module
+    from gdmam_jax.ldl.laboratory import experiment, progress
+    from gdmam_jax.ldl.laboratory import methods as methods_module
+    from gdmam_jax.ldl.laboratory.protocol import Configuration
 
-    configuration = experiment.Configuration(
+    configuration = Configuration(
         folds=folds,
         seeds=seeds,
         epochs=epochs,
@@ -112,8 +109,6 @@ def run(
         alignment_weight=alignment_weight,
         log_variance_bound=log_variance_bound or None,
         learning_rates=_numbers(learning_rates, "--learning-rates"),
-        tuning=tuning,  # type: ignore[arg-type]
-        tuning_seeds=tuning_seeds,
         chunk=chunk,
     )
     names = list(methods_module.METHODS) if methods == "all" else methods.split(",")
@@ -125,8 +120,8 @@ def run(
             data, folder=data_folder, normalize=normalize, drop_constant=drop_constant
         )
         dataset = _imbalanced(dataset, imbalance, rows)
-        labels = [method.label for method in chosen]
-        with progress.shown(console, labels, chunk) as show:
+        totals = {method.label: experiment.work(method, configuration) for method in chosen}
+        with progress.shown(console, totals, chunk) as show:
             experiment.run(dataset, chosen, configuration, folder=out, progress=show)
     if report_too:
         report_command(out)
@@ -175,33 +170,62 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
         raise ValueError(f"{option} must be numbers with commas between, got {text!r}") from None
 
 
+_Tuning = Annotated[
+    str | None,
+    typer.Option(
+        help="Held-out rows that choose learning rate and setting: validation, reweighted or "
+        "natural; if not given, those that choose the epoch, natural ones where none do."
+    ),
+]
+
+
 @app.command("report")
 def report_command(
     folder: Annotated[Path, typer.Argument(help="An experiment's folder.")],
+    tuning: _Tuning = None,
+    selection: Annotated[
+        str, typer.Option(help="What is tested, separated by commas, or all; see run --help.")
+    ] = "all",
 ) -> None:
-    """Write tables, pictures and a page from an experiment's results."""
-    from gdmam_jax.ldl import report
+    """Write tables, pictures and a page from what was trained; nothing is trained again."""
+    from gdmam_jax.ldl.laboratory import report, results, tables
 
-    page = report.write(folder)
-    console.print(report.summary(folder), markup=False, soft_wrap=True)
+    names = report.selections(None if selection == "all" else _names(selection))
+    page = report.write(folder, tuning=tuning, selected=names)
+    text = tables.summary(results.load(folder), names, tuning)
+    console.print(text, markup=False, soft_wrap=True, highlight=False)
     console.print(f"page: {page}", soft_wrap=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 @app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Experiments' folders, one a data set.")],
-    method: Annotated[str, typer.Option(help="Which the others are compared with.")] = ("gdmam"),
-    csv: Annotated[
-        Path | None, typer.Option(help="Also write the runs of all of them here.")
+    tuning: _Tuning = None,
+    selection: Annotated[str, typer.Option(help="What is tested, see run --help.")] = "natural",
+    reference: Annotated[str, typer.Option(help="Method that wins are counted against.")] = "rda",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also write OUT.md, OUT.csv and the diagram OUT.png."),
     ] = None,
 ) -> None:
-    """Print test KLDs of several experiments side by side, as Markdown."""
-    from gdmam_jax.ldl import report
+    """Rank the methods over several data sets: a table, and a critical-difference diagram."""
+    from gdmam_jax.ldl.laboratory import compare as compare_module
+    from gdmam_jax.ldl.laboratory import report
 
-    print(report.compare(folders, method=method))
-    if csv is not None:
-        records = [record for folder in folders for record in report.load(folder)]
-        report.write_csv(records, csv, measures=("kld", "chebyshev", "intersection"), digits=4)
+    (selected,) = report.selections([selection])
+    found = compare_module.compare(folders, selected, tuning, reference=reference)
+    text = compare_module.markdown(found)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".md").write_text(text, encoding="utf-8")
+        compare_module.write_csv(found, out.with_suffix(".csv"))
+        if found.verdict.sum() > 1:
+            compare_module.draw(found, out.with_suffix(".png"))
 
 
 @data_app.command("list")

@@ -13,12 +13,27 @@ import pytest
 from typer.testing import CliRunner
 
 import gdmam_jax as gdmam
-from gdmam_jax.ldl import baselines, data, experiment, methods, progress, report, storage
+from gdmam_jax.ldl import data
 from gdmam_jax.ldl.__main__ import _spelled, app, keep_compiled
+from gdmam_jax.ldl.laboratory import (
+    baselines,
+    compare,
+    experiment,
+    methods,
+    program,
+    progress,
+    protocol,
+    report,
+    results,
+    selection,
+    storage,
+    tables,
+    training,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is not made imbalanced")
 
-SMALL = experiment.Configuration(
+SMALL = protocol.Configuration(
     folds=2,
     seeds=2,
     epochs=4,
@@ -46,7 +61,7 @@ def compile_once():
     build = experiment.build
 
     def remember(method, folds, configuration):
-        key = method.name, folds.labels.tobytes(), configuration
+        key = method.program(), folds.labels.tobytes(), configuration
         if key not in built:
             built[key] = build(method, folds, configuration)
         return built[key]
@@ -62,26 +77,26 @@ class KilledError(Exception):
 
 @pytest.fixture(scope="module")
 def finished(dataset, tmp_path_factory):
-    """A whole experiment, killed twice on its way, and the folder it wrote to."""
+    """A whole experiment, killed twice on its way, its results, and what it told."""
     folder = tmp_path_factory.mktemp("experiment")
     calls = []
 
     def progress(label, done, total):
         calls.append((label, done, total))
-        if len(calls) in (3, 7):  # in the midst of the second run, and of the third
+        if len(calls) in (4, 9):  # in the second training, and at the end of the third
             raise KilledError
 
     for _ in range(2):
         with pytest.raises(KilledError):
             _run(dataset, folder, progress)
-    records = _run(dataset, folder, progress)
-    return folder, records, calls
+    _run(dataset, folder, progress)
+    return folder, results.load(folder), calls
 
 
-def _run(dataset, folder, progress=None):
-    return experiment.run(
+def _run(dataset, folder, progress=None, method="gdmam"):
+    experiment.run(
         dataset,
-        [methods.find("gdmam")],
+        [methods.find(method)],
         SMALL,
         folder=folder,
         checkpoint_seconds=0,
@@ -89,86 +104,108 @@ def _run(dataset, folder, progress=None):
     )
 
 
-@pytest.mark.parametrize("rows", ["validation", "natural"])
-def test_the_learning_rate_is_the_best_on_the_rows_that_tune(rows):
-    rng = np.random.default_rng(1)
-    labels = rng.dirichlet(np.ones(4), 80)
-    sampled = data.from_arrays(
-        rng.normal(size=(80, 5)),
-        labels,
-        sampler=lambda labels, seed: np.flatnonzero(labels[:, 0] > np.median(labels[:, 0])),
-        normalize=True,
-    )
-    configuration = dataclasses.replace(SMALL, seeds=1, epochs=2, tuning=rows)
-    (record,) = experiment.run(sampled, [methods.find("adamw")], configuration)
-    scores = {float(rate): found[rows] for rate, found in record["tuning"].items()}
-    assert record["learning_rate"] == min(scores, key=scores.get)
-    for found in record["tuning"].values():
-        assert found["validation"] != found["natural"]
+def _same(left, right):
+    """Two experiments' trials are the same to the last bit."""
+    for mine, theirs in zip(left.methods, right.methods, strict=True):
+        assert list(mine.trials) == list(theirs.trials)
+        jax.tree.map(np.testing.assert_array_equal, mine.trials, theirs.trials)
 
 
-def test_a_killed_run_resumes_with_the_same_numbers(dataset, finished):
-    folder, records, calls = finished
-    whole = _run(dataset, None)
-    for key in ("runs", "tuning", "learning_rate"):
-        assert records[0][key] == whole[0][key]
-    # Two rates of one seed, one rate of the other; what was done is not done again.
-    # What a checkpoint or an outcome on the disk holds is told, too.
-    assert [done for _, done, _ in calls] == [2, 4, 6, 4, 6, 8, 10, 4, 8, 10, 12]
-    assert {total for *_, total in calls} == {12}
-    assert sorted(path.name for path in folder.iterdir() if path.name[0] == "g") == [
-        "gdmam.json",
-        "gdmam.npz",
+def test_a_killed_run_resumes_with_the_same_numbers(dataset, finished, tmp_path):
+    folder, found, calls = finished
+    _run(dataset, tmp_path)
+    _same(found, results.load(tmp_path))
+    # Two rates of two seeds; what was done is not done again, and told first.
+    assert [done for _, done, _ in calls] == [0, 2, 4, 6, 4, 6, 8, 10, 12, 8, 10, 12, 14, 16]
+    assert {total for *_, total in calls} == {16}
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
+        ".lock",
+        "experiment.json",
+        *(f"gdmam/{trial}/{seed}.npz" for trial in ("0.001", "0.01") for seed in (0, 1)),
+        "gdmam/method.json",
     ]
 
 
-@pytest.mark.skipif(len(experiment._workers()) < 2, reason="needs two processors")
+@pytest.mark.parametrize("rows", ["validation", "natural"])
+def test_rate_and_epoch_are_chosen_by_one_criterion(finished, rows):
+    """And again by another, from the same folder: without training."""
+    _, found, _ = finished
+    (method,) = found.methods
+    best = {
+        trial: trained.history[f"{rows}_kld"].min(1).mean()
+        for trial, trained in method.trials.items()
+    }
+    chosen = method.trial(rows)
+    assert chosen == min(best, key=best.get)
+    np.testing.assert_allclose(selection.score(method.trials[chosen], rows), best[chosen], 1e-6)
+    epochs = method.trials[chosen].history[f"{rows}_kld"].argmin(1) + 1
+    np.testing.assert_array_equal(method.chosen(rows).results[rows]["epoch"], epochs)
+    last = {t: trained.history[f"{rows}_kld"][:, -1].mean() for t, trained in method.trials.items()}
+    assert method.trial("last", rows) == min(last, key=last.get)
+
+
+def test_a_diverged_trial_is_not_chosen():
+    def trial(*klds):
+        return training.Trained({}, {"last": {"held_out": {"natural": np.array(klds)}}})
+
+    found = {"0.1": trial(0.1, np.nan), "0.01": trial(0.5, 0.5), "0.001": trial(0.4, 0.7)}
+    assert selection.choose(found, "last") == "0.01"
+    with pytest.raises(ValueError, match=r"tuning must be one of validation, .*, got .test."):
+        selection.rows("last", "test")
+
+
+def test_settings_are_trained_by_one_program(dataset, tmp_path):
+    """A setting is what another method is; it is a trial of its own."""
+    method = methods.Method(
+        "several",
+        "Several",
+        methods._gdmam,
+        flat=True,
+        settings=methods._chosen("preference=1", "pcgrad"),
+    )
+    assert method.program() == methods.find("gdmam").program()
+    one = dataclasses.replace(SMALL, seeds=1, learning_rates=(1e-2,))
+    chosen = [method, methods.find("gdmam"), methods.find("gdmam-pcgrad")]
+    experiment.run(dataset, chosen, one, folder=tmp_path)
+    gdmam_, pcgrad, several = results.load(tmp_path).methods
+    assert list(several.trials) == ["0.01-preference=1", "0.01-pcgrad"]
+    for trial, single in zip(several.trials.values(), (gdmam_, pcgrad), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, trial, single.trials["0.01"])
+    first, second = several.trials.values()
+    assert not np.array_equal(first.history["gate"], second.history["gate"])
+
+
+@pytest.mark.skipif(len(training._workers()) < 2, reason="needs two processors")
 def test_folds_are_trained_at_once():
     """Two calls that wait for each other both return."""
     meeting = threading.Barrier(2, timeout=60)
-    assert sorted(experiment._at_once(lambda _: meeting.wait(), range(2))) == [0, 1]
+    assert sorted(training._at_once(lambda _: meeting.wait(), range(2))) == [0, 1]
 
 
-def test_two_devices_train_the_same_numbers(dataset, finished, monkeypatch):
-    monkeypatch.setattr(experiment, "_workers", lambda: [None, jax.devices()[1]])
-    seen = experiment._at_once(lambda number: jnp.ones(2) * number, range(3))
+def test_two_devices_train_the_same_numbers(dataset, finished, monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "_workers", lambda: [None, jax.devices()[1]])
+    seen = training._at_once(lambda number: jnp.ones(2) * number, range(3))
     assert [next(iter(array.devices())) for array in seen] == [jax.devices()[i] for i in (0, 1, 0)]
-    assert _run(dataset, None)[0]["runs"] == finished[1][0]["runs"]
+    _run(dataset, tmp_path)
+    _same(finished[1], results.load(tmp_path))
 
 
-def test_results_are_kept_and_guarded(dataset, finished):
-    folder, records, _ = finished
-    assert _run(dataset, folder) == records
-    assert len(records[0]["runs"]) == 4
-    for run in records[0]["runs"]:
-        assert set(run["selections"]) == set(experiment.SELECTIONS)
-        assert 1 <= run["selections"]["validation"]["epoch"] <= 4
-        assert run["selections"]["last"]["epoch"] == 4
+def test_results_are_guarded(dataset, finished):
+    folder, *_ = finished
     for other in (
         data.from_arrays(dataset.features, dataset.labels[::-1], name="small", normalize=True),
         data.from_arrays(dataset.features[::-1], dataset.labels, name="small", normalize=True),
     ):
-        with pytest.raises(ValueError, match=r"gdmam\.json holds results of another data"):
+        with pytest.raises(ValueError, match=r"experiment\.json is of another data"):
             _run(other, folder)
 
 
-def test_a_folder_is_one_experiment(dataset, finished):
+@pytest.mark.parametrize("change", [{"folds": 3}, {"alignment_weight": 9.0}])
+def test_a_folder_is_one_experiment(dataset, finished, change):
     """Nor does another method's run change the configuration."""
-    folder, _, _ = finished
-    other = dataclasses.replace(SMALL, folds=3)
-    with pytest.raises(ValueError, match=r"gdmam\.json holds results of another configuration"):
-        experiment.run(dataset, [methods.find("adamw")], other, folder=folder)
-
-
-def test_a_killed_run_is_not_resumed_as_another(dataset, tmp_path):
-    def killed(label, done, total):
-        raise KilledError
-
-    with pytest.raises(KilledError):
-        _run(dataset, tmp_path, killed)
-    other = dataclasses.replace(SMALL, alignment_weight=9.0)
-    with pytest.raises(ValueError, match=r"facts\.json holds results of another configuration"):
-        experiment.run(dataset, [methods.find("gdmam")], other, folder=tmp_path)
+    other = dataclasses.replace(SMALL, **change)
+    with pytest.raises(ValueError, match=r"experiment\.json is of another configuration"):
+        experiment.run(dataset, [methods.find("adamw")], other, folder=finished[0])
 
 
 def test_a_run_that_is_not_imbalanced_is_told(dataset, finished):
@@ -180,14 +217,14 @@ def test_checkpoints_go_by_work_done(tmp_path, monkeypatch):
     """However fast a seed is: after every quarter of its epochs."""
     saved = []
     monkeypatch.setattr(storage, "save", lambda folder, epoch, *_: saved.append(epoch))
-    program = experiment.Program(
+    built = program.Program(
         prepare=lambda length: None,
         init=lambda run: jnp.zeros(()),
         advance=lambda state, run, first, length: (state, {"kld": jnp.zeros(length)}),
         finish=lambda state, run: state,
     )
     configuration = dataclasses.replace(SMALL, epochs=12, chunk=1)
-    experiment.train(program, 0, 0.1, configuration, folder=tmp_path)
+    training.train(built, 0, 0.1, configuration, folder=tmp_path)
     assert saved == [3, 6, 9]
 
 
@@ -195,16 +232,16 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
     states = [{"count": jnp.int32(run), "m": jnp.full(2, run, jnp.bfloat16)} for run in (3, 4)]
     history = {"kld": np.arange(6.0).reshape(2, 3)}
     for epoch in (3, 5):  # the later one replaces the earlier
-        leaves = jax.tree.leaves(experiment._stack(states))
+        leaves = jax.tree.leaves(training._stack(states))
         storage.save(tmp_path / "a", epoch, leaves, history)
     epoch, leaves, found = storage.restore(tmp_path / "a")
     assert epoch == 5
     np.testing.assert_array_equal(found.pop("kld"), history["kld"])
     assert not found
-    restored = experiment._unstack(leaves, states[0], tmp_path)
+    restored = training._unstack(leaves, states[0], tmp_path)
     assert repr(restored) == repr(states)
     with pytest.raises(ValueError, match="a checkpoint of another method or version: remove it"):
-        experiment._unstack(leaves, {"m": jnp.ones(3)}, tmp_path)
+        training._unstack(leaves, {"m": jnp.ones(3)}, tmp_path)
     assert storage.restore(tmp_path / "b") is None
 
 
@@ -233,9 +270,9 @@ def test_errors_of_writing_name_the_path(tmp_path):
 
 
 def test_trivial_baselines_are_in_the_results(dataset, finished):
-    folder, _, _ = finished
-    records = {record["method"]: record for record in report.load(folder)}
-    assert list(records) == ["gdmam", *baselines.BASELINES]
+    _, found, _ = finished
+    trivial = {result.name: result for result in found.trivial}
+    assert [result.name for result in found.rows] == ["gdmam", *baselines.BASELINES]
     folds = data.make_folds(dataset, folds=2, validation_size=6)
     for fold in range(2):
         tested = folds.test[fold][folds.test_mask[fold]]
@@ -249,124 +286,135 @@ def test_trivial_baselines_are_in_the_results(dataset, finished):
         ):
             kld = (target * np.log(target / prediction)).sum(1).mean()
             chebyshev = np.abs(target - prediction).max(1).mean()
-            for selection in experiment.SELECTIONS:
-                found = report.values(records[name], selection, "kld")
-                assert found.shape == (1, 2)
-                np.testing.assert_allclose(found[0, fold], kld, rtol=1e-5)
-            found = report.values(records[name], "last", "chebyshev")[0, fold]
-            np.testing.assert_allclose(found, chebyshev, rtol=1e-5)
+            for measure, value in (("kld", kld), ("chebyshev", chebyshev)):
+                values = trivial[name].values(measure, "last")
+                assert values.shape == (1, 2)
+                np.testing.assert_allclose(values[0, fold], value, rtol=1e-5)
 
 
-def _records(**klds):
-    """Of two folds, by method's name."""
-    runs = {
-        name: [{"fold": f, "seed": 0, "selections": {"last": {"kld": kld + f}}} for f in range(2)]
-        for name, kld in klds.items()
-    }
-    return [
-        {"method": name, "label": name, "trivial": name.startswith("trivial"), "runs": found}
-        | {"configuration": {"folds": 2}}
-        for name, found in runs.items()
-    ]
+def _experiment(klds, folder="a", noise=1e-3, folds=10):
+    """A data set with these mean test KLDs by method; trivial ones by their names."""
+    rng = np.random.default_rng(0)
+    methods_, trivial = [], []
+    for name, kld in klds.items():
+        measured = {measure: kld + noise * rng.normal(size=folds) for measure in tables.COLUMNS}
+        if name.startswith("trivial"):
+            trivial.append(results.Result(name, name, folds, trivial=measured))
+            continue
+        held_out = dict.fromkeys(protocol.HELD_OUT, measured["kld"])
+        outcome = {"epoch": np.ones(folds, int), "held_out": held_out, "measures": measured}
+        trained = training.Trained({}, dict.fromkeys(protocol.SELECTIONS, outcome))
+        methods_.append(results.Result(name, name.upper(), folds, {"0.1": trained}))
+    return results.Experiment(folder, {"data": {"name": folder}}, methods_, trivial)
+
+
+TRIVIAL = {"trivial-uniform": 2.0, "trivial-mean": 3.0, "trivial-untouched": 1.0}
 
 
 def test_a_set_on_which_no_method_beats_the_trivial_baselines_is_marked():
-    trivial = {"trivial-uniform": 2.0, "trivial-mean": 3.0, "trivial-untouched": 1.0}
-    note = report.unbeaten(_records(a=2.1, b=2.5, **trivial), "last")
-    assert note.startswith(
-        "No method beats a prediction without features (trivial-uniform: KLD 2.5"
-    )
-    assert report.unbeaten(_records(a=1.9, b=2.5, **trivial), "last") == ""
-    assert report.unbeaten(_records(a=2.1), "last") == ""
-
-
-def test_results_that_do_not_belong_together_are_not_compared(tmp_path):
-    for name, folds in (("a", 2), ("b", 3)):
-        record = {"method": name, "data": {}, "configuration": {"folds": folds}, "runs": []}
-        (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="the configuration of a is"):
-        report.load(tmp_path)
-
-
-def test_a_method_that_diverged_is_not_the_best(finished, tmp_path):
-    folder, records, _ = finished
-    diverged = json.loads(json.dumps(records[0])) | {"method": "a", "label": "Diverged"}
-    diverged["runs"][0]["selections"]["last"]["kld"] = float("nan")
-    for record in (diverged, records[0]):
-        (tmp_path / f"{record['method']}.json").write_text(json.dumps(record))
-        with np.load(folder / "gdmam.npz") as stored:
-            curves = dict(stored)
-        if record is diverged:
-            curves["validation_kld"] = curves["validation_kld"] * np.nan
-        np.savez(tmp_path / f"{record['method']}.npz", **curves)
-    text = report.compare([tmp_path], method="gdmam")
-    assert "| Diverged | nan ± nan (nan, nan) |" in text
-    assert "| Diverged |  |" in text
-    with pytest.raises(ValueError, match="no results of method 'c'; there are a, gdmam"):
-        report.compare([tmp_path], method="c")
-
-
-def test_selections_test_the_parameters_they_name(finished):
-    folder, records, _ = finished
-    with np.load(folder / "gdmam.npz") as curves:
-        last = [run["selections"]["last"]["kld"] for run in records[0]["runs"]]
-        np.testing.assert_allclose(curves["test_kld"][:, -1], last, rtol=1e-6)
-        epochs = [run["selections"]["validation"]["epoch"] for run in records[0]["runs"]]
-        np.testing.assert_array_equal(curves["validation_kld"].argmin(1) + 1, epochs)
-        epochs = [run["selections"]["natural"]["epoch"] for run in records[0]["runs"]]
-        np.testing.assert_array_equal(curves["natural_kld"].argmin(1) + 1, epochs)
-        assert {"cosine", "gate", "prediction_momentum"} <= set(curves)
-        tried = curves["tuning_natural_kld"]
-        assert tried.shape == (len(SMALL.learning_rates), SMALL.folds, SMALL.epochs)
-        used = SMALL.learning_rates.index(records[0]["learning_rate"])
-        np.testing.assert_array_equal(tried[used], curves["natural_kld"][: SMALL.folds])
-        np.testing.assert_allclose(curves["shown_last"].sum(-1), 1, rtol=1e-5)
-
-
-def test_report(finished, tmp_path):
-    folder, records, _ = finished
-    page = report.write(folder).read_text()
-    assert page.count("data:image/png;base64,") == len(report.PICTURES)
-    texts = page, report.summary(folder), report.compare([folder])
-    for label in ("GDMAM", *baselines.BASELINES.values()):
-        assert all(label in text for text in texts)
-        for name, row in (("table.md", f"| {label} |"), ("table.tex", f"{label} & ")):
-            assert (folder / name).read_text().count(row) == len(experiment.SELECTIONS)
-    assert r"\toprule" in (folder / "table.tex").read_text()
-    lines = 1 + (4 + 3 * 2) * len(experiment.SELECTIONS)  # three baselines on two folds
-    assert len((folder / "runs.csv").read_text().splitlines()) == lines
-    assert f"{records[0]['learning_rate']:g}" in texts[1]
-    compared = tmp_path / "runs.csv"
-    result = CliRunner().invoke(
-        app, ["compare", str(folder), "--method", "gdmam", "--csv", str(compared)]
-    )
-    last = np.mean([run["selections"]["last"]["kld"] for run in records[0]["runs"]])
-    assert f"**{last:.4f} ± " in result.output
-    marked = any(report.unbeaten(report.load(folder), name) for name in experiment.SELECTIONS)
-    assert ("| small ‡ |" in result.output) == marked
-    assert len(compared.read_text().splitlines()) == lines
-    with pytest.raises(FileNotFoundError, match="no results in"):
-        report.load(folder / "nothing")
+    note = tables.unbeaten(_experiment({"a": 2.1, "b": 2.5} | TRIVIAL), "last")
+    assert note.startswith("No method beats a prediction without features")
+    assert tables.unbeaten(_experiment({"a": 1.9, "b": 2.5} | TRIVIAL), "last") == ""
 
 
 def test_table_ranks_and_tests():
-    rng = np.random.default_rng(0)
-
-    def record(name, shift):
-        runs = []
-        for seed in range(5):
-            for fold in range(10):
-                found = dict.fromkeys(report.COLUMNS, shift + 0.01 * rng.normal())
-                runs.append({"fold": fold, "seed": seed, "selections": {"last": found}})
-        return {"method": name, "label": name, "configuration": {"folds": 10}, "runs": runs}
-
-    cells = report.table([record("a", 0.5), record("b", 0.4), record("c", 0.401)], "last")
+    cells = tables.table(_experiment({"a": 0.5, "b": 0.4, "c": 0.4002} | TRIVIAL), "last")
     assert [cells[name]["kld"].rank for name in "abc"] == [3, 1, 2]
     assert [cells[name]["cosine"].rank for name in "abc"] == [1, 3, 2]
-    assert cells["a"]["kld"].p_runs < 1e-6
+    assert cells["a"]["kld"].p_runs < 0.01
     assert cells["a"]["kld"].p_folds < 1e-6
     assert cells["c"]["kld"].p_runs > 0.05
     assert cells["b"]["kld"].p_runs == 1
+
+
+def test_a_method_that_diverged_is_not_the_best():
+    found = _experiment({"a": float("nan"), "b": 0.4} | TRIVIAL)
+    assert tables.table(found, "last")["a"]["kld"].rank == 2
+    assert found.beaten("last")
+
+
+def test_comparison(monkeypatch, tmp_path):
+    klds = {
+        "First": {"rda": 0.5, "a": 0.4, "b": 0.3},
+        "second": {"rda": 0.5, "a": 0.4, "b": 0.6},
+        "third": {"rda": 0.3, "a": 0.4, "b": 0.5},
+        "useless": {"rda": 2.5, "a": 2.3, "b": 2.2, "c": 9.0},
+    }
+    found = {name: _experiment(values | TRIVIAL, name) for name, values in klds.items()}
+    monkeypatch.setattr(compare, "load", found.__getitem__)
+    compared = compare.compare(["third", "useless", "First", "second"], "last")
+    assert compared.sets == ["First", "second", "third", "useless"]
+    assert compared.methods == ["a", "rda", "b"]
+    assert compared.verdict.tolist() == [True, True, True, False]
+    np.testing.assert_allclose(compared.mean_ranks(), [5 / 3, 2, 7 / 3])
+    np.testing.assert_allclose(compared.mean_ranks(slice(0, None, 2)), [2, 2, 2])
+    assert [column.tolist() for column in compared.against_reference()] == [[2, 0, 1], [1, 0, 2]]
+    np.testing.assert_allclose(compared.friedman(), np.exp(-1 / 3))  # chi^2 = 2/3, two degrees
+    text = compare.markdown(compared)
+    assert "(useless)" in text
+    assert "| A | 0.400\\* | **0.400**\\* | 0.400\\* | 2.299\\* | 1.7 | 2.0 | 1.0 | 2, 1 |" in text
+    compare.write_csv(compared, tmp_path / "a.csv")
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 1 + 4 * 3
+    with pytest.raises(ValueError, match="two folders are of one data set"):
+        compare.compare(["third", "third"], "last")
+    with pytest.raises(ValueError, match="must have results of c and of another method; all have"):
+        compare.compare(["third", "useless"], "last", reference="c")
+
+
+def test_critical_difference_diagram(tmp_path):
+    pytest.importorskip("scikit_posthocs")
+    rng = np.random.default_rng(0)
+    ranks = np.stack([rng.permutation(3) + 1.0 for _ in range(6)])
+    compared = compare.Comparison(
+        *([str(i) for i in range(6)], list("abc"), list("ABC"), ranks, ranks, ranks.astype(str)),
+        *(np.ones(6), np.ones(6, bool), ranks, np.ones((6, 3)), "a"),
+    )
+    compare.draw(compared, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_selections_test_the_parameters_they_name(finished):
+    _, found, _ = finished
+    for trained in found.methods[0].trials.values():
+        curves, outcomes = trained.history, trained.results
+        assert set(outcomes) == set(protocol.SELECTIONS)
+        last = outcomes["last"]
+        np.testing.assert_allclose(curves["test_kld"][:, -1], last["measures"]["kld"], rtol=1e-6)
+        for rows in protocol.HELD_OUT:
+            best = curves[f"{rows}_kld"].argmin(1) + 1
+            np.testing.assert_array_equal(outcomes[rows]["epoch"], best)
+            scored = curves[f"{rows}_kld"].min(1), curves[f"{rows}_kld"][:, -1]
+            np.testing.assert_allclose(outcomes[rows]["held_out"][rows], scored[0], rtol=1e-6)
+            np.testing.assert_allclose(last["held_out"][rows], scored[1], rtol=1e-6)
+        assert {"cosine", "gate", "prediction_momentum"} <= set(curves)
+        np.testing.assert_allclose(last["shown"].sum(-1), 1, rtol=1e-5)
+
+
+def test_report(finished):
+    folder, found, _ = finished
+    page = report.write(folder).read_text()
+    for picture in ("kld", "conflict", "allocation", "head_tail", "distributions"):
+        assert (folder / f"{picture}.png").is_file()
+    assert page.count("data:image/png;base64,") == 5
+    texts = page, tables.summary(found, list(protocol.SELECTIONS))
+    for label in ("GDMAM", *baselines.BASELINES.values()):
+        assert all(label in text for text in texts)
+        for name, row in (("table.md", f"| {label} |"), ("table.tex", f"{label} & ")):
+            assert (folder / name).read_text().count(row) == len(protocol.SELECTIONS)
+    assert r"\toprule" in (folder / "table.tex").read_text()
+    lines = 1 + (4 + 3 * 2) * len(protocol.SELECTIONS)  # three baselines on two folds
+    assert len((folder / "runs.csv").read_text().splitlines()) == lines
+    shown = CliRunner().invoke(
+        app, ["report", str(folder), "--selection", "last, natural", "--tuning", "validation"]
+    )
+    mean = found.methods[0].values("kld", "last", "validation").mean()
+    assert f"{mean:.4f} ±" in shown.output
+    lines = 1 + (4 + 3 * 2) * 2
+    assert len((folder / "runs.csv").read_text().splitlines()) == lines
+    with pytest.raises(FileNotFoundError, match="no results in"):
+        results.load(folder / "nothing")
+    with pytest.raises(ValueError, match="unknown selection 'first'; expected one of validation"):
+        report.selections(["first"])
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -378,7 +426,7 @@ def test_every_method_makes_a_step(name):
         total = params["kernel"].sum() + params["bias"].sum()
         return method.rescale(total**2, method.alignment * (total - 9) ** 2)
 
-    optimizer = method.optimizer(0.1)
+    optimizer = method.optimizer(0.1, *list(method.settings.values())[:1])
     _, pairs = gdmam.value_and_paired_grad(pair)(params)
     updates, _ = jax.jit(optimizer.update)(pairs, optimizer.init(params), params)
     moved = optax.apply_updates(params, updates)
@@ -420,30 +468,27 @@ def test_a_method_of_ones_own(monkeypatch):
         ({"folds": 1}, "folds must be at least 2, got 1"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rates": (-1.0,)}, "learning_rates must be positive"),
-        ({"tuning": "test"}, "tuning must be validation or natural, got 'test'"),
-        ({"tuning_seeds": 9}, "tuning_seeds must be between 1 and seeds = 5, got 9"),
     ],
 )
 def test_bad_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        experiment.Configuration(**change)
+        protocol.Configuration(**change)
 
 
 def test_the_time_left_counts_what_was_trained_now():
     seconds = iter(range(0, 1000, 10))
-    clock = progress.Clock(["a", "b"], chunk=25, now=lambda: next(seconds))
-    assert clock("a", 200, 200) == "time left unknown"  # finished by an earlier run
-    assert clock("b", 75, 200) == "time left unknown"  # at its checkpoint
-    assert clock("b", 100, 200) == "time left unknown"  # compiled first
-    assert clock("b", 125, 200) == "0:00:30 left"  # 25 epochs in ten seconds, 75 to go
-    assert clock("b", 150, 200) == "0:00:20 left"
-    assert clock("b", 200, 200) == "nothing left"
+    clock = progress.Clock({"a": 200, "b": 100}, chunk=25, now=lambda: next(seconds))
+    assert clock("a", 200) == "time left unknown"  # finished by an earlier run
+    assert clock("b", 25) == "time left unknown"  # compiled first
+    assert clock("b", 50) == "0:00:20 left"  # 25 epochs in ten seconds, 50 to go
+    assert clock("b", 75) == "0:00:10 left"
+    assert clock("b", 100) == "nothing left"
 
 
 def test_messages_are_spelled_as_on_the_command_line():
     for text, spelled in (
         ("rows sum to 2; normalize=True divides", "rows sum to 2; --normalize divides"),
-        ("tuning_seeds must be below seeds = 5", "--tuning-seeds must be below --seeds = 5"),
+        ("batch_size must be below seeds = 5", "--batch-size must be below --seeds = 5"),
         ("3 rows are too few for 10 folds", "3 rows are too few for 10 folds"),
     ):
         assert _spelled(text) == spelled
@@ -465,7 +510,7 @@ def test_compiled_programs_are_kept_in_the_cache_unless_jax_is_told_where(tmp_pa
 
 def test_help_lists_what_can_be_named():
     shown = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).output
-    for name in (*methods.METHODS, *data.REGISTRY, *experiment.SELECTIONS):
+    for name in (*methods.METHODS, *data.REGISTRY, *protocol.SELECTIONS):
         assert name in shown
 
 
@@ -505,17 +550,17 @@ def test_command_line(tmp_path, command):
     assert "AdamW: 1 of 2 epochs; all methods: time left unknown" in result.output
     out = tmp_path / "out"
     assert (out / "report.html").is_file()
-    record = json.loads((out / "adamw.json").read_text())
-    assert record["configuration"]["hidden"] == 4
-    assert record["data"]["features"] == 5
-    assert record["data"]["training_rows"] == [8, 8]
-    assert record["data"]["imbalance_factor"] > 1
-    assert record["versions"]["jax"] == jax.__version__
+    facts = json.loads((out / "experiment.json").read_text())
+    assert facts["configuration"]["hidden"] == 4
+    assert facts["data"]["features"] == 5
+    assert facts["data"]["training_rows"] == [8, 8]
+    assert facts["data"]["imbalance_factor"] > 1
+    assert facts["versions"]["jax"] == jax.__version__
+    outcome = (out / "adamw" / "0.001" / "0.npz").read_bytes()
     again = command(*options, "--no-report")  # trains nothing, and reads as finished
     assert "AdamW: 2 of 2 epochs; all methods: nothing left" in again.output
-    assert json.loads((out / "adamw.json").read_text()) == record
-    with pytest.raises(ValueError, match="holds results of another data"):
+    assert (out / "adamw" / "0.001" / "0.npz").read_bytes() == outcome
+    with pytest.raises(ValueError, match="is of another data"):
         command("--drop-constant")
-    assert CliRunner().invoke(app, ["report", str(out)]).exit_code == 0
     listed = CliRunner().invoke(app, ["data", "list"], env={"GDMAM_LDL_CACHE": str(tmp_path)})
     assert "emotion6" in listed.output

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 
 from rich.console import Console
@@ -13,19 +13,19 @@ class Clock:
     """Estimates the time left over all methods from the epochs trained since the first report.
 
     Args:
-        labels: of all methods.
+        totals: epochs in all of every method, by label.
         chunk: most epochs trained between two calls; a larger step is of what was done before.
         now: a clock, in seconds.
     """
 
     def __init__(
-        self, labels: Sequence[str], chunk: int, now: Callable[[], float] = time.monotonic
+        self, totals: Mapping[str, int], chunk: int, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self.done = dict.fromkeys(labels, 0)
+        self.done, self._total = dict.fromkeys(totals, 0), sum(totals.values())
         self._chunk, self._now, self._trained = chunk, now, 0
         self._start: float | None = None
 
-    def __call__(self, label: str, done: int, total: int) -> str:
+    def __call__(self, label: str, done: int) -> str:
         """Take what `experiment.Progress` is told, and say the time left."""
         step = done - self.done[label]
         if 0 < step <= self._chunk:
@@ -34,7 +34,7 @@ class Clock:
             else:
                 self._trained += step
         self.done[label] = done
-        left = total * len(self.done) - sum(self.done.values())
+        left = self._total - sum(self.done.values())
         if not left:
             return "nothing left"
         if self._start is None or not self._trained:
@@ -45,25 +45,25 @@ class Clock:
 
 @contextlib.contextmanager
 def shown(
-    console: Console, labels: Sequence[str], chunk: int, seconds: float = 10.0
+    console: Console, totals: Mapping[str, int], chunk: int, seconds: float = 10.0
 ) -> Iterator[Callable[[str, int, int], None]]:
     """Show progress while the context lasts.
 
     Args:
         console: where.
-        labels: of all methods.
+        totals: see `Clock`.
         chunk: see `Clock`.
         seconds: least time between two lines of a method, where the console is no terminal.
 
     Yields:
         What `experiment.run` takes as `progress`.
     """
-    clock = Clock(labels, chunk)
+    clock = Clock(totals, chunk)
     if not console.is_terminal:
-        printed = dict.fromkeys(labels, float("-inf"))
+        printed = dict.fromkeys(totals, float("-inf"))
 
         def line(label: str, done: int, total: int) -> None:
-            left = clock(label, done, total)
+            left = clock(label, done)
             if done == total or time.monotonic() - printed[label] >= seconds:
                 printed[label] = time.monotonic()
                 console.print(
@@ -75,15 +75,15 @@ def shown(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     last = TextColumn("epochs"), TimeElapsedColumn(), TextColumn("{task.fields[left]}")
     with Progress(*columns, *last, console=console) as bars:
-        tasks = {label: bars.add_task(label, total=None, left="") for label in labels}
-        everything = bars.add_task("all methods", total=None, left="") if len(labels) > 1 else None
+        tasks = {label: bars.add_task(label, total=None, left="") for label in totals}
+        everything = bars.add_task("all methods", total=None, left="") if len(totals) > 1 else None
 
         def bar(label: str, done: int, total: int) -> None:
-            left = clock(label, done, total)
+            left = clock(label, done)
             alone = everything is None
             bars.update(tasks[label], completed=done, total=total, left=left if alone else "")
             if everything is not None:
-                whole = total * len(labels)
+                whole = sum(totals.values())
                 bars.update(everything, completed=sum(clock.done.values()), total=whole, left=left)
 
         yield bar

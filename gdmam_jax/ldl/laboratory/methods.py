@@ -1,12 +1,12 @@
 """The methods an experiment compares, and how to add one.
 
 A method says which optimizer takes the pairs of gradients, on which losses. All run through the
-one loop of `experiment`. One of your own:
+one loop of `program`. One of your own:
 
 ```python
 import optax
 from gdmam_jax import summed
-from gdmam_jax.ldl import methods
+from gdmam_jax.ldl.laboratory import methods
 
 methods.register(
     methods.Method(
@@ -18,10 +18,10 @@ methods.register(
 ```
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,23 +57,34 @@ class Method:
         name: on the command line.
         label: in tables and pictures.
         optimizer: makes the transformation that takes a tree of `GradientPair`s; its argument is
-            the learning rate, possibly traced.
+            the learning rate, possibly traced. With `settings`, a second one is the setting.
         prediction_loss: of `(logits, target, frequency, num_samples, weights)`.
         alignment: False leaves the alignment loss out: it is 0, and so are its gradients.
         alignment_weights: factors of the configuration's alignment weight for the recovery, target
             and similarity terms of the alignment loss.
         similarity: how the alignment loss reduces RDA's similarity term.
         rescale: of `(prediction_loss, alignment_loss)`, before gradients are taken.
+        flat: the optimizer treats all parameters alike, and gets them as one vector, which
+            compiles twice as fast; otherwise it gets the model's tree.
+        settings: numbers by name, to be tuned beside the learning rate. Methods that differ in
+            them alone are compiled once.
     """
 
     name: str
     label: str
-    optimizer: Callable[[Scalar], optax.GradientTransformation]
+    optimizer: Callable[..., optax.GradientTransformation]
     prediction_loss: Callable[..., jax.Array] = losses.distribution_balanced
     alignment: bool = True
     alignment_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     similarity: Literal["mean", "sum"] = "mean"
     rescale: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = keep
+    flat: bool = False
+    settings: Mapping[str, float] = field(default_factory=dict)
+
+    def program(self) -> tuple[Any, ...]:
+        """What is compiled: all but names and settings."""
+        named = "name", "label", "settings"
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name not in named)
 
 
 class ReleasedAmsgradState(NamedTuple):
@@ -205,16 +216,60 @@ def _prediction_only(
     return lambda learning_rate: gdmam.summed(optimizer(learning_rate), 1.0, 0.0)
 
 
-def _weighed(weighting: gdmam.Weighting) -> Callable[[Scalar], optax.GradientTransformation]:
-    return lambda rate: gdmam.weighed(released_adamw(rate, clip=False), weighting)
+WEIGHTINGS: dict[str, tuple[str, gdmam.Weighting]] = {
+    "prediction": ("Prediction loss alone", gdmam.constant_weighting(1.0, 0.0)),
+    "sum": ("Sum", gdmam.sum_weighting),
+    "equal-norm": ("Equal norm", gdmam.balanced_weighting),
+    "pcgrad": ("PCGrad", gdmam.pcgrad_weighting),
+    "config": ("ConFIG", gdmam.config_weighting),
+    "imtl-g": ("IMTL-G", gdmam.imtl_g_weighting),
+    "mgda": ("MGDA", gdmam.mgda_weighting),
+    "upgrad": ("UPGrad", gdmam.upgrad_weighting),
+}
+"""Weightings whose weighted sum AdamW with AMSGrad takes: labels and functions by name."""
+
+CHOICES: dict[str, tuple[gdmam.Weighting, gdmam.Gate]] = {
+    "preference=0.1": (gdmam.unit_weighting(preference=0.1), gdmam.priority_gate),
+    "preference=0.3": (gdmam.unit_weighting(preference=0.3), gdmam.priority_gate),
+    "preference=1": (gdmam.unit_weighting, gdmam.priority_gate),
+    "preference=3": (gdmam.unit_weighting(preference=3.0), gdmam.priority_gate),
+    "pcgrad": (gdmam.pcgrad_weighting, gdmam.open_gate),
+}
+"""Weightings and gates of `gdmam`, `gdmam-preference` and `gdmam-pcgrad`, by setting."""
+
+
+def _switched(setting: Scalar, functions: Iterable[Callable[..., Any]]) -> Callable[..., Any]:
+    """The function of this number, possibly traced."""
+    functions = tuple(functions)
+    return lambda *args: jax.lax.switch(jnp.asarray(setting, jnp.int32), functions, *args)
+
+
+def _weighed(learning_rate: Scalar, setting: Scalar) -> optax.GradientTransformation:
+    weighting = _switched(setting, (function for _, function in WEIGHTINGS.values()))
+    return gdmam.weighed(released_adamw(learning_rate, clip=False), weighting)
+
+
+def _gdmam(learning_rate: Scalar, setting: Scalar) -> optax.GradientTransformation:
+    weighting, gate = (
+        _switched(setting, functions) for functions in zip(*CHOICES.values(), strict=True)
+    )
+    return gdmam.gdmam(learning_rate, weighting=weighting, gate=gate, amsgrad=True)
+
+
+def _chosen(*names: str) -> dict[str, float]:
+    """Settings of `_gdmam`."""
+    return {name: list(CHOICES).index(name) for name in names}
 
 
 for _method in (
-    Method("gdmam", "GDMAM", partial(gdmam.gdmam, amsgrad=True)),
+    Method("gdmam", "GDMAM", _gdmam, flat=True, settings=_chosen("preference=1")),
+    Method("gdmam-pcgrad", "GDMAM PCGrad", _gdmam, flat=True, settings=_chosen("pcgrad")),
     Method(
-        "gdmam-pcgrad",
-        "GDMAM PCGrad",
-        partial(gdmam.gdmam, weighting=gdmam.pcgrad_weighting, gate=gdmam.open_gate, amsgrad=True),
+        "gdmam-preference",
+        "GDMAM, preference tuned",
+        _gdmam,
+        flat=True,
+        settings=_chosen(*(name for name in CHOICES if name.startswith("preference"))),
     ),
     Method(
         "gdmam-described",
@@ -229,7 +284,9 @@ for _method in (
         ),
     ),
     Method("gdmam-released", "GDMAM released", gdmam.gdmam_released, similarity="sum"),
-    Method("rda", "RDA", lambda rate: gdmam.summed(released_adamw(rate)), rescale=over_total),
+    Method(
+        "rda", "RDA", lambda rate: gdmam.summed(released_adamw(rate)), rescale=over_total, flat=True
+    ),
     Method("adamw", "AdamW", _prediction_only(optax.adamw), alignment=False),
     Method(
         "ofr-fl",
@@ -246,7 +303,9 @@ for _method in (
         alignment=False,
     ),
     Method("ofr-db", "OFR-DB", _prediction_only(released_adamw), alignment=False),
-    Method("pcgrad", "PCGrad", _weighed(gdmam.pcgrad_weighting)),
-    Method("equal-norm", "Equal norm", _weighed(gdmam.balanced_weighting)),
+    *(
+        Method(name, label, _weighed, flat=True, settings={name: number})
+        for number, (name, (label, _)) in enumerate(WEIGHTINGS.items())
+    ),
 ):
     register(_method)

@@ -1,0 +1,147 @@
+"""What lies in an experiment's folder, and what it says once a selection is made."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from gdmam_jax.ldl.laboratory import baselines, selection
+from gdmam_jax.ldl.laboratory.training import Trained
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one method, or of a trivial prediction.
+
+    Attributes:
+        name: of the method.
+        label: in tables.
+        folds: of the cross-validation.
+        trials: by name, all folds of all seeds; empty for a trivial prediction.
+        trivial: a trivial prediction's measures on the folds by name; empty for a method.
+    """
+
+    name: str
+    label: str
+    folds: int
+    trials: dict[str, Trained] = field(default_factory=dict)
+    trivial: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def trial(self, selected: str, tuning: str | None = None) -> str:
+        """The trial that counts, see `selection.choose`; empty for a trivial prediction."""
+        return selection.choose(self.trials, selected, tuning) if self.trials else ""
+
+    def chosen(self, selected: str, tuning: str | None = None) -> Trained:
+        """The same trial's outcome."""
+        return self.trials[self.trial(selected, tuning)]
+
+    def values(self, measure: str, selected: str, tuning: str | None = None) -> NDArray[np.float64]:
+        """One measure on the test folds, shape (seeds, folds), or (1, folds) if trivial.
+
+        Args:
+            measure: one of `report.COLUMNS`.
+            selected: one of `protocol.SELECTIONS`.
+            tuning: see `selection.rows`.
+
+        Returns:
+            float64.
+        """
+        if self.trivial:
+            return self.trivial[measure][None]
+        found = self.chosen(selected, tuning).results[selected]["measures"][measure]
+        return np.asarray(found, np.float64).reshape(-1, self.folds)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One data set's results.
+
+    Attributes:
+        folder: where they lie.
+        facts: of `experiment.json`.
+        methods: all whose training is finished.
+        trivial: the trivial predictions.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    methods: list[Result]
+    trivial: list[Result]
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return str(self.facts["data"]["name"])
+
+    @property
+    def rows(self) -> list[Result]:
+        """Methods, and last the trivial predictions."""
+        return [*self.methods, *self.trivial]
+
+    def beaten(self, selected: str, tuning: str | None = None) -> bool:
+        """Whether a method has a lower test KLD than all predictions that need no features."""
+        trivial = [
+            result.values("kld", selected).mean()
+            for result in self.trivial
+            if result.name in baselines.ATTAINABLE
+        ]
+        found = [result.values("kld", selected, tuning).mean() for result in self.methods]
+        return bool(np.nanmin(found) < min(trivial))
+
+
+def load(folder: str | os.PathLike[str]) -> Experiment:
+    """The results in an experiment's folder.
+
+    Args:
+        folder: what `experiment.run` wrote to.
+
+    Returns:
+        An `Experiment`, of the methods of which every trial is finished.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    home = Path(folder)
+    path = home / "experiment.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no results in {home}: expected experiment.json")
+    facts = json.loads(path.read_text())
+    folds, seeds = facts["configuration"]["folds"], facts["configuration"]["seeds"]
+    methods = []
+    for described in sorted(home.glob("*/method.json")):
+        record = json.loads(described.read_text())
+        files = {
+            trial: [described.parent / trial / f"{seed}.npz" for seed in range(seeds)]
+            for trial in record["trials"]
+        }
+        if all(file.is_file() for group in files.values() for file in group):
+            trials = {trial: _joined(group) for trial, group in files.items()}
+            methods.append(Result(record["method"], record["label"], folds, trials))
+    if not methods:
+        raise FileNotFoundError(f"no results in {home}: no method is finished")
+    trivial = [
+        Result(
+            name,
+            baselines.BASELINES[name],
+            folds,
+            trivial={m: np.array(v) for m, v in found.items()},
+        )
+        for name, found in facts["trivial"].items()
+    ]
+    return Experiment(home, facts, methods, trivial)
+
+
+def _joined(files: Sequence[Path]) -> Trained:
+    """All seeds of a trial."""
+    found = []
+    for file in files:
+        with np.load(file, allow_pickle=False) as stored:
+            found.append(flax.traverse_util.unflatten_dict(dict(stored), sep="/"))
+    return Trained(**jax.tree.map(lambda *leaves: np.concatenate(leaves), *found))

@@ -1,0 +1,279 @@
+"""Tables of an experiment: means, ranks, significance; as Markdown, LaTeX, CSV and plain text."""
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gdmam_jax.ldl.laboratory.protocol import SELECTIONS
+from gdmam_jax.ldl.laboratory.results import Experiment, Result
+from gdmam_jax.ldl.measures import HIGHER_IS_BETTER, MEASURES
+
+COLUMNS = (*MEASURES, "euclidean", "euclidean_head", "euclidean_tail")
+"""The measures in a table's order."""
+
+TITLES = {
+    "chebyshev": "Chebyshev",
+    "clark": "Clark",
+    "canberra": "Canberra",
+    "kld": "KLD",
+    "cosine": "Cosine",
+    "intersection": "Intersection",
+    "euclidean": "Euclidean",
+    "euclidean_head": "Euclidean, head",
+    "euclidean_tail": "Euclidean, tail",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method's outcome in one measure.
+
+    Attributes:
+        mean: over folds and seeds.
+        deviation: standard deviation over folds and seeds.
+        rank: among the methods, 1 is best; NaN for a trivial baseline.
+        p_runs: Wilcoxon signed-rank test against the best method, paired over folds and seeds.
+            Runs of one fold share their data, so it is the optimistic one of the two.
+        p_folds: paired t-test against the best method over folds, each the mean of its seeds.
+    """
+
+    mean: float
+    deviation: float
+    rank: float
+    p_runs: float
+    p_folds: float
+
+
+def table(
+    experiment: Experiment, selected: str, tuning: str | None = None
+) -> dict[str, dict[str, Cell]]:
+    """All methods in all measures.
+
+    Args:
+        experiment: from `results.load`.
+        selected: one of `protocol.SELECTIONS`.
+        tuning: see `selection.rows`.
+
+    Returns:
+        Cells by method's name and measure. The best method's p-values are 1. Trivial baselines are
+        compared with it, too.
+    """
+    cells: dict[str, dict[str, Cell]] = {result.name: {} for result in experiment.rows}
+    for measure in COLUMNS:
+        columns = {
+            result.name: result.values(measure, selected, tuning) for result in experiment.rows
+        }
+        sign = -1 if measure in HIGHER_IS_BETTER else 1
+        # A method that diverged somewhere has no mean, and is ranked last.
+        means = {name: float(column.mean()) for name, column in columns.items()}
+        names = [result.name for result in experiment.methods]
+        order = sorted(names, key=lambda name: badness(sign * means[name]))
+        for name, column in columns.items():
+            p_runs, p_folds = compare_runs(column, columns[order[0]])
+            cells[name][measure] = Cell(
+                mean=means[name],
+                deviation=float(column.std()),
+                rank=order.index(name) + 1 if name in order else float("nan"),
+                p_runs=p_runs,
+                p_folds=p_folds,
+            )
+    return cells
+
+
+def badness(mean: float) -> float:
+    """A mean to sort by: infinite where there is none."""
+    return float(np.nan_to_num(mean, nan=np.inf))
+
+
+def compare_runs(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[float, float]:
+    """Two paired tests of whether two methods differ.
+
+    Args:
+        left: shape (seeds, folds).
+        right: the same shape, of the same seeds and folds, or (1, folds).
+
+    Returns:
+        `(p_runs, p_folds)`, see `Cell`; NaN where a value is not finite.
+
+    >>> import numpy as np
+    >>> compare_runs(np.zeros((2, 3)), np.zeros((2, 3)))
+    (1.0, 1.0)
+    """
+    import scipy.stats
+
+    difference = left - right
+    if not np.isfinite(difference).all():
+        return float("nan"), float("nan")
+    if np.ptp(difference) == 0:
+        return (1.0, 1.0) if difference.flat[0] == 0 else (0.0, 0.0)
+    folds = difference.mean(0)
+    same = len(folds) < 2 or np.ptp(folds) == 0
+    return (
+        float(scipy.stats.wilcoxon(difference.ravel()).pvalue),
+        1.0 if same else float(scipy.stats.ttest_1samp(folds, 0).pvalue),
+    )
+
+
+def unbeaten(experiment: Experiment, selected: str, tuning: str | None = None) -> str:
+    """Says so where no method has a lower test KLD than the best trivial baseline it could know.
+
+    Args:
+        experiment: from `results.load`.
+        selected: one of `protocol.SELECTIONS`.
+        tuning: see `selection.rows`.
+
+    Returns:
+        A sentence, empty where a method beats them.
+    """
+    if experiment.beaten(selected, tuning):
+        return ""
+    return "No method beats a prediction without features: this set says nothing about methods."
+
+
+def ranked(
+    experiment: Experiment,
+    selected: str,
+    tuning: str | None,
+    mark: Callable[[str, Cell], str] = lambda text, _: text,
+) -> list[tuple[Result, list[str], str]]:
+    """Rows of a table: result, cells as text, mean rank; trivial predictions at the end."""
+    cells = table(experiment, selected, tuning)
+    rows = []
+    for result in experiment.rows:
+        row = cells[result.name].values()
+        texts = [mark(f"{cell.mean:.4f} ± {cell.deviation:.4f}", cell) for cell in row]
+        rank = float(np.mean([cell.rank for cell in row]))
+        rows.append((bool(result.trivial), rank, result, texts))
+    return [
+        (result, texts, "" if trivial else f"{rank:.1f}")
+        for trivial, rank, result, texts in sorted(rows, key=lambda row: row[:2])
+    ]
+
+
+def arrow(measure: str) -> str:
+    """Where better is."""
+    return "↑" if measure in HIGHER_IS_BETTER else "↓"
+
+
+def markdown(experiment: Experiment, selected: str, tuning: str | None = None) -> str:
+    """A Markdown table: mean ± standard deviation, mean rank; the best in bold.
+
+    Args:
+        experiment: from `results.load`.
+        selected: one of `protocol.SELECTIONS`.
+        tuning: see `selection.rows`.
+
+    Returns:
+        The table. A dagger marks what differs from the best with p < 0.05 over folds and seeds.
+    """
+
+    def mark(text: str, cell: Cell) -> str:
+        return f"**{text}**" if cell.rank == 1 else text + " †" * (cell.p_runs < 0.05)
+
+    head = ["method", "trial", *(f"{TITLES[m]} {arrow(m)}" for m in COLUMNS), "mean rank"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for result, texts, rank in ranked(experiment, selected, tuning, mark):
+        cells = [result.label, result.trial(selected, tuning), *texts, rank]
+        lines.append("| " + " | ".join(cells) + " |")
+    note = unbeaten(experiment, selected, tuning)
+    return "\n".join([*lines, *(["", f"**{note}**"] if note else [])]) + "\n"
+
+
+def latex(experiment: Experiment, selected: str, tuning: str | None = None) -> str:
+    """The same as a LaTeX `tabular`, for the package booktabs.
+
+    Args:
+        experiment: from `results.load`.
+        selected: one of `protocol.SELECTIONS`.
+        tuning: see `selection.rows`.
+
+    Returns:
+        The table.
+    """
+
+    def mark(text: str, cell: Cell) -> str:
+        inner = text.replace("±", r"\pm")
+        dagger = r"^\dagger" * (cell.rank != 1 and cell.p_runs < 0.05)
+        return rf"$\mathbf{{{inner}}}$" if cell.rank == 1 else f"${inner}{dagger}$"
+
+    arrows = {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+    head = ["Method", *(f"{TITLES[m]} {arrows[arrow(m)]}" for m in COLUMNS), "Rank"]
+    lines = [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule"]
+    lines += [" & ".join(head) + r" \\", r"\midrule"]
+    for result, texts, rank in ranked(experiment, selected, tuning, mark):
+        lines.append(" & ".join([result.label, *texts, rank]) + r" \\")
+    note = unbeaten(experiment, selected, tuning)
+    if note:
+        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{{note}}} \\"]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def write_csv(
+    experiments: Sequence[Experiment],
+    path: Path,
+    selections: Sequence[str],
+    tuning: str | None = None,
+    *,
+    measures: Sequence[str] = COLUMNS,
+    digits: int = 6,
+) -> None:
+    """Every run of the trials that count as one line.
+
+    Args:
+        experiments: from `results.load`.
+        path: of the file.
+        selections: some of `protocol.SELECTIONS`.
+        tuning: see `selection.rows`.
+        measures: which.
+        digits: of each.
+    """
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        head = ["data", "selection", "method", "trial", "fold", "seed", "epoch"]
+        writer.writerow([*head, *measures])
+        for experiment in experiments:
+            for selected in selections:
+                for result in experiment.rows:
+                    trial = result.trial(selected, tuning)
+                    columns = [result.values(m, selected, tuning) for m in measures]
+                    epochs = result.trials[trial].results[selected]["epoch"] if trial else None
+                    for place in np.ndindex(columns[0].shape):
+                        seed, fold = place
+                        epoch = "" if epochs is None else epochs[seed * result.folds + fold]
+                        numbers = [f"{column[place]:.{digits}g}" for column in columns]
+                        row = [experiment.name, selected, result.name, trial, fold, seed, epoch]
+                        writer.writerow([*row, *numbers])
+
+
+def summary(experiment: Experiment, selections: Sequence[str], tuning: str | None = None) -> str:
+    """A few lines for the terminal: test KLD by method and selection, trials, p-values.
+
+    Args:
+        experiment: from `results.load`.
+        selections: some of `protocol.SELECTIONS`.
+        tuning: see `selection.rows`.
+
+    Returns:
+        Text.
+    """
+    width = max(len(result.label) for result in experiment.rows)
+    lines = [
+        f"test KLD, {experiment.name}; in brackets p, paired t-test over folds against the "
+        "lowest method's, and the learning rate (and setting) chosen"
+    ]
+    for selected in selections:
+        cells = table(experiment, selected, tuning)
+        lines.append(f"{selected}: {SELECTIONS[selected]}")
+        for result in experiment.rows:
+            cell = cells[result.name]["kld"]
+            text = f"  {result.label:<{width}}  {cell.mean:.4f} ±{cell.deviation:.4f}"
+            p = f"{cell.p_folds:.1g}" if cell.rank != 1 else "lowest"
+            notes = filter(None, [p, result.trial(selected, tuning)])
+            lines.append(f"{text}  ({', '.join(notes)})")
+        note = unbeaten(experiment, selected, tuning)
+        lines += [f"  {note}"] if note else []
+    return "\n".join(lines)
