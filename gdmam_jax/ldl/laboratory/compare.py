@@ -157,7 +157,7 @@ def markdown(comparison: Comparison) -> str:
         name if verdict else f"({name})"
         for name, verdict in zip(comparison.sets, comparison.verdict, strict=True)
     ]
-    last = ["mean rank", "first half", "second half", f"better, worse than {reference}"]
+    last = ["mean rank", "odd sets", "even sets", f"better, worse than {reference}"]
     lines = [f"| {' | '.join(['method', *heads, *last])} |"]
     lines.append("| --- |" + " ---: |" * (len(heads) + len(last)))
     parts = slice(None), slice(0, None, 2), slice(1, None, 2)

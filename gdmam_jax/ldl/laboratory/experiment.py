@@ -222,10 +222,10 @@ def _check(home: Path, common: dict[str, Any], folds: Folds) -> None:
     path = home / "experiment.json"
     if path.is_file():
         found = json.loads(path.read_text())
-        for key, wanted in common.items():
-            if found[key] != wanted:
+        for key in ("configuration", "data"):
+            if found[key] != common[key]:
                 raise ValueError(
-                    f"{path} is of another {key}: {found[key]}, now {wanted}; give another "
+                    f"{path} is of another {key}: {found[key]}, now {common[key]}; give another "
                     "folder, or remove it"
                 )
         return
