@@ -14,7 +14,7 @@ from benchmarks.physics import report as reports
 from benchmarks.physics.equations import EQUATIONS, HELD_OUT
 from benchmarks.physics.methods import ALL_METHODS, CHOICES
 from benchmarks.physics.training import PAPER, SMALL, WARM_UP, Scale, objective, train
-from gdmam_jax.ldl import storage
+from gdmam_jax.ldl.laboratory import storage
 
 app = typer.Typer(
     no_args_is_help=True,
