@@ -258,7 +258,7 @@ MUTANTS = (
 DRAWN = {
     "_geometry": ("tests/test_geometry.py", "tests/test_several.py"),
     "_allocation": ("tests/test_allocation.py", "tests/test_several.py", "tests/test_transform.py"),
-    "_transform": ("tests/test_transform.py", "tests/test_optimizers.py", "tests/test_skipping.py"),
+    "_transform": ("tests/test_skipping.py", "tests/test_optimizers.py", "tests/test_transform.py"),
 }
 EXCHANGED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
