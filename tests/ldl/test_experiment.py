@@ -551,7 +551,7 @@ def test_command_line(tmp_path, command):
     result = command(*options)
     assert result.exit_code == 0, result.output
     assert "is not made imbalanced" not in result.output
-    assert "AdamW: 1 of 2 epochs; all methods: time left unknown" in result.output
+    assert "AdamW: 0 of 2 epochs; all methods: time left unknown" in result.output
     out = tmp_path / "out"
     assert (out / "report.html").is_file()
     facts = json.loads((out / "experiment.json").read_text())
