@@ -6,6 +6,9 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
     patterns=["README.md", "docs/*.md"],
-    # Its tabs are programs of their own: tests/test_get_started.py runs them one by one.
-    excludes=["docs/get_started.md"],
+    # These have blocks that go on from one another, which several workers would tear apart:
+    # tests/test_get_started.py and tests/test_documentation.py run them.
+    excludes=[
+        f"docs/{name}.md" for name in ("get_started", "many_devices", "mixed_precision", "pytorch")
+    ],
 ).pytest()

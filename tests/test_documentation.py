@@ -50,6 +50,15 @@ def test_links_lead_to_files_and_headings(page):
         assert hasattr(gdmam, name), name
 
 
+@pytest.mark.parametrize("name", ["many_devices", "mixed_precision", "pytorch"])
+def test_blocks_that_go_on_from_one_another_run(name):
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{name}.md").read_text(), re.M | re.S)
+    assert len(blocks) > 1
+    namespace: dict = {"__name__": name}
+    for block in blocks:
+        exec(compile(block, f"docs/{name}.md", "exec"), namespace)
+
+
 def test_every_page_is_in_the_navigation_once():
     assert sorted(name for name in NAVIGATION if name.endswith(".md")) == sorted(
         page.name for page in DOCS.glob("*.md")
