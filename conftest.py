@@ -3,12 +3,13 @@
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
+WHOLE_PAGES = ("many_devices", "mixed_precision", "pytorch")
+"""Their blocks go on from one another, which several workers would tear apart:
+tests/test_documentation.py runs each page in one go."""
+
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
     patterns=["README.md", "docs/*.md"],
-    # These have blocks that go on from one another, which several workers would tear apart:
-    # tests/test_get_started.py and tests/test_documentation.py run them.
-    excludes=[
-        f"docs/{name}.md" for name in ("get_started", "many_devices", "mixed_precision", "pytorch")
-    ],
+    # The tabs of *Get started* are programs of their own: tests/test_get_started.py runs them.
+    excludes=["docs/get_started.md", *(f"docs/{name}.md" for name in WHOLE_PAGES)],
 ).pytest()

@@ -69,7 +69,7 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         prefix = f"{path}/" if len(found) > 1 else ""
         labels = state.allocation.scopes.labels
         for name, value in _scalars(state.allocation).items():
-            if isinstance(state, WeighedState) and "_momentum" in name:
+            if isinstance(state, WeighedState) and name.split("/")[0].endswith("_momentum"):
                 continue  # The wrapped optimizer has its own.
             if labels:
                 for number, label in enumerate(labels):

@@ -98,6 +98,19 @@ def test_a_weighed_optimizer_reports_its_weights():
     assert not [name for name in seen if "momentum" in name]
 
 
+def test_a_loss_of_any_name_keeps_its_scalars_under_weighed():
+    optimizer = gdmam.weighed(
+        optax.sgd(0.1), gdmam.mean_weighting, alignment_losses=("a_momentum", "b")
+    )
+    gradient = jnp.ones(2)
+    pair = gdmam.GradientPair(gradient, {"a_momentum": gradient, "b": -gradient})
+    _, state = optimizer.update(pair, optimizer.init(gradient), gradient)
+    seen = gdmam.diagnostics(state)
+    np.testing.assert_allclose(seen["cosine/a_momentum"], 1, rtol=1e-6)
+    np.testing.assert_allclose(seen["cosine/b"], -1, rtol=1e-6)
+    assert not [name for name in seen if name.startswith("prediction_momentum")]
+
+
 @pytest.mark.parametrize(
     "nest",
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import gdmam_jax as gdmam
+from conftest import WHOLE_PAGES
 from docs import figures
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def test_links_lead_to_files_and_headings(page):
         assert hasattr(gdmam, name), name
 
 
-@pytest.mark.parametrize("name", ["many_devices", "mixed_precision", "pytorch"])
+@pytest.mark.parametrize("name", WHOLE_PAGES)
 def test_blocks_that_go_on_from_one_another_run(name):
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{name}.md").read_text(), re.M | re.S)
     assert len(blocks) > 1

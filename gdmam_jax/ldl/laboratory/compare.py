@@ -8,6 +8,8 @@ References:
     Demsar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 2006.
 """
 
+import csv
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdmam_jax.ldl.laboratory import storage
-from gdmam_jax.ldl.laboratory.results import Experiment, load
+from gdmam_jax.ldl.laboratory.results import load
 from gdmam_jax.ldl.laboratory.tables import badness, compare_runs
 
 
@@ -118,7 +120,7 @@ def compare(
         trials=np.array(
             [[each[common[i]].trial(selected, tuning) for i in order] for each in found]
         ),
-        uniform=np.array([_trivial(each) for each in experiments]),
+        uniform=np.array([each.without_features() for each in experiments]),
         verdict=verdict,
         ranks=ranks[:, order],
         p=np.array([[compare_runs(row[i], row[base])[1] for i in order] for row in values]),
@@ -132,14 +134,8 @@ def _ranks(klds: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(scipy.stats.rankdata(np.vectorize(badness)(klds), axis=1))
 
 
-def _trivial(experiment: Experiment) -> float:
-    from gdmam_jax.ldl.laboratory.baselines import ATTAINABLE
-
-    return min(
-        float(result.values("kld", "last").mean())
-        for result in experiment.trivial
-        if result.name in ATTAINABLE
-    )
+def _shown(kld: float) -> str:
+    return f"{kld:.3g}" if kld < 0.1 else f"{kld:.3f}"
 
 
 def markdown(comparison: Comparison) -> str:
@@ -166,14 +162,13 @@ def markdown(comparison: Comparison) -> str:
     for i, label in enumerate(comparison.labels):
         cells = [label]
         for row in range(len(comparison.sets)):
-            kld = comparison.klds[row, i]
-            text = f"{kld:.3g}" if kld < 0.1 else f"{kld:.3f}"
+            text = _shown(comparison.klds[row, i])
             text = f"**{text}**" if comparison.ranks[row, i] == 1 else text
             cells.append(text + "\\*" * bool(comparison.p[row, i] < 0.05))
         cells += [f"{mean:.1f}" for mean in means[i]]
         cells.append("" if label == reference else f"{wins[i]}, {losses[i]}")
         lines.append(f"| {' | '.join(cells)} |")
-    trivial = [f"{kld:.3g}" if kld < 0.1 else f"{kld:.3f}" for kld in comparison.uniform]
+    trivial = map(_shown, comparison.uniform)
     lines.append(f"| {' | '.join(['no features', *trivial, *[''] * len(last)])} |")
     return "\n".join(lines) + "\n"
 
@@ -181,7 +176,7 @@ def markdown(comparison: Comparison) -> str:
 def write_csv(comparison: Comparison, path: Path) -> None:
     """One line for every set and method: trial, test KLD, rank, p against the reference."""
     head = ["data", "verdict", "method", "trial", "kld", "deviation", "rank"]
-    with storage.whole(path) as file:
+    with storage.whole(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
         lines = [[*head, f"p against {comparison.reference}", "kld without features"]]
         for row, name in enumerate(comparison.sets):
             for i, method in enumerate(comparison.methods):
@@ -192,7 +187,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
                 place = [name, verdict, method, str(comparison.trials[at])]
                 tested = [f"{comparison.ranks[at]:g}", f"{comparison.p[at]:.3g}"]
                 lines.append([*place, *numbers, *tested, trivial])
-        file.write("".join(",".join(line) + "\n" for line in lines).encode())
+        csv.writer(text, lineterminator="\n").writerows(lines)
 
 
 def draw(comparison: Comparison, path: Path) -> None:

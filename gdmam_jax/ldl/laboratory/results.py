@@ -46,7 +46,7 @@ class Result:
         """One measure on the test folds, shape (seeds, folds), or (1, folds) if trivial.
 
         Args:
-            measure: one of `report.COLUMNS`.
+            measure: one of `tables.COLUMNS`.
             selected: one of `protocol.SELECTIONS`.
             tuning: see `selection.rows`.
 
@@ -85,15 +85,18 @@ class Experiment:
         """Methods, and last the trivial predictions."""
         return [*self.methods, *self.trivial]
 
-    def beaten(self, selected: str, tuning: str | None = None) -> bool:
-        """Whether a method has a lower test KLD than all predictions that need no features."""
-        trivial = [
-            result.values("kld", selected).mean()
+    def without_features(self) -> float:
+        """Test KLD of the best trivial prediction that could be known."""
+        return min(
+            float(result.values("kld", "last").mean())
             for result in self.trivial
             if result.name in baselines.ATTAINABLE
-        ]
+        )
+
+    def beaten(self, selected: str, tuning: str | None = None) -> bool:
+        """Whether a method has a lower test KLD than all predictions that need no features."""
         found = [result.values("kld", selected, tuning).mean() for result in self.methods]
-        return bool(np.nanmin(found) < min(trivial))
+        return bool(np.nanmin(found) < self.without_features())
 
 
 def load(folder: str | os.PathLike[str]) -> Experiment:
