@@ -158,6 +158,34 @@ def compile_time(
 
 
 @app.command()
+def defaults(
+    out: Annotated[Path, typer.Option(help="For results; what is there is not run again.")] = Path(
+        "results/defaults"
+    ),
+    equations: Annotated[
+        str, typer.Option(help="Of benchmarks.physics, commas between.")
+    ] = "burgers,kovasznay,helmholtz,soliton",
+    sets: Annotated[
+        str, typer.Option(help="Of label distributions, commas between; see gdmam-ldl data list.")
+    ] = "emotion6,films,Movie,SCUT_FBP",
+    epochs: Annotated[int, typer.Option(help="Of the sets' trainings.", min=1)] = 100,
+    steps: Annotated[
+        int | None, typer.Option(help="Of the networks' trainings; their own unless given.", min=1)
+    ] = None,
+    data_folder: Annotated[
+        Path | None, typer.Option(help="Where the sets lie, if not in the cache.")
+    ] = None,
+    output: Output = None,
+) -> None:
+    """The choices that could be gdmam's defaults, by one rule over networks and distributions."""
+    from benchmarks import defaults as module
+
+    names = [[name for name in text.split(",") if name] for text in (equations, sets)]
+    rows = module.benchmark(out, *names, epochs, steps, data_folder)
+    timing.report("defaults: medians, and the worst ratio to the best", rows, output)
+
+
+@app.command()
 def soak(
     steps: Annotated[float, typer.Option(help="How many, for example 1e6.", min=100)] = 1e6,
     dtypes: Annotated[

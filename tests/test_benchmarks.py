@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -166,3 +167,26 @@ ENTRY %main (x: f32[10], y: bf16[10]) -> f32[10] {
 def test_bytes_are_counted_once_for_each_instruction():
     assert bytes_moved(PROGRAM) == (40 + 20 + 44) + (40 + 40 + 40)
     assert instructions(PROGRAM) == 6
+
+
+def test_defaults_judges_candidates_by_failures_then_the_worst_ratio(tmp_path, monkeypatch):
+    from benchmarks import defaults
+
+    choices = {name: defaults.OURS[name] for name in ("gdmam", "gdmam pcgrad")}
+    monkeypatch.setattr(defaults, "OURS", choices)
+    monkeypatch.delitem(defaults.SOLVED, "solved, constant rate")
+    monkeypatch.delitem(defaults.SOLVED, "solved, falling rate")
+    errors = {"first": {"gdmam": [0.1, 0.3, 0.7], "gdmam pcgrad": [0.1, 0.2, 0.4]}}
+    arrays = {name: np.array(runs) for name, runs in errors["first"].items()}
+    monkeypatch.setattr(defaults, "networks", lambda *_: {"first": arrays})
+    monkeypatch.setattr(
+        defaults, "distributions", lambda *_: {"gdmam": np.ones(2), "gdmam pcgrad": np.full(2, 4.0)}
+    )
+    rows = run(tmp_path, "defaults", "--equations", "first", "--sets", "second")
+    assert [row["candidate"] for row in rows] == ["gdmam pcgrad", "gdmam"]
+    assert [row["failed"] for row in rows] == [0, 1]
+    assert [row["worst ratio"] for row in rows] == pytest.approx([4.0, 1.5])
+    assert [row["first"] for row in rows] == pytest.approx([0.2, 0.3])
+    # A gradient that is only noise, and longer than the other, is what unit weights take off.
+    pcgrad, default = (row["noisy, falling rate"] for row in rows)
+    assert default < 1e-4 < 1e-3 < pcgrad

@@ -31,6 +31,22 @@ def ours(**choices: Any) -> Method:
     )
 
 
+OURS: dict[str, dict[str, Any]] = {
+    "gdmam": {},
+    "gdmam open": {"gate": gdmam.open_gate},
+    "gdmam conflict": {"gate": gdmam.conflict_gate},
+    "gdmam balanced": {"weighting": gdmam.balanced_weighting},
+    "gdmam pcgrad": {"weighting": gdmam.pcgrad_weighting, "gate": gdmam.open_gate},
+    "gdmam relative": {"momentum": gdmam.relative_momentum, "momenta": "separate"},
+    "gdmam described": {
+        "weighting": gdmam.norm_weighting,
+        "gate": gdmam.cosine_gate,
+        "momentum": gdmam.ratcheted_momentum,
+        "momenta": "separate",
+    },
+}
+"""What `gdmam_jax.gdmam` is given: nothing, or other choices."""
+
 METHODS: dict[str, Method] = {
     "summed": summed(),
     "data x 10": summed(10.0),
@@ -38,17 +54,7 @@ METHODS: dict[str, Method] = {
     "pcgrad": weighed(gdmam.pcgrad_weighting),
     "imtl-g": weighed(gdmam.imtl_g_weighting),
     "config": weighed(gdmam.config_weighting),
-    "gdmam": ours(),
-    "gdmam open": ours(gate=gdmam.open_gate),
-    "gdmam conflict": ours(gate=gdmam.conflict_gate),
-    "gdmam balanced": ours(weighting=gdmam.balanced_weighting),
-    "gdmam relative": ours(momentum=gdmam.relative_momentum, momenta="separate"),
-    "gdmam described": ours(
-        weighting=gdmam.norm_weighting,
-        gate=gdmam.cosine_gate,
-        momentum=gdmam.ratcheted_momentum,
-        momenta="separate",
-    ),
+    **{name: ours(**choices) for name, choices in OURS.items()},
 }
 """Those that are optimizers of pairs, by name."""
 
