@@ -9,6 +9,7 @@ import csv
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ import gdmam_jax
 DOCS = Path(__file__).parent
 PHYSICS = (
     "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config", "gdmam",
+)  # fmt: skip
+CHOICES = (
+    "gdmam", "gdmam open", "gdmam conflict", "gdmam relative", "gdmam balanced", "gdmam pcgrad",
+    "gdmam described", "gdmam data first",
 )  # fmt: skip
 FAILED = 0.5
 """Relative error from which a run of `benchmarks.physics` counts as failed."""
@@ -54,19 +59,24 @@ def measured(file: str) -> str:
     )
 
 
-def physics() -> dict[str, dict[str, list[float]]]:
-    """The final errors in ``docs/physics.csv``: by method, then by equation."""
-    errors: dict[str, dict[str, list[float]]] = {method: defaultdict(list) for method in PHYSICS}
-    with (DOCS / "physics.csv").open() as lines:
+def physics(
+    file: str = "physics", methods: Sequence[str] = PHYSICS
+) -> dict[str, dict[str, list[float]]]:
+    """The final errors in ``docs/FILE.csv``: by method, then by equation."""
+    errors: dict[str, dict[str, list[float]]] = {method: defaultdict(list) for method in methods}
+    with (DOCS / f"{file}.csv").open() as lines:
         for run in csv.DictReader(lines):
-            errors[run["method"]][run["equation"]].append(float(run["error"]))
+            if run["method"] in errors:
+                errors[run["method"]][run["equation"]].append(float(run["error"]))
     return errors
 
 
-def physics_table() -> str:
+def physics_table(
+    file: str = "physics", methods: Sequence[str] = PHYSICS, equations: Sequence[str] | None = None
+) -> str:
     """Median error in percent, smallest to largest, by method and equation; lowest median bold."""
-    errors = physics()
-    equations = list(errors["gdmam"])
+    errors = physics(file, methods)
+    equations = equations or list(errors["gdmam"])
     lowest = {
         equation: min(
             statistics.median(each[equation]) for each in errors.values() if each[equation]
@@ -78,18 +88,20 @@ def physics_table() -> str:
         "| --- |" + " ---: |" * (len(equations) + 2),
     ]
     for method, found in errors.items():
-        cells, ratios = [], []
+        cells, ratios, failed = [], [], 0
         for equation in equations:
-            if not found[equation]:
+            runs = found[equation]
+            if not runs:
                 cells.append("not run")
                 continue
-            median = statistics.median(found[equation])
-            three = (median, min(found[equation]), max(found[equation]))
-            middle, *ends = (f"{100 * error:.{2 + (error >= 1)}g}" for error in three)
+            median = statistics.median(runs)
+            middle, *ends = (
+                f"{100 * error:.{2 + (error >= 1)}g}" for error in (median, min(runs), max(runs))
+            )
             bold = "**" * (median == lowest[equation])
             cells.append(_with_range(bold + middle + bold, *ends))
             ratios.append(median / lowest[equation])
-        failed = sum(error > FAILED for runs in found.values() for error in runs)
+            failed += sum(error > FAILED for error in runs)
         lines.append(f"| {method} | {' | '.join(cells)} | {failed} | {max(ratios):.1f} |")
     return "\n".join(lines)
 

@@ -24,6 +24,10 @@ ALIGNMENT_SCALARS = (
 )  # fmt: skip
 """The fields of `Geometry` that each alignment loss has its own of."""
 
+LARGE = 2**17
+"""Elements from which a gradient's inner products are taken in one pass, in blocks of `BLOCK`."""
+BLOCK = 1024
+
 
 @pytree_dataclass
 class Geometry:
@@ -141,8 +145,37 @@ def gramian(
 # What is done to each leaf is a compiled function: leaves of one shape are traced once.
 @jax.jit
 def _products(gradients: list[Any]) -> list[jax.Array]:
+    """The inner products of each gradient with itself and those behind it."""
     wide = [widen(gradient) for gradient in gradients]
-    return [jnp.sum(left * right) for number, left in enumerate(wide) for right in wide[number:]]
+    whole = jax.typeof(wide[0]).sharding.mesh.empty
+    if whole and wide[0].size >= LARGE and jax.default_backend() == "cpu":
+        return list(_in_one_pass(wide))
+    return [jnp.sum(product) for product in _each_with_each(wide)]
+
+
+def _each_with_each(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [left * right for left, right in combinations_with_replacement(arrays, 2)]
+
+
+# XLA for CPUs makes a loop of each sum, and every loop reads two gradients; a reduction of several
+# operands is one loop. It adds up one by one, so blocks keep it accurate. They would cut shards.
+@jax.custom_jvp
+def _in_one_pass(arrays: list[jax.Array]) -> jax.Array:
+    flat = [array.ravel() for array in arrays]
+    end = flat[0].size // BLOCK * BLOCK
+    products = _each_with_each([array[:end].reshape(-1, BLOCK) for array in flat])
+    zeros = [jnp.zeros((), products[0].dtype)] * len(products)
+    sums = jax.lax.reduce(products, zeros, lambda x, y: jax.tree.map(jnp.add, x, y), (1,))
+    rest = jnp.stack(_each_with_each([array[end:] for array in flat]))
+    return jnp.sum(jnp.stack(sums), axis=1) + jnp.sum(rest, axis=1)
+
+
+@_in_one_pass.defjvp
+def _in_one_pass_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (arrays,), (changes,) = primals, tangents
+    pairs = combinations_with_replacement(zip(arrays, changes, strict=True), 2)
+    moved = [jnp.sum(x * dy + dx * y) for (x, dx), (y, dy) in pairs]
+    return _in_one_pass(arrays), jnp.stack(moved)
 
 
 def decompose(

@@ -1,6 +1,7 @@
 """The geometry of a pair of gradients, at every scale and angle and in every dtype."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gdmam_jax as gdmam
+from gdmam_jax import _geometry
 from gdmam_jax._geometry import Geometry, gramian
 from gdmam_jax._scopes import Scopes
 from tests.conftest import skipped_under
@@ -360,3 +362,31 @@ def test_axis_names_may_be_a_list():
         out_specs=spec,
     )(pair)
     np.testing.assert_allclose(found, gdmam.decompose(pair).parallel, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_large_gradients_have_the_inner_products_of_small_ones(count, x64):
+    rng = np.random.default_rng(count)
+    gradients = rng.normal(1, 1, (count, 3, _geometry.LARGE // 3 + 7)).astype(np.float32)
+
+    def inner_products(*gradients):
+        return jnp.stack(_geometry._products(list(gradients)))
+
+    exact = [
+        np.vdot(left.astype(np.float64), right)
+        for number, left in enumerate(gradients)
+        for right in gradients[number:].astype(np.float64)
+    ]
+    np.testing.assert_allclose(inner_products(*gradients), exact, rtol=1e-6)
+    moved = jax.vmap(inner_products)(*np.stack([gradients, 2 * gradients], axis=1))
+    np.testing.assert_allclose(moved, [exact, 4 * np.array(exact)], rtol=1e-6)
+    # The last sum, of the last gradient with itself, is a square.
+    slopes = jax.grad(lambda *each: inner_products(*each)[-1], argnums=(0, count - 1))(*gradients)
+    np.testing.assert_allclose(slopes[0], np.zeros_like(gradients[0]), atol=0)
+    np.testing.assert_allclose(slopes[1], 2 * gradients[-1], rtol=1e-6)
+    mixed = jax.grad(lambda *each: inner_products(*each)[1])(*gradients)
+    np.testing.assert_allclose(mixed, gradients[1], rtol=1e-6)
+    # One loop reads all of them: a sum of each product would be as many loops.
+    program = jax.jit(inner_products).lower(*gradients).compile().as_text()
+    large = rf"reduce\w*[\d.]* = \(f32\[{gradients[0].size // _geometry.BLOCK}\]"
+    assert len(re.findall(large, program[program.index("\nENTRY ") :])) == 1
