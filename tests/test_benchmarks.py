@@ -154,6 +154,14 @@ PROGRAM = """
   ROOT %n = f32[10]{0} negate(%p)
 }
 
+%f (p.0: f32[10], p.1: bf16[10]) -> (f32[10], f32[]) {
+  %p.0 = f32[10]{0} parameter(0)
+  %p.1 = bf16[10]{0} parameter(1)
+  %b = bf16[2,5]{1,0} bitcast(%p.1)
+  %s = bf16[2,1]{1,0} slice(%b), slice={[0:2], [0:1]}
+  ROOT %t = (f32[10]{0}, f32[]) custom-call(%p.0, %s)
+}
+
 ENTRY %main (x: f32[10], y: bf16[10]) -> f32[10] {
   %x = f32[10]{0} parameter(0)
   %y = bf16[10]{0} parameter(1)
@@ -165,8 +173,9 @@ ENTRY %main (x: f32[10], y: bf16[10]) -> f32[10] {
 
 
 def test_bytes_are_counted_once_for_each_instruction():
-    assert bytes_moved(PROGRAM) == (40 + 20 + 44) + (40 + 40 + 40)
-    assert instructions(PROGRAM) == 6
+    # Of y the fusion reads a slice of two elements.
+    assert bytes_moved(PROGRAM) == (40 + 4 + 44) + (40 + 40 + 40)
+    assert instructions(PROGRAM) == 11
 
 
 def test_defaults_judges_candidates_by_failures_then_the_worst_ratio(tmp_path, monkeypatch):
