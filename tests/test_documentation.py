@@ -3,12 +3,13 @@
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import gdmam_jax as gdmam
 from conftest import WHOLE_PAGES
-from docs import figures
+from docs import figures, pages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -61,15 +62,41 @@ def test_blocks_that_go_on_from_one_another_run(name):
 
 
 def test_every_page_is_in_the_navigation_once():
-    assert sorted(name for name in NAVIGATION if name.endswith(".md")) == sorted(
-        page.name for page in DOCS.glob("*.md")
-    )
+    notebooks = [f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")]
+    assert sorted(NAVIGATION) == sorted([page.name for page in DOCS.glob("*.md")] + notebooks)
 
 
 def test_llms_txt_names_the_pages():
     named = re.findall(r"\]\((\S+)\)", (DOCS / "llms.txt").read_text())
-    pages = [name.removesuffix(".md") for name in NAVIGATION if name not in ("index.md",)]
-    assert sorted(named) == sorted(f"{name}/" for name in pages if "/" not in name)
+    names = [name.removesuffix(".md") for name in NAVIGATION if name != "index.md"]
+    assert sorted(named) == sorted(f"{name}/" for name in names)
+
+
+def test_notebooks_open_in_colab_where_the_repository_is_known():
+    for address in ("https://github.com/owner/name", "https://github.com/owner/name.git"):
+        assert (
+            "[Open in Colab](https://colab.research.google.com/github/owner/name/blob/main/"
+            "notebooks/first_training.ipynb)"
+        ) in pages.opening("first_training", address)
+    for address in (None, "", "https://git.example/owner/name"):
+        told = pages.opening("first_training", address)
+        assert "Upload notebook" in told
+        assert "(first_training.ipynb)" in told
+        assert "Open in Colab" not in told
+
+
+def test_links_to_notebooks_lead_to_their_pages():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="notebooks.md"))
+    text = pages.on_page_markdown((DOCS / "notebooks.md").read_text(), page)
+    linked = re.findall(r"\]\((notebooks/\w+\.md)\)", text)
+    assert sorted(linked) == sorted(name for name in NAVIGATION if "/" in name)
+
+
+def test_long_names_break_behind_signs_only():
+    content = "<code>a_b(c=0.5, d.e)</code> <pre><code>a_b\nc_d</code></pre>"
+    assert pages.on_page_content(content) == (
+        "<code>a_<wbr>b(<wbr>c=<wbr>0.5, d.<wbr>e)</code> <pre><code>a_b\nc_d</code></pre>"
+    )
 
 
 def test_nothing_is_loaded_from_elsewhere():

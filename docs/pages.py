@@ -1,0 +1,71 @@
+"""Notebooks become pages of the site, as they were committed, and long names may break.
+
+A hook of MkDocs, named in `mkdocs.yml`.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+TEMPLATE = """{% extends 'markdown/index.md.j2' %}
+{% block stream %}
+``` { .text .output }
+{{ output.text }}
+```
+{% endblock stream %}
+{% block data_png %}
+![What the cell above draws]({{ output.metadata.filenames['image/png'] }})
+{% endblock data_png %}
+"""
+
+
+def opening(name: str, repository: str | None) -> str:
+    """How to run a notebook: by a link, if the repository is known to be on GitHub."""
+    file = f"[{name}.ipynb]({name}.ipynb){{ download }}"
+    if github := re.fullmatch(r"https://github\.com/([^/]+/[^/]+?)(\.git)?/?", repository or ""):
+        colab = f"https://colab.research.google.com/github/{github[1]}/blob/main"
+        return (
+            f"[Open in Colab]({colab}/notebooks/{name}.ipynb){{ .md-button }} or download {file}."
+        )
+    return (
+        f"To run this page, download {file}. In [Colab](https://colab.research.google.com) choose "
+        "*File*, *Upload notebook*: the first cell installs what it needs."
+    )
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds a page for each notebook, and its pictures."""
+    # Here, so that tests, which import every module, do not need them.
+    from mkdocs.structure.files import File
+    from nbconvert import MarkdownExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+    exporter = MarkdownExporter(raw_template=TEMPLATE)
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        names = {"unique_key": path.stem, "output_files_dir": path.stem}
+        text, resources = exporter.from_filename(path, resources=names)
+        title, _, rest = text.partition("\n")
+        # Without a table of contents there is room for the cells.
+        text = f"---\nhide: [toc]\n---\n\n{title}\n\n{opening(path.stem, config.repo_url)}\n{rest}"
+        made = {f"{path.stem}.md": text, **resources["outputs"]}
+        for name, content in made.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Leads links to notebooks, which other pages have, to these pages."""
+    if page.file.src_uri.startswith("notebooks/"):
+        return markdown
+    return re.sub(r"(\(notebooks/\w+)\.ipynb\)", r"\1.md)", markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Lets code in sentences and tables break behind `_`, `=`, `(`, `,`, `.`, and only there."""
+
+    def breakable(match: re.Match[str]) -> str:
+        return re.sub(r"(?<=[_=(,])(?=\w)|(?<=[.])(?=[^\W\d])", "<wbr>", match[0])
+
+    return re.sub(r"(?<=<code>)[^<\n]+(?=</code>)", breakable, content)
