@@ -69,7 +69,7 @@ def step(names: Sequence[str], steps: int, rounds: int) -> list[dict[str, Any]]:
         ]
         measure_in_turn(cases, rounds)
         for case in cases:
-            row = {"data": f"{name} ({origin})", "way": case.name}
+            row = {"data": name, "origin": origin, "way": case.name}
             row |= {"milliseconds a step": case.milliseconds / steps}
             rows.append(row | {"times as fast": ratio(base, case), "first call s": case.first})
     return rows
@@ -194,7 +194,8 @@ def whole(
     low, median, high = np.percentile(quotients, (25, 50, 75))
     return [
         {
-            "data": f"{name} ({origin})",
+            "data": name,
+            "origin": origin,
             "way": way,
             "seconds": float(np.median(seconds)),
             "times as fast": Ratio(median, low, high) if way == "JAX" else Ratio(1, 1, 1),

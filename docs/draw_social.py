@@ -5,6 +5,7 @@ Writes docs/social.png: two conflicting gradients, and the steps of the sum and 
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -34,7 +35,7 @@ def main() -> None:
     figure.text(0.06, 0.12, "optimizer = gdmam.gdmam(1e-3)", fontsize=17, family="monospace")
     for number, (title, optimizer) in enumerate(OPTIMIZERS.items()):
         pair = gdmam.GradientPair(*map(jnp.asarray, -STEPS))
-        step, _ = optimizer.update(pair, optimizer.init(jnp.zeros(2)), jnp.zeros(2))
+        step, _ = jax.jit(optimizer.update)(pair, optimizer.init(jnp.zeros(2)), jnp.zeros(2))
         taken = np.asarray(step)
         panel = figure.add_axes((0.44 + 0.275 * number, 0.14, 0.27, 0.7))
         for vector, colour in zip((*STEPS, taken), COLOURS, strict=True):

@@ -108,9 +108,8 @@ def main() -> None:
     """Trains, draws and prints."""
     print(f"| | {' | '.join(methods())} |")
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            len(LANDSCAPES), len(methods()), figsize=(11.5, 7), layout="constrained"
-        )
+        shape = len(LANDSCAPES), len(methods())
+        figure, axes = plt.subplots(*shape, figsize=(11.5, 7), layout="constrained", squeeze=False)
         for number, (row, title) in enumerate(zip(axes, LANDSCAPES, strict=True)):
             found = []
             for panel, (name, optimizer) in zip(row, methods().items(), strict=True):

@@ -6,6 +6,7 @@ docs/weightings.svg, all weightings. The arrows are steps downhill, against the 
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -90,14 +91,14 @@ def step_taken(method: optax.GradientTransformation) -> np.ndarray:
     """A method's first step on the two gradients of `CONFLICT`, as long as 1."""
     pair = gdmam.GradientPair(*(jnp.asarray(-step, jnp.float32) for step in CONFLICT))
     params = jnp.zeros(2)
-    update = np.asarray(method.update(pair, method.init(params), params)[0])
+    update = np.asarray(jax.jit(method.update)(pair, method.init(params), params)[0])
     return update / np.linalg.norm(update)
 
 
 def draw_conflict(path: Path) -> None:
     """Four methods on two gradients, and below how fast each loss falls."""
     figure, axes = plt.subplots(
-        2, 4, figsize=(8.6, 3.6), height_ratios=(3.4, 1), layout="constrained"
+        2, len(METHODS), figsize=(8.6, 3.6), height_ratios=(3.4, 1), layout="constrained"
     )
     units = CONFLICT / np.linalg.norm(CONFLICT, axis=1, keepdims=True)
     for (above, below), (name, method) in zip(axes.T, METHODS.items(), strict=True):
@@ -126,7 +127,7 @@ def draw_weightings(path: Path) -> None:
     norms = jnp.linalg.norm(jnp.asarray(STEPS), axis=1)
     figure, axes = plt.subplots(3, 5, figsize=(11, 6.2), layout="constrained")
     for panel, (name, weighting) in zip(axes.flat, WEIGHTINGS.items(), strict=False):
-        draw_panel(panel, STEPS, np.asarray(weighting(gramian, norms)) @ STEPS)
+        draw_panel(panel, STEPS, np.asarray(jax.jit(weighting)(gramian, norms)) @ STEPS)
         panel.set(xlim=(-1.3, 2.3), ylim=(-1.1, 2.0))
         panel.set_title(name, fontsize=11)
     for panel in axes.flat[len(WEIGHTINGS) :]:

@@ -40,7 +40,9 @@ def figure(file: str, column: str, **where: Any) -> str:
     """A cell: a ratio with its quartiles, or a number."""
     value = row(file, **where)[column]
     if isinstance(value, dict):
-        return _with_range(*(f"{value[key]:.2f}" for key in ("median", "low", "high")))
+        return _with_range(
+            *(f"{value[key]:.{2 - (value[key] >= 10)}f}" for key in ("median", "low", "high"))
+        )
     return f"{value:.3g}"
 
 
