@@ -1,7 +1,8 @@
 """Draws what every weighting makes of two conflicting gradients: `python docs/draw_weightings.py`.
 
-Writes docs/conflict.svg, the sum, PCGrad, ConFIG and GDMAM beside each other, and
-docs/weightings.svg, all weightings. The arrows are steps downhill, against the gradients.
+Writes docs/conflict.svg, the sum, PCGrad, ConFIG and GDMAM beside each other,
+docs/conflict_narrow.svg, the same for narrow screens, and docs/weightings.svg, all weightings. The
+arrows are steps downhill, against the gradients.
 """
 
 from pathlib import Path
@@ -95,13 +96,19 @@ def step_taken(method: optax.GradientTransformation) -> np.ndarray:
     return update / np.linalg.norm(update)
 
 
-def draw_conflict(path: Path) -> None:
-    """Four methods on two gradients, and below how fast each loss falls."""
+def draw_conflict(path: Path, columns: int) -> None:
+    """Four methods on two gradients, and below each how fast the losses fall."""
+    rows = len(METHODS) // columns
     figure, axes = plt.subplots(
-        2, len(METHODS), figsize=(8.6, 3.6), height_ratios=(3.4, 1), layout="constrained"
+        2 * rows,
+        columns,
+        figsize=(2.15 * columns, 3.3 * rows + 0.3),
+        height_ratios=(3.4, 1) * rows,
+        layout="constrained",
     )
+    panels = axes.reshape(rows, 2, columns).swapaxes(1, 2).reshape(-1, 2)
     units = CONFLICT / np.linalg.norm(CONFLICT, axis=1, keepdims=True)
-    for (above, below), (name, method) in zip(axes.T, METHODS.items(), strict=True):
+    for (above, below), (name, method) in zip(panels, METHODS.items(), strict=True):
         taken = step_taken(method)
         draw_panel(above, CONFLICT, 1.3 * taken)
         above.set(xlim=(-1.3, 1.3), ylim=(-0.2, 2.3))
@@ -117,7 +124,9 @@ def draw_conflict(path: Path) -> None:
             side = "right" if fall > 0 else "left"
             below.text(-np.sign(fall) * 0.07, height, text, ha=side, va="center", fontsize=9)
     names = ("what the prediction loss asks for", "the alignment loss", "the step taken")
-    legend(figure, (*names, "raises neither"), loc="outside lower center", ncols=4, fontsize=10)
+    legend(
+        figure, (*names, "raises neither"), loc="outside lower center", ncols=columns, fontsize=10
+    )
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -140,7 +149,8 @@ def draw_weightings(path: Path) -> None:
 def main() -> None:
     """Draws both pictures."""
     with plt.rc_context(STYLE):
-        draw_conflict(HERE / "conflict.svg")
+        draw_conflict(HERE / "conflict.svg", columns=4)
+        draw_conflict(HERE / "conflict_narrow.svg", columns=2)
         draw_weightings(HERE / "weightings.svg")
 
 

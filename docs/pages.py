@@ -63,9 +63,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Lets code in sentences and tables break behind `_`, `=`, `(`, `,`, `.`, and only there."""
+    """Lets code in sentences and tables break behind `_`, `=`, `(` and `,`, and only there."""
 
     def breakable(match: re.Match[str]) -> str:
-        return re.sub(r"(?<=[_=(,])(?=\w)|(?<=[.])(?=[^\W\d])", "<wbr>", match[0])
+        text = re.sub(r"(?<!\S)--[\w-]+", r'<span class="option">\g<0></span>', match[0])
+        return re.sub(r"(?<=[_,])(?=\w)|(?<=\w[=(])(?=\w)", "<wbr>", text)
 
     return re.sub(r"(?<=<code>)[^<\n]+(?=</code>)", breakable, content)
