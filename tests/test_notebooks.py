@@ -1,6 +1,7 @@
 """The notebooks run, conclude what their text says, and are committed as somebody ran them."""
 
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -97,6 +98,26 @@ def test_committed_notebooks_are_complete(conclusion):
     assert len(pictures) >= 2
     assert all(not cell.metadata for cell in notebook.cells)
     conclusion(notebook)
+
+
+INSTALLED_BY = {
+    **dict.fromkeys(("chex", "gdmam_jax", "jax", "optax"), ("gdmam-jax",)),
+    "flax": ("flax", "ldl"),
+    "matplotlib": ("plotting", "ldl"),
+    "numpy": ("plotting", "ldl"),
+    "sklearn": ("scikit-learn", "ldl"),
+}
+"""The packages and extras that bring a module."""
+
+
+@pytest.mark.parametrize("conclusion", CONCLUSIONS)
+def test_the_first_cell_installs_what_is_imported_in_colab(conclusion):
+    install, *codes = [cell.source for cell in read(conclusion).cells if cell.cell_type == "code"]
+    named = set(re.findall(r"[a-z]+(?:-[a-z]+)*", install.partition("%pip install")[2]))
+    imported = re.findall(r"^(?:import|from) (\w+)", "\n".join(codes), re.MULTILINE)
+    assert "jax" in imported
+    for module in set(imported) - sys.stdlib_module_names:
+        assert named & set(INSTALLED_BY[module]), module
 
 
 @pytest.mark.parametrize("conclusion", CONCLUSIONS)
