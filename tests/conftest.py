@@ -4,13 +4,16 @@ import gc
 import os
 from pathlib import Path
 
+import jaxlib.version
+
 # Tests compile far more than they compute: without LLVM's optimisation, and with XLA's simpler
 # emitters, they take half the time. XLA's own passes, which decide fusions and collectives, run as
 # ever. Set before JAX starts; processes that tests start inherit them.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
+        # A flag that XLA does not know ends the process.
+        "--xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version_info__ < (0, 11) else "",
         "--xla_cpu_parallel_codegen_split_count=1",
         os.environ.get("XLA_FLAGS", ""),
     ]
