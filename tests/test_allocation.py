@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 import gdmam_jax as gdmam
 from gdmam_jax import NormStatistics
 
-RULES = (gdmam.ratcheted_momentum, gdmam.anchored_momentum, gdmam.relative_momentum)
+RULES = {
+    gdmam.ratcheted_momentum: (0.05, 0.1, 0.1),
+    gdmam.anchored_momentum: (0.05, 0.1, 0.1),
+    gdmam.relative_momentum: (0.25, 0.25, 0.25),
+}
+"""The momentum rules that follow the norms, with their own sensitivities."""
 RAW = {"weighting": gdmam.constant_weighting(1, 1), "gate": gdmam.open_gate}
 """Choices with which the allocated components are the raw ones."""
 
@@ -149,6 +154,7 @@ def test_sensitivities_replace_the_rules_own_one_by_one(rule):
         remainder=jnp.array(0.0),
     )
     default = rule(statistics, 0.9, (None, None, None))
+    np.testing.assert_allclose(default, 0.9 - 0.2 * np.array(RULES[rule]), rtol=1e-6)
     changed = rule(statistics, 0.9, (None, 0.5, None))
     np.testing.assert_allclose(changed[1], 0.9 - 0.5 * 0.2, rtol=1e-6)
     np.testing.assert_array_equal(changed[::2], default[::2])
