@@ -248,15 +248,15 @@ def steps_off(optimizer, steps):
 
 # The running means forget at 0.9 a step, the momentum at 0.95, the second moment at 0.999.
 RECOVERY = {
-    ("unit", "constant"): {"weights": 218, "norms": 219, "statistics": 231, "update": 249},
+    ("unit", "constant"): {"weights": 218, "norms": 219, "coefficients": 0, "update": 249},
     ("balanced", "constant"): {"weights": 1, "norms": 219, "statistics": 0, "update": 0},
     ("config", "constant"): {"weights": 1, "norms": 219, "statistics": 212, "update": 422},
-    ("norm", "constant"): {"weights": 1, "norms": 219, "statistics": 226, "update": 449},
+    ("norm", "constant"): {"weights": 1, "norms": 219, "coefficients": 0, "update": 449},
     ("pcgrad", "constant"): {"weights": 0, "norms": 219, "statistics": 219, "update": 436},
-    ("unit", "ratcheted"): {"coefficients": 0, "update": 221},
+    ("unit", "ratcheted"): {"coefficients": 0, "statistics": 231, "update": 221},
     ("unit", "anchored"): {"coefficients": 232, "update": 245},
     ("unit", "relative"): {"coefficients": 257, "update": 235},
-    ("norm", "anchored"): {"coefficients": 455, "update": 114},
+    ("norm", "anchored"): {"coefficients": 455, "statistics": 226, "update": 114},
     ("norm", "relative"): {"coefficients": 490, "update": 111},
 }
 SECOND_MOMENT = {"unit": 236, "balanced": 0, "config": 39_189, "norm": 41_960}
