@@ -351,17 +351,30 @@ def test_several_alignment_losses_are_decomposed_one_by_one(x64):
     )
 
 
-def test_axis_names_may_be_a_list():
+def test_axis_names_may_be_a_list_and_a_leaf_whole_on_the_axis_counts_once():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec("data")
-    pair = gdmam.GradientPair(jnp.arange(8.0), jnp.ones(8))
+    pairs = {
+        "w": gdmam.GradientPair(jnp.arange(8.0), jnp.ones(8)),
+        "b": gdmam.GradientPair(jnp.array([20.0, -1.0]), jnp.array([1.0, 3.0])),
+    }
+    specs = {"w": jax.sharding.PartitionSpec("data"), "b": jax.sharding.PartitionSpec()}
     found = jax.shard_map(
-        lambda pair: gdmam.decompose(pair, axis_name=["data"]).parallel,
+        lambda pairs: gdmam.decompose(pairs, axis_name=["data"]).parallel,
         mesh=mesh,
-        in_specs=(spec,),
-        out_specs=spec,
-    )(pair)
-    np.testing.assert_allclose(found, gdmam.decompose(pair).parallel, rtol=1e-6)
+        in_specs=(specs,),
+        out_specs=specs,
+    )(pairs)
+    for name, expected in gdmam.decompose(pairs).parallel.items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+
+
+def test_scopes_are_equal_by_labels_and_leaves_and_those_without_leaves_to_any():
+    scopes = Scopes(("a", "b"), (0, 1))
+    assert scopes == Scopes(("a", "b"), (0, 1))
+    assert scopes == Scopes()
+    assert scopes != Scopes(("a", "b"), (1, 0))
+    assert scopes != Scopes(("a", "c"), (0, 1))
+    assert scopes != ("a", "b")
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -131,5 +131,13 @@ def test_flax_serialization_refuses_another_choice(choices, message):
         )
 
 
+def test_where_flax_is_not_imported_a_state_is_the_same(monkeypatch):
+    expected = OPTIMIZERS["gdmam"]().init(PARAMS)
+    monkeypatch.delitem(sys.modules, "flax.serialization")
+    found = OPTIMIZERS["gdmam"]().init(PARAMS)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 if __name__ == "__main__":
     record(*sys.argv[1:])
