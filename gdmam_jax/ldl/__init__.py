@@ -9,7 +9,7 @@
 - `laboratory`: experiments, their methods and reports
 
 The command line is `gdmam-ldl`, or `python -m gdmam_jax.ldl`. Needs the extra `gdmam-jax[ldl]`;
-what only some functions need (pandas, pooch, scikit-learn, matplotlib) is imported when they run.
+what only some functions need (pandas, scikit-learn, matplotlib) is imported when they run.
 """
 
 from gdmam_jax.ldl.data import Dataset as Dataset

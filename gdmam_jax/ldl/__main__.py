@@ -6,17 +6,23 @@ import inspect
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import jax
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
-if TYPE_CHECKING:
-    from gdmam_jax.ldl.data import Dataset
+from gdmam_jax.ldl import data as sets
+from gdmam_jax.ldl.imbalance import ROWS, Factor, FoundThresholds
+from gdmam_jax.ldl.laboratory import compare as comparison
+from gdmam_jax.ldl.laboratory import experiment, progress, report, results, tables
+from gdmam_jax.ldl.laboratory.methods import METHODS, Method, find
+from gdmam_jax.ldl.laboratory.protocol import SELECTIONS, Configuration
 
 app = typer.Typer(
     help="Label distribution learning under imbalance: data sets, experiments, reports.",
@@ -32,17 +38,23 @@ class _Listing(TyperCommand):
     """`--help` that lists what can be named."""
 
     def format_help(self, *args: Any) -> None:
-        from gdmam_jax.ldl.data import REGISTRY
-        from gdmam_jax.ldl.laboratory.methods import METHODS
-        from gdmam_jax.ldl.laboratory.protocol import SELECTIONS
-
         methods = ", ".join(f"{name} ({method.label})" for name, method in METHODS.items())
         selections = "; ".join(f"{name}, {meaning}" for name, meaning in SELECTIONS.items())
         self.epilog = (
-            f"Methods: {methods}.\n\nSets: films, {', '.join(REGISTRY)}.\n\n"
+            f"Methods: {methods}.\n\nSets: films, {', '.join(sets.REGISTRY)}.\n\n"
             f"Selections, all of which every run is tested with: {selections}."
         )
         super().format_help(*args)
+
+
+_Imbalance = Annotated[
+    str,
+    typer.Option(
+        help="Which rows training folds keep. auto: as the set's papers do, all of an unknown "
+        "file; thresholds: the papers' rule, thresholds found in the data; a number: rows "
+        "drawn such that their largest label mass is that many times the smallest; none: all."
+    ),
+]
 
 
 @app.command(cls=_Listing)
@@ -54,14 +66,7 @@ def run(
     methods: Annotated[
         str, typer.Option(help="Names (below), separated by commas, or all.")
     ] = "gdmam-pcgrad, gdmam, pcgrad, rda",
-    imbalance: Annotated[
-        str,
-        typer.Option(
-            help="Which rows training folds keep. auto: as the set's papers do, all of an unknown "
-            "file; thresholds: the papers' rule, thresholds found in the data; a number: rows "
-            "drawn such that their largest label mass is that many times the smallest; none: all."
-        ),
-    ] = "auto",
+    imbalance: _Imbalance = "auto",
     rows: Annotated[
         int | None,
         typer.Option(help="Rows they keep with thresholds or a number; 100 if not given."),
@@ -94,47 +99,38 @@ def run(
     ] = True,
 ) -> None:
     """Train and test methods on a data set's folds, and write tables, pictures and a page."""
-    from gdmam_jax.ldl import data as data_module
-    from gdmam_jax.ldl.laboratory import experiment, progress
-    from gdmam_jax.ldl.laboratory import methods as methods_module
-    from gdmam_jax.ldl.laboratory.protocol import Configuration
-
-    configuration = Configuration(
-        folds=folds,
-        seeds=seeds,
-        epochs=epochs,
-        batch_size=batch_size,
-        validation_size=validation_size,
-        hidden=hidden,
-        alignment_weight=alignment_weight,
-        log_variance_bound=log_variance_bound or None,
-        learning_rates=_numbers(learning_rates, "--learning-rates"),
-        chunk=chunk,
-    )
-    names = list(methods_module.METHODS) if methods == "all" else methods.split(",")
-    chosen = [methods_module.find(name) for name in dict.fromkeys(map(str.strip, names))]
+    given = locals()
+    common = {field.name: given[field.name] for field in dataclasses.fields(Configuration)}
+    common["learning_rates"] = _numbers(learning_rates, "--learning-rates")
+    common["log_variance_bound"] = log_variance_bound or None
+    configuration = Configuration(**common)
+    names = list(METHODS) if methods == "all" else _names(methods)
+    chosen = [find(name) for name in dict.fromkeys(names)]
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: _note(str(message))
-        dataset = data_module.find(
+        dataset = sets.find(
             data, folder=data_folder, normalize=normalize, drop_constant=drop_constant
         )
-        dataset = _imbalanced(dataset, imbalance, rows)
-        totals = {method.label: experiment.work(method, configuration) for method in chosen}
-        with progress.shown(console, totals, chunk) as show:
-            experiment.run(dataset, chosen, configuration, folder=out, progress=show)
+        _train(_imbalanced(dataset, imbalance, rows), chosen, configuration, out)
     if report_too:
         report_command(out)
+
+
+def _train(
+    dataset: sets.Dataset, methods: Sequence[Method], configuration: Configuration, out: Path
+) -> None:
+    totals = {method.label: experiment.work(method, configuration) for method in methods}
+    with progress.shown(console, totals, configuration.chunk) as show:
+        experiment.run(dataset, methods, configuration, folder=out, progress=show)
 
 
 def _note(text: str) -> None:
     console.print(f"[yellow]{escape(_spelled(text))}[/yellow]", soft_wrap=True)
 
 
-def _imbalanced(dataset: "Dataset", imbalance: str, rows: int | None) -> "Dataset":
+def _imbalanced(dataset: sets.Dataset, imbalance: str, rows: int | None) -> sets.Dataset:
     """The data set with the sampler that `--imbalance` asks for."""
-    from gdmam_jax.ldl.imbalance import ROWS, Factor, FoundThresholds
-
     if imbalance in ("auto", "none"):
         if rows is not None:
             raise ValueError("--rows needs --imbalance thresholds, or a number")
@@ -188,8 +184,6 @@ def report_command(
     ] = "all",
 ) -> None:
     """Write tables, pictures and a page from what was trained; nothing is trained again."""
-    from gdmam_jax.ldl.laboratory import report, results, tables
-
     names = report.selections(None if selection == "all" else _names(selection))
     page = report.write(folder, tuning=tuning, selected=names)
     text = tables.summary(results.load(folder), names, tuning)
@@ -213,32 +207,27 @@ def compare(
     ] = None,
 ) -> None:
     """Rank the methods over several data sets: a table, and a critical-difference diagram."""
-    from gdmam_jax.ldl.laboratory import compare as compare_module
-    from gdmam_jax.ldl.laboratory import report
-
     (selected,) = report.selections([selection])
-    found = compare_module.compare(folders, selected, tuning, reference=reference)
-    text = compare_module.markdown(found)
+    found = comparison.compare(folders, selected, tuning, reference=reference)
+    text = comparison.markdown(found)
     print(text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".md").write_text(text, encoding="utf-8")
-        compare_module.write_csv(found, out.with_suffix(".csv"))
+        comparison.write_csv(found, out.with_suffix(".csv"))
         if found.verdict.sum() > 1:
-            compare_module.draw(found, out.with_suffix(".png"))
+            comparison.draw(found, out.with_suffix(".png"))
 
 
 @data_app.command("list")
 def data_list() -> None:
     """The data sets that can be fetched, and which are in the cache."""
-    from gdmam_jax.ldl import data as data_module
-
     table = Table("name", "git blob id", "fetched")
-    for name, blob in data_module.REGISTRY.items():
-        fetched = (data_module.cache_folder() / f"{name}.mat").is_file()
+    for name, blob in sets.REGISTRY.items():
+        fetched = (sets.cache_folder() / f"{name}.mat").is_file()
         table.add_row(name, blob, "yes" if fetched else "")
     console.print(table)
-    console.print(f"films is built in. The cache is {data_module.cache_folder()}.")
+    console.print(f"films is built in. The cache is {sets.cache_folder()}.")
 
 
 @data_app.command("fetch")
@@ -247,19 +236,13 @@ def data_fetch(
     folder: Annotated[Path | None, typer.Option(help="Instead of the cache.")] = None,
 ) -> None:
     """Fetch data sets, verified against the registry; what broke off is continued."""
-    from gdmam_jax.ldl import data as data_module
-
-    for name in list(data_module.REGISTRY) if names == ["all"] else names:
-        console.print(f"{name}: {data_module.fetch(name, folder=folder)}", soft_wrap=True)
+    for name in list(sets.REGISTRY) if names == ["all"] else names:
+        console.print(f"{name}: {sets.fetch(name, folder=folder)}", soft_wrap=True)
 
 
 def keep_compiled() -> None:
     """Let JAX keep compiled programs in the user's cache, unless it is told where already."""
-    import jax
-
-    from gdmam_jax.ldl.data import cache_folder
-
-    folder = cache_folder() / "compiled"
+    folder = sets.cache_folder() / "compiled"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     unset = jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]

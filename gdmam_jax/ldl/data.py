@@ -1,6 +1,7 @@
 """Label distribution data: loading, checking, fetching, and the papers' folds."""
 
 import hashlib
+import itertools
 import os
 import re
 import warnings
@@ -40,11 +41,6 @@ class Dataset:
     label_names: tuple[str, ...] = ()
     row_names: tuple[str, ...] = ()
     sampler: Sampler | None = None
-
-
-def _first(wrong: NDArray[np.bool_]) -> tuple[int, int]:
-    row, column = np.argwhere(wrong)[0]
-    return int(row), int(column)
 
 
 def from_arrays(
@@ -91,86 +87,92 @@ def from_arrays(
     labels = _matrix(y, f"{name}: labels").astype(np.float64)
     with np.errstate(over="ignore"):  # infinite then, and refused
         features = _matrix(x, f"{name}: features").astype(np.float32)
-    if len(features) != len(labels):
-        raise ValueError(
-            f"{name}: {len(features)} rows of features, but {len(labels)} rows of labels"
-        )
-    if len(features) < 2:
+    rows, columns = features.shape
+    if rows != len(labels):
+        raise ValueError(f"{name}: {rows} rows of features, but {len(labels)} rows of labels")
+    if rows < 2:
         raise ValueError(f"{name}: 1 row is too few")
     if labels.shape[1] < 2:
         raise ValueError(f"{name}: a label distribution needs 2 labels or more, got 1")
     for what, names, count in (
-        ("feature", feature_names, features.shape[1]),
+        ("feature", feature_names, columns),
         ("label", label_names, labels.shape[1]),
-        ("row", row_names, len(features)),
+        ("row", row_names, rows),
     ):
         if len(names) not in (0, count):
             raise ValueError(f"{name}: {len(names)} {what} names for {count} {what}s")
+    # A sum is finite only if every term is, and much cheaper to ask for.
+    if not np.isfinite(features.sum(dtype=np.float64)):
+        _refuse(~np.isfinite(features), features, f"{name}: features hold {{:g}}", feature_names)
+    _refuse(~np.isfinite(labels), labels, f"{name}: labels hold {{:g}}", label_names)
+    negative = f"{name}: labels hold {{:g}}, which is negative,"
+    _refuse(labels < 0, labels, negative, label_names)
+    varying = _varying(features, name, drop_constant, feature_names)
+    narrow = _distributions(labels, name, normalize).astype(np.float32)
+    return Dataset(
+        name=name,
+        features=features[:, varying],
+        labels=narrow / narrow.sum(1, keepdims=True),
+        feature_names=tuple(itertools.compress(feature_names, varying)),
+        label_names=tuple(label_names) or tuple(str(j) for j in range(labels.shape[1])),
+        row_names=tuple(row_names),
+        sampler=sampler,
+    )
 
-    def where(column: int, names: Sequence[str]) -> str:
-        return f"column {column}" + (f" ({names[column][:40]})" if names else "")
 
-    for what, values, names in (
-        ("features", features, feature_names),
-        ("labels", labels, label_names),
-    ):
-        # A sum is finite only if every term is, and much cheaper to ask for.
-        if not np.isfinite(values.sum(dtype=np.float64)) and not np.isfinite(values).all():
-            row, column = _first(~np.isfinite(values))
-            raise ValueError(
-                f"{name}: {what} hold {values[row, column]} in row {row}, {where(column, names)}"
-            )
-    if (labels < 0).any():
-        row, column = _first(labels < 0)
-        raise ValueError(
-            f"{name}: labels hold {labels[row, column]:g}, which is negative, in row {row}, "
-            f"{where(column, label_names)}"
-        )
+def _place(column: int, names: Sequence[str]) -> str:
+    return f"column {column}" + (f" ({names[column][:40]})" if names else "")
+
+
+def _refuse(
+    wrong: NDArray[np.bool_], values: NDArray[Any], message: str, names: Sequence[str]
+) -> None:
+    if wrong.any():
+        row, column = map(int, np.argwhere(wrong)[0])
+        found = message.format(values[row, column])
+        raise ValueError(f"{found} in row {row}, {_place(column, names)}")
+
+
+def _varying(
+    features: NDArray[np.float32], name: str, drop_constant: bool, names: Sequence[str]
+) -> NDArray[np.bool_]:
+    """Which features are not constant; raises where none is, or where none may be dropped."""
     constant = features.max(0) == features.min(0)
     if constant.all() or (constant.any() and not drop_constant):
         column = int(constant.argmax())
         raise ValueError(
             f"{name}: features are {features[0, column]:g} in every row, 0 to "
-            f"{len(features) - 1}, of {where(column, feature_names)}, in float32"
+            f"{len(features) - 1}, of {_place(column, names)}, in float32"
             + f", and constant in {constant.sum() - 1} more columns" * bool(constant.sum() > 1)
             + ("" if constant.all() else "; drop_constant=True leaves such columns out")
         )
-    if constant.any():
-        features = features[:, ~constant]
-        feature_names = [n for n, drop in zip(feature_names, constant, strict=False) if not drop]
+    return np.asarray(~constant)
+
+
+def _distributions(labels: NDArray[np.float64], name: str, normalize: bool) -> NDArray[np.float64]:
+    """Labels of which every row sums to nearly 1; raises where one is not and should."""
     sums = labels.sum(1)
     off = np.abs(sums - 1)
     if normalize:
         if (sums <= 0).any():
-            row = int((sums <= 0).argmax())
             raise ValueError(
-                f"{name}: labels of row {row} are all 0, in columns 0 to "
+                f"{name}: labels of row {int((sums <= 0).argmax())} are all 0, in columns 0 to "
                 f"{labels.shape[1] - 1}: there is nothing to normalize"
             )
-    elif (off > 1e-5).any():
+        return np.asarray(labels / sums[:, None])
+    if (off > 1e-5).any():
         row = int((off > 1e-5).argmax())
         raise ValueError(
             f"{name}: labels of row {row} sum to {sums[row]:.7g}, not to 1; "
             "normalize=True divides every row by its sum"
         )
-    elif off.max() > 1e-7:
+    if off.max() > 1e-7:
         warnings.warn(
             f"{name}: {int((off > 1e-7).sum())} rows of labels were renormalised, row "
             f"{int(off.argmax())} the most: it summed to {sums[off.argmax()]:.7g}",
-            stacklevel=2,
+            stacklevel=3,
         )
-    if normalize:
-        labels = labels / sums[:, None]
-    narrow = labels.astype(np.float32)
-    return Dataset(
-        name=name,
-        features=features,
-        labels=narrow / narrow.sum(1, keepdims=True),
-        feature_names=tuple(feature_names),
-        label_names=tuple(label_names) or tuple(str(j) for j in range(labels.shape[1])),
-        row_names=tuple(row_names),
-        sampler=sampler,
-    )
+    return labels
 
 
 def _matrix(values: ArrayLike, what: str) -> NDArray[Any]:
@@ -336,9 +338,9 @@ def blob_id(content: bytes) -> str:
 
 def cache_folder() -> Path:
     """Where fetched data lies: `$GDMAM_LDL_CACHE`, or the user's cache folder."""
-    import pooch
+    import platformdirs
 
-    return Path(os.environ.get("GDMAM_LDL_CACHE") or pooch.os_cache("gdmam-ldl"))
+    return Path(os.environ.get("GDMAM_LDL_CACHE") or platformdirs.user_cache_path("gdmam-ldl"))
 
 
 def fetch(
@@ -370,41 +372,41 @@ def fetch(
     if target.is_file():
         _verify(target, name)
         return target
-    import pooch
     import requests
 
     url = f"{base_url}/{name}.mat"
     part = target.with_suffix(".mat.part")
-
-    def download(url: str, output_file: str, _: object) -> None:
-        start = part.stat().st_size if part.is_file() else 0
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-        with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-            if response.status_code != requests.codes.requested_range_not_satisfiable:
-                response.raise_for_status()
-                resumed = response.status_code == requests.codes.partial_content
-                with part.open("ab" if resumed else "wb") as file:
-                    for chunk in response.iter_content(1 << 16):
-                        file.write(chunk)
-        try:
-            _verify(part, name)
-        except ValueError:
-            part.unlink()
-            raise
-        part.replace(output_file)
-
     target.parent.mkdir(parents=True, exist_ok=True)
-    pooch.get_logger().setLevel("WARNING")
     try:
-        # The registry has git blob ids, which pooch does not compute: `download` verifies.
-        pooch.retrieve(url, None, fname=target.name, path=target.parent, downloader=download)
+        _download(url, part)
     except requests.RequestException as error:
         kept = f" ({part.stat().st_size} bytes are kept, and continued)" if part.is_file() else ""
         raise ConnectionError(
             f"could not fetch {name} from {url}{kept}: {error}. To go on without a connection, "
             f"put the file there by hand: {target}"
         ) from error
-    return target
+    try:
+        _verify(part, name)
+    except ValueError:
+        part.unlink()
+        raise
+    return part.replace(target)
+
+
+def _download(url: str, part: Path) -> None:
+    """Append to `part` what it lacks of the file."""
+    import requests
+
+    start = part.stat().st_size if part.is_file() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+        if response.status_code == requests.codes.requested_range_not_satisfiable:
+            return  # all of it is there
+        response.raise_for_status()
+        resumed = response.status_code == requests.codes.partial_content
+        with part.open("ab" if resumed else "wb") as file:
+            for chunk in response.iter_content(1 << 16):
+                file.write(chunk)
 
 
 def _verify(path: Path, name: str) -> None:

@@ -206,26 +206,13 @@ def distribution_balanced(
     """
     if focal_gamma != 0 and focal_gamma < 1:
         raise ValueError(f"focal_gamma must be 0 or at least 1, got {focal_gamma}")
-    if reweighting == "none":
-        class_weights = jnp.ones_like(target)
-    elif reweighting == "rebalanced":
+    if reweighting == "rebalanced":
         inverse = 1 / frequency
         rates = inverse / (target * inverse).sum(-1, keepdims=True)
         class_weights = jax.nn.sigmoid(map_beta * (rates - map_gamma)) + map_alpha
-    elif reweighting in ("inverse", "sqrt_inverse", "class_balanced"):
-        per_class = {
-            "inverse": lambda: 1 / frequency,
-            "sqrt_inverse": lambda: jax.lax.rsqrt(frequency),
-            "class_balanced": lambda: (
-                (1 - class_balanced_beta) / (1 - class_balanced_beta**frequency)
-            ),
-        }[reweighting]()
-        class_weights = jnp.broadcast_to(per_class / per_class.mean(), target.shape)
     else:
-        raise ValueError(
-            f"unknown reweighting {reweighting!r}; expected none, inverse, sqrt_inverse, "
-            "class_balanced or rebalanced"
-        )
+        per_class = _per_class(reweighting, frequency, class_balanced_beta)
+        class_weights = jnp.broadcast_to(per_class / per_class.mean(), target.shape)
     odds = jnp.maximum(num_samples / frequency - 1, FLOOR)
     logits = logits - logit_bias * jnp.log(odds)
     logits = target * logits + (1 - target) * negative_scale * logits
@@ -234,6 +221,21 @@ def distribution_balanced(
     focal = (1 - prediction) ** focal_gamma if focal_gamma else 1.0
     terms = focal * class_weights * target * _log_ratio(target, prediction)
     return weighted_mean(terms.mean(-1), weights)
+
+
+def _per_class(reweighting: str, frequency: jax.Array, beta: float) -> jax.Array:
+    if reweighting == "none":
+        return jnp.ones_like(frequency)
+    if reweighting == "inverse":
+        return 1 / frequency
+    if reweighting == "sqrt_inverse":
+        return jax.lax.rsqrt(frequency)
+    if reweighting == "class_balanced":
+        return (1 - beta) / (1 - beta**frequency)
+    raise ValueError(
+        f"unknown reweighting {reweighting!r}; expected none, inverse, sqrt_inverse, "
+        "class_balanced or rebalanced"
+    )
 
 
 focal_loss = partial(distribution_balanced, reweighting="none", logit_bias=0.0, negative_scale=1.0)
