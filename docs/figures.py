@@ -25,6 +25,8 @@ CHOICES = (
 )  # fmt: skip
 FAILED = 0.5
 """Relative error from which a run of `benchmarks.physics` counts as failed."""
+ODD, EVEN = slice(0, None, 2), slice(1, None, 2)
+"""Halves of the sets of label distributions."""
 
 
 def row(file: str, **where: Any) -> dict[str, Any]:
@@ -108,6 +110,47 @@ def physics_table(
     return "\n".join(lines)
 
 
+def _kld(text: str) -> str:
+    return f"{float(text):.4f}" if float(text) < 0.1 else f"{float(text):.3f}"
+
+
+def label_distributions_table() -> str:
+    """Test KLD in ``docs/ldl_results_natural.csv`` by set and method, mean ranks, wins, losses."""
+    sets = defaultdict(list)
+    with (DOCS / "ldl_results_natural.csv").open() as lines:
+        for run in csv.DictReader(lines):
+            sets[run["data"]].append(run)
+    judged = [runs for runs in sets.values() if runs[0]["verdict"] == "1"]
+    labels = [run["label"] for run in judged[0]]
+    rows = [["set", *labels, "no features"], ["---", *["---:"] * (len(labels) + 1)]]
+    # The sets of the verdict first.
+    for name, runs in sorted(sets.items(), key=lambda item: item[1] not in judged):
+        cells = [name if runs in judged else f"({name})"]
+        for run in runs:
+            bold = "**" * (run["rank"] == "1")
+            cells.append(bold + _kld(run["kld"]) + bold + "\\*" * _differs(run))
+        rows.append([*cells, _kld(runs[0]["kld without features"])])
+    columns = list(zip(*judged, strict=True))  # of a method each
+    for title, part in ("mean rank", slice(None)), ("odd sets", ODD), ("even sets", EVEN):
+        ranks = [statistics.mean(float(run["rank"]) for run in runs[part]) for runs in columns]
+        rows.append([title, *(f"{rank:.1f}" for rank in ranks), ""])
+    reference = next(runs for runs in columns if runs[0]["method"] == "rda")
+    counts = []
+    for runs in columns:
+        lower = [
+            float(run["kld"]) < float(other["kld"])
+            for run, other in zip(runs, reference, strict=True)
+            if _differs(run)
+        ]
+        counts.append(f"{lower.count(True)}, {lower.count(False)}" * (runs != reference))
+    rows.append(["better, worse than RDA", *counts, ""])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _differs(run: dict[str, str]) -> bool:
+    return float(run["p against rda"]) < 0.05
+
+
 def docstrings() -> dict[str, str]:
     """The first paragraph of every docstring in the package's private modules, by name."""
     found = {}
@@ -133,5 +176,5 @@ def group(*names: str) -> str:
 
 def define_env(env: Any) -> None:
     """Gives the pages the functions above."""
-    for function in (figure, group, measured, physics_table):
+    for function in (figure, group, label_distributions_table, measured, physics_table):
         env.macro(function)

@@ -1,6 +1,7 @@
 """Kills the large examples at random moments, or damages their checkpoints: nothing may be lost.
 
     python -m tests.kills --times 20    # by SIGKILL, SIGTERM, SIGINT: each training ends the same
+    python -m tests.kills laboratory --times 10    # `gdmam-ldl run` by SIGKILL: the same files
     python -m tests.kills damage        # files truncated, changed, exchanged: refused, or whole
 
 Exits with 1 where an end differs, or where a damaged checkpoint is read as another state.
@@ -33,13 +34,24 @@ EXAMPLES = {
 }
 FLAGS = "--methods GDMAM --steps 40 --save-every 2 --print-every 40"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+LABORATORY = (
+    "--methods gdmam-pcgrad,rda --folds 2 --seeds 3 --epochs 400 --chunk 20 --learning-rates 1e-2 "
+    "--no-report"
+)
+
+
+def command(name, folder):
+    """The words after `python`."""
+    if name == "laboratory":
+        return ["-m", "gdmam_jax.ldl", "run", *LABORATORY.split(), "--out", folder]
+    words = [*EXAMPLES[name].split(), *FLAGS.split(), "--checkpoints", folder]
+    return [ROOT / "examples" / f"{name}.py", *words]
 
 
 def run(name, folder, cache, kill_after=None, number=signal.SIGKILL):
-    """What an example prints, and whether a signal after so many seconds ended it."""
-    words = [*EXAMPLES[name].split(), *FLAGS.split(), "--checkpoints", str(folder)]
+    """What a training prints, and whether a signal after so many seconds ended it."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "examples" / f"{name}.py", *words],
+        [sys.executable, *map(str, command(name, folder))],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -53,40 +65,56 @@ def run(name, folder, cache, kill_after=None, number=signal.SIGKILL):
         return output, process.returncode != 0
 
 
-def end(output):
+def end(name, output, folder):
+    """What a training leaves: the fingerprint of its state, or all of its files."""
+    if name == "laboratory":
+        if "all methods: nothing left" not in output:
+            raise RuntimeError(f"the run did not end:\n{output}")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder): path.read_bytes() for path in files}
     found = re.findall(r"ends with state (\w+)", output)
     if not found:
         raise RuntimeError(f"the example did not end:\n{output}")
     return found[0]
 
 
-def kill(times, seed):
-    """How many of so many kills were followed by the end of an undisturbed training."""
+def kept(name, output, folder):
+    """What is there to go on from, as text, empty if nothing."""
+    if name == "laboratory":
+        files = [path.name == "checkpoint.npz" for path in folder.rglob("*.npz")]
+        return f"{files.count(False)} results, {files.count(True)} checkpoints" if files else ""
+    return "".join(f"step {step}" for step in re.findall(r"going on from step (\d+)", output))
+
+
+def kill(examples, times, seed, signals):
+    """How many of so many kills were not followed by the end of an undisturbed training."""
     # Where a shell started this in the background, SIGINT is ignored, and would be in the examples.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    draw, lost, kills = random.Random(seed), 0, 0
-    for example, share in zip(EXAMPLES, (times - times // 2, times // 2), strict=True):
-        with tempfile.TemporaryDirectory() as folder:
-            cache = Path(folder, "cache")
-            run(example, Path(folder, "first"), cache)  # compiles
-            started = time.perf_counter()
-            expected = end(run(example, Path(folder, "undisturbed"), cache)[0])
+    draw, lost, kills, late = random.Random(seed), 0, 0, 0
+    for number, example in enumerate(examples):
+        share = (times + number) // len(examples)
+        with tempfile.TemporaryDirectory() as home:
+            cache = Path(home, "cache")
+            run(example, Path(home, "first"), cache)  # compiles
+            started, undisturbed = time.perf_counter(), Path(home, "undisturbed")
+            expected = end(example, run(example, undisturbed, cache)[0], undisturbed)
             seconds = time.perf_counter() - started
             for attempt in itertools.count():
-                pending, killed = [], True
+                folder, pending, killed = Path(home, str(attempt)), [], True
                 while killed:
                     # The last run is let through; what ends before its moment is a training done.
                     moment = draw.uniform(0, seconds) if share > len(pending) else None
-                    which = draw.choice(SIGNALS)
+                    which = draw.choice(signals)
                     started = time.perf_counter()
-                    output, killed = run(example, Path(folder, str(attempt)), cache, moment, which)
-                    went_on = re.findall(r"going on from step (\d+)", output) or ["0"]
+                    output, killed = run(example, folder, cache, moment, which)
                     if killed:
-                        pending.append(f"{which.name} after {moment:.1f} s, from {went_on[0]}")
+                        found = kept(example, output, folder)
+                        late += bool(found)
+                        pending.append(f"{which.name} after {moment:.1f} s: {found or 'nothing'}")
                         print(f"{example}: {pending[-1]}", flush=True)
-                if went_on == ["0"]:  # the machine's load may have changed
+                if not pending:  # the machine's load may have changed
                     seconds = time.perf_counter() - started
-                same = end(output) == expected
+                same = end(example, output, folder) == expected
                 lost += 0 if same else len(pending)
                 kills += len(pending)
                 share -= len(pending)
@@ -94,7 +122,7 @@ def kill(times, seed):
                     print(f"{example}: {'the same end' if same else 'ANOTHER END'}", flush=True)
                 if share <= 0:
                     break
-    print(f"{kills - lost} of {kills} kills: parameters and state bit for bit as without")
+    print(f"{kills - lost} of {kills} kills: the same bits as without, {late} after a checkpoint")
     return lost
 
 
@@ -213,9 +241,16 @@ def damage():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", nargs="?", choices=("kills", "damage"), default="kills")
+    parser.add_argument(
+        "what", nargs="?", choices=("kills", "laboratory", "damage"), default="kills"
+    )
     parser.add_argument("--times", type=int, default=20, help="how many kills (20)")
     parser.add_argument("--seed", type=int, default=0, help="of moments and signals (0)")
     arguments = parser.parse_args()
-    lost = damage() if arguments.what == "damage" else kill(arguments.times, arguments.seed)
+    if arguments.what == "damage":
+        lost = damage()
+    elif arguments.what == "laboratory":
+        lost = kill(["laboratory"], arguments.times, arguments.seed, [signal.SIGKILL])
+    else:
+        lost = kill(list(EXAMPLES), arguments.times, arguments.seed, SIGNALS)
     sys.exit(lost > 0)

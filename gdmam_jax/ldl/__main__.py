@@ -215,7 +215,7 @@ def compare(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".md").write_text(text, encoding="utf-8")
         comparison.write_csv(found, out.with_suffix(".csv"))
-        if found.verdict.sum() > 1:
+        if comparison.judged(found)["data"].nunique() > 1:
             comparison.draw(found, out.with_suffix(".png"))
 
 

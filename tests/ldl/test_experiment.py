@@ -347,16 +347,18 @@ def test_comparison(monkeypatch, tmp_path):
     found = {name: _experiment(values | TRIVIAL, name) for name, values in klds.items()}
     monkeypatch.setattr(compare, "load", found.__getitem__)
     compared = compare.compare(["third", "useless", "First", "second"], "last")
-    assert compared.sets == ["First", "second", "third", "useless"]
-    assert compared.methods == ["a", "rda", "b"]
-    assert compared.verdict.tolist() == [True, True, True, False]
-    np.testing.assert_allclose(compared.mean_ranks(), [5 / 3, 2, 7 / 3])
-    np.testing.assert_allclose(compared.mean_ranks(slice(0, None, 2)), [2, 2, 2])
-    assert [column.tolist() for column in compared.against_reference()] == [[2, 0, 1], [1, 0, 2]]
-    np.testing.assert_allclose(compared.friedman(), np.exp(-1 / 3))  # chi^2 = 2/3, two degrees
+    assert list(compared["data"].unique()) == ["First", "second", "third", "useless"]
+    assert list(compared["method"].unique()) == ["a", "rda", "b"]
+    assert list(compared["verdict"][::3]) == [1, 1, 1, 0]
+    np.testing.assert_allclose(compare.friedman(compared), np.exp(-1 / 3))  # 2/3, two degrees
     text = compare.markdown(compared)
     assert "(useless)" in text
-    assert "| A | 0.400\\* | **0.400**\\* | 0.400\\* | 2.300\\* | 1.7 | 2.0 | 1.0 | 2, 1 |" in text
+    for line in (
+        "| A | 0.400\\* | **0.400**\\* | 0.400\\* | 2.300\\* | 1.7 | 2.0 | 1.0 | 2, 1 |",
+        "| RDA | 0.500 | 0.500 | **0.300** | 2.500 | 2.0 | 2.0 | 2.0 |  |",
+        "| B | **0.300**\\* | 0.600\\* | 0.500\\* | **2.200**\\* | 2.3 | 2.0 | 3.0 | 1, 2 |",
+    ):
+        assert line in text
     compare.write_csv(compared, tmp_path / "a.csv")
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 1 + 4 * 3
     with pytest.raises(ValueError, match="two folders are of one data set"):
@@ -367,12 +369,14 @@ def test_comparison(monkeypatch, tmp_path):
 
 def test_critical_difference_diagram(tmp_path):
     pytest.importorskip("scikit_posthocs")
+    pd = pytest.importorskip("pandas")
     rng = np.random.default_rng(0)
-    ranks = np.stack([rng.permutation(3) + 1.0 for _ in range(6)])
-    compared = compare.Comparison(
-        *([str(i) for i in range(6)], list("abc"), list("ABC"), ranks, ranks, ranks.astype(str)),
-        *(np.ones(6), np.ones(6, bool), ranks, np.ones((6, 3)), "a"),
-    )
+    rows = [
+        {"data": str(i), "label": label, "verdict": 1, "kld": rank, "rank": rank}
+        for i in range(6)
+        for label, rank in zip("ABC", rng.permutation(3) + 1.0, strict=True)
+    ]
+    compared = pd.DataFrame(rows)
     compare.draw(compared, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 

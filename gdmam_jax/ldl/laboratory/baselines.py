@@ -65,19 +65,6 @@ def predictions(folds: Folds) -> dict[str, NDArray[np.float32]]:
     return dict(zip(BASELINES, (uniform, *means), strict=True))
 
 
-@jax.jit
-def _measure(
-    labels: jax.Array, rows: jax.Array, mask: jax.Array, head: jax.Array, prediction: jax.Array
-) -> dict[str, jax.Array]:
-    def fold(
-        rows: jax.Array, mask: jax.Array, head: jax.Array, prediction: jax.Array
-    ) -> dict[str, jax.Array]:
-        target = labels[rows]
-        return measure(jnp.broadcast_to(prediction, target.shape), target, mask, head=head)
-
-    return jax.vmap(fold)(rows, mask, head, prediction)
-
-
 def score(folds: Folds) -> dict[str, dict[str, NDArray[np.float32]]]:
     """Test every baseline on every fold.
 
@@ -87,10 +74,15 @@ def score(folds: Folds) -> dict[str, dict[str, NDArray[np.float32]]]:
     Returns:
         By name and measure (see `measures.measure`), shape (folds,).
     """
-    _, head = frequency_and_head(folds)
-    return {
-        name: jax.tree.map(
-            np.asarray, _measure(folds.labels, folds.test, folds.test_mask, head, prediction)
-        )
-        for name, prediction in predictions(folds).items()
-    }
+    _, heads = frequency_and_head(folds)
+    compiled = jax.jit(measure)
+    found = {}
+    for name, predicted in predictions(folds).items():
+        tested = []
+        for row, rows, mask, head in zip(
+            predicted, folds.test, folds.test_mask, heads, strict=True
+        ):
+            target = folds.labels[rows]
+            tested.append(compiled(np.broadcast_to(row, target.shape), target, mask, head=head))
+        found[name] = jax.tree.map(lambda *values: np.array(values), *tested)
+    return found

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax
 import numpy as np
 
 from gdmam_jax.ldl.data import Dataset, Folds, make_folds
@@ -159,7 +158,7 @@ def _run_method(
             checkpoint_seconds=checkpoint_seconds,
             progress=progress and partial(_told, progress, method.label, done, total),
         )
-        storage.write_npz(outcome, flax.traverse_util.flatten_dict(trained._asdict(), sep="/"))
+        storage.write_npz(outcome, trained._asdict())
         shutil.rmtree(checkpoints, ignore_errors=True)
         done += configuration.epochs
 
@@ -223,10 +222,15 @@ def _check(home: Path, common: dict[str, Any], folds: Folds) -> None:
     if path.is_file():
         found = json.loads(path.read_text())
         for key in ("configuration", "data"):
-            if found[key] != common[key]:
+            changed = [
+                f"{name} = {found[key].get(name)}, now {value}"
+                for name, value in common[key].items()
+                if found[key].get(name) != value
+            ]
+            if changed:
                 raise ValueError(
-                    f"{path} is of another {key}: {found[key]}, now {common[key]}; give another "
-                    "folder, or remove it"
+                    f"{path} is of another {key}: {'; '.join(changed)}; give another folder, or "
+                    "remove it"
                 )
         return
     trivial = {

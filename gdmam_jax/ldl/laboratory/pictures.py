@@ -18,6 +18,21 @@ PICTURES = {
 }
 """The pictures of a report, and their captions."""
 
+DIAGNOSTICS = {
+    "conflict": {
+        "cosine": "cosine",
+        "gate": "gate, parallel",
+        "orthogonal_gate": "gate, orthogonal",
+    },
+    "allocation": {
+        "prediction_weight": "weight, prediction",
+        "alignment_weight": "weight, alignment",
+        "prediction_momentum": "momentum, prediction",
+        "parallel_momentum": "momentum, parallel",
+        "orthogonal_momentum": "momentum, orthogonal",
+    },
+}
+"""What the pictures of diagnostics show, with titles."""
 
 Curves = dict[str, dict[str, NDArray[Any]]]
 
@@ -54,26 +69,7 @@ def draw(
     ):
         figures = {
             "kld": _kld(experiment, curves),
-            "conflict": _diagnostics(
-                methods,
-                curves,
-                {
-                    "cosine": "cosine",
-                    "gate": "gate, parallel",
-                    "orthogonal_gate": "gate, orthogonal",
-                },
-            ),
-            "allocation": _diagnostics(
-                methods,
-                curves,
-                {
-                    "prediction_weight": "weight, prediction",
-                    "alignment_weight": "weight, alignment",
-                    "prediction_momentum": "momentum, prediction",
-                    "parallel_momentum": "momentum, parallel",
-                    "orthogonal_momentum": "momentum, orthogonal",
-                },
-            ),
+            **{name: _diagnostics(methods, curves, keys) for name, keys in DIAGNOSTICS.items()},
             "head_tail": _head_tail(methods, selected, tuning),
             "distributions": _distributions(experiment, selected, tuning),
         }

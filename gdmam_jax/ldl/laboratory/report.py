@@ -51,7 +51,7 @@ def write(
     home, names = Path(folder), selections(selected)
     experiment = load(home)
     with storage.naming(home):
-        tables.write_csv([experiment], home / "runs.csv", names, tuning)
+        tables.write_csv(experiment, home / "runs.csv", names, tuning)
         for name, text in (("table.md", tables.markdown), ("table.tex", tables.latex)):
             comment = "%" if name.endswith("tex") else ""
             parts = [

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from gdmam_jax.ldl.laboratory import baselines, selection
+from gdmam_jax.ldl.laboratory import baselines, selection, storage
 from gdmam_jax.ldl.laboratory.training import Trained
 
 
@@ -143,8 +142,5 @@ def load(folder: str | os.PathLike[str]) -> Experiment:
 
 def _joined(files: Sequence[Path]) -> Trained:
     """All seeds of a trial."""
-    found = []
-    for file in files:
-        with np.load(file, allow_pickle=False) as stored:
-            found.append(flax.traverse_util.unflatten_dict(dict(stored), sep="/"))
+    found = map(storage.read_npz, files)
     return Trained(**jax.tree.map(lambda *leaves: np.concatenate(leaves), *found))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import flax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,10 +30,17 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
         part.replace(path)
 
 
-def write_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """Write arrays by name, compressed."""
+def write_npz(path: Path, tree: dict[str, Any], *, compressed: bool = True) -> None:
+    """Write a tree of dictionaries of arrays, see `read_npz`."""
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
     with whole(path) as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        (np.savez_compressed if compressed else np.savez)(file, **flat)
+
+
+def read_npz(path: Path) -> dict[str, Any]:
+    """What `write_npz` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
+        return dict(flax.traverse_util.unflatten_dict(dict(stored), sep="/"))
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -82,10 +90,9 @@ def save(
     """
     with naming(folder):
         folder.mkdir(exist_ok=True)
-    named = {f"leaf/{number}": leaf for number, leaf in enumerate(leaves)}
-    named |= {f"history/{name}": values for name, values in history.items()}
-    with whole(folder / "checkpoint.npz") as file:
-        np.savez(file, epoch=epoch, **named)  # type: ignore[arg-type]
+    named = {str(number): leaf for number, leaf in enumerate(leaves)}
+    tree = {"epoch": np.asarray(epoch), "leaf": named, "history": history}
+    write_npz(folder / "checkpoint.npz", tree, compressed=False)
 
 
 def restore(folder: Path) -> tuple[int, list[NDArray[Any]], dict[str, NDArray[Any]]] | None:
@@ -100,10 +107,5 @@ def restore(folder: Path) -> tuple[int, list[NDArray[Any]], dict[str, NDArray[An
     path = folder / "checkpoint.npz"
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        parts: dict[str, dict[str, NDArray[Any]]] = {"leaf": {}, "history": {}}
-        for name in stored.files:
-            kind, _, rest = name.partition("/")
-            if rest:
-                parts[kind][rest] = stored[name]
-        return int(stored["epoch"]), list(parts["leaf"].values()), parts["history"]
+    found = read_npz(path)
+    return int(found["epoch"]), list(found["leaf"].values()), found["history"]

@@ -1,6 +1,5 @@
 """Tables of an experiment: means, ranks, significance; as Markdown, LaTeX, CSV and plain text."""
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gdmam_jax.ldl.laboratory import storage
 from gdmam_jax.ldl.laboratory.protocol import SELECTIONS
 from gdmam_jax.ldl.laboratory.results import Experiment, Result
 from gdmam_jax.ldl.measures import HIGHER_IS_BETTER, MEASURES
@@ -71,7 +71,7 @@ def table(
         # A method that diverged somewhere has no mean, and is ranked last.
         means = {name: float(column.mean()) for name, column in columns.items()}
         names = [result.name for result in experiment.methods]
-        order = sorted(names, key=lambda name: badness(sign * means[name]))
+        order = sorted(names, key=lambda name: np.nan_to_num(sign * means[name], nan=np.inf))
         for name, column in columns.items():
             p_runs, p_folds = compare_runs(column, columns[order[0]])
             cells[name][measure] = Cell(
@@ -82,11 +82,6 @@ def table(
                 p_folds=p_folds,
             )
     return cells
-
-
-def badness(mean: float) -> float:
-    """A mean to sort by: infinite where there is none."""
-    return float(np.nan_to_num(mean, nan=np.inf))
 
 
 def compare_runs(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[float, float]:
@@ -213,40 +208,40 @@ def latex(experiment: Experiment, selected: str, tuning: str | None = None) -> s
 
 
 def write_csv(
-    experiments: Sequence[Experiment],
-    path: Path,
-    selections: Sequence[str],
-    tuning: str | None = None,
-    *,
-    measures: Sequence[str] = COLUMNS,
-    digits: int = 6,
+    experiment: Experiment, path: Path, selections: Sequence[str], tuning: str | None = None
 ) -> None:
     """Every run of the trials that count as one line.
 
     Args:
-        experiments: from `results.load`.
+        experiment: from `results.load`.
         path: of the file.
         selections: some of `protocol.SELECTIONS`.
         tuning: see `selection.rows`.
-        measures: which.
-        digits: of each.
     """
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        head = ["data", "selection", "method", "trial", "fold", "seed", "epoch"]
-        writer.writerow([*head, *measures])
-        for experiment in experiments:
-            for selected in selections:
-                for result in experiment.rows:
-                    trial = result.trial(selected, tuning)
-                    columns = [result.values(m, selected, tuning) for m in measures]
-                    epochs = result.trials[trial].results[selected]["epoch"] if trial else None
-                    for place in np.ndindex(columns[0].shape):
-                        seed, fold = place
-                        epoch = "" if epochs is None else epochs[seed * result.folds + fold]
-                        numbers = [f"{column[place]:.{digits}g}" for column in columns]
-                        row = [experiment.name, selected, result.name, trial, fold, seed, epoch]
-                        writer.writerow([*row, *numbers])
+    import pandas as pd
+
+    parts = []
+    for selected in selections:
+        for result in experiment.rows:
+            columns = {m: result.values(m, selected, tuning) for m in COLUMNS}
+            seeds, folds = np.indices(columns["kld"].shape).reshape(2, -1)
+            trial = result.trial(selected, tuning)
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "data": experiment.name,
+                        "selection": selected,
+                        "method": result.name,
+                        "trial": trial,
+                        "fold": folds,
+                        "seed": seeds,
+                        "epoch": result.trials[trial].results[selected]["epoch"] if trial else "",
+                        **{measure: values.ravel() for measure, values in columns.items()},
+                    }
+                )
+            )
+    with storage.whole(path) as file:
+        pd.concat(parts).to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
 
 
 def summary(experiment: Experiment, selections: Sequence[str], tuning: str | None = None) -> str:
