@@ -35,7 +35,7 @@ EXAMPLES = {
 FLAGS = "--methods GDMAM --steps 40 --save-every 2 --print-every 40"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LABORATORY = (
-    "--methods gdmam-pcgrad,rda --folds 2 --seeds 3 --epochs 400 --chunk 20 --learning-rates 1e-2 "
+    "--methods gdmam-pcgrad,rda --folds 2 --seeds 3 --epochs 200 --chunk 10 --learning-rates 1e-2 "
     "--no-report"
 )
 

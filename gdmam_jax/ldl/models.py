@@ -169,24 +169,25 @@ def rda_losses(
     >>> prediction.shape, alignment.shape
     ((), ())
     """
-    h = model.encoder_x(x)
-    mean_x = model.encoder_x_mean(h)
-    log_variance_x = losses.bounded(model.encoder_x_log_variance(h), model.log_variance_bound)
-    k = model.encoder_y(y)
-    mean_y = model.encoder_y_mean(k)
-    log_variance_y = losses.bounded(model.encoder_y_log_variance(k), model.log_variance_bound)
-    z_x = mean_x + noise[0] * jnp.exp(log_variance_x / 2)
-    z_y = mean_y + noise[1] * jnp.exp(log_variance_y / 2)
 
+    def gaussian(
+        mean: nnx.Linear, log_variance: nnx.Linear, hidden: jax.Array, noise: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Mean, log-variance and a draw."""
+        m, v = mean(hidden), losses.bounded(log_variance(hidden), model.log_variance_bound)
+        return m, v, m + noise * jnp.exp(v / 2)
+
+    h, k = model.encoder_x(x), model.encoder_y(y)
+    mean_x, log_variance_x, z_x = gaussian(
+        model.encoder_x_mean, model.encoder_x_log_variance, h, noise[0]
+    )
+    mean_y, log_variance_y, z_y = gaussian(
+        model.encoder_y_mean, model.encoder_y_log_variance, k, noise[1]
+    )
     prediction = prediction_loss(model.decoder(jax.nn.relu(h)), y, weights)
     recovery = losses.cross_entropy(model.decoder(z_y), y, weights)
-    target = losses.gaussian_kullback_leibler(
-        mean_x,
-        log_variance_x,
-        jax.lax.stop_gradient(mean_y),
-        jax.lax.stop_gradient(log_variance_y),
-        weights,
-    )
+    fixed = jax.lax.stop_gradient((mean_y, log_variance_y))
+    target = losses.gaussian_kullback_leibler(mean_x, log_variance_x, *fixed, weights)
     arrangement = losses.similarity_difference(z_x, z_y, weights, reduction=similarity)
     alignment = (
         recovery_weight * recovery + target_weight * target + similarity_weight * arrangement
