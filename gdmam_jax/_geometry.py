@@ -24,9 +24,11 @@ ALIGNMENT_SCALARS = (
 )  # fmt: skip
 """The fields of `Geometry` that each alignment loss has its own of."""
 
-LARGE = 2**17
-"""Elements from which a gradient's inner products are taken in one pass, in blocks of `BLOCK`."""
+LARGE = 2**20
+"""Elements from which two gradients' inner products are taken in one pass, as measured; of more
+gradients an eighth of it."""
 BLOCK = 1024
+"""Elements whose products such a pass adds up one after the other."""
 
 
 @pytree_dataclass
@@ -148,7 +150,8 @@ def _products(gradients: list[Any]) -> list[jax.Array]:
     """The inner products of each gradient with itself and those behind it."""
     wide = [widen(gradient) for gradient in gradients]
     whole = jax.typeof(wide[0]).sharding.mesh.empty
-    if whole and wide[0].size >= LARGE and jax.default_backend() == "cpu":
+    large = wide[0].size >= (LARGE if len(wide) == 2 else LARGE // 8)
+    if whole and large and jax.default_backend() == "cpu":
         return list(_in_one_pass(wide))
     return [jnp.sum(product) for product in _each_with_each(wide)]
 
