@@ -140,8 +140,7 @@ def _run_method(
     progress: Progress | None,
 ) -> None:
     done, total = _finished(method, configuration, home), work(method, configuration)
-    for trial, seed in _jobs(method, configuration):
-        outcome = home / method.name / trial.name / f"{seed}.npz"
+    for trial, seed, outcome in _jobs(method, configuration, home):
         if outcome.is_file():
             continue
         if method.program() not in built:  # methods that differ by a setting share it
@@ -163,16 +162,20 @@ def _run_method(
         done += configuration.epochs
 
 
-def _jobs(method: Method, configuration: Configuration) -> list[tuple[Trial, int]]:
-    seeds = range(configuration.seeds)
-    return [(trial, seed) for trial in trials(method, configuration) for seed in seeds]
+def _jobs(
+    method: Method, configuration: Configuration, home: Path
+) -> list[tuple[Trial, int, Path]]:
+    """Trials and seeds, and the file where the outcome of each is to lie."""
+    return [
+        (trial, seed, home / method.name / trial.name / f"{seed}.npz")
+        for trial in trials(method, configuration)
+        for seed in range(configuration.seeds)
+    ]
 
 
 def _finished(method: Method, configuration: Configuration, home: Path) -> int:
     """Epochs whose outcomes lie in the folder."""
-    jobs = _jobs(method, configuration)
-    place = home / method.name
-    there = [(place / trial.name / f"{seed}.npz").is_file() for trial, seed in jobs]
+    there = [path.is_file() for *_, path in _jobs(method, configuration, home)]
     return sum(there) * configuration.epochs
 
 
