@@ -215,7 +215,8 @@ def compare(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".md").write_text(text, encoding="utf-8")
         comparison.write_csv(found, out.with_suffix(".csv"))
-        if comparison.judged(found)["data"].nunique() > 1:
+        judged = comparison.judged(found)
+        if judged["data"].nunique() > 1 and judged["method"].nunique() > 2:
             comparison.draw(found, out.with_suffix(".png"))
 
 

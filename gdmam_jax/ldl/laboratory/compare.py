@@ -158,7 +158,7 @@ def draw(table: "pd.DataFrame", path: Path) -> None:
     """The critical-difference diagram: mean ranks, and bars over what Nemenyi's test cannot tell.
 
     Args:
-        table: from `compare`, of two sets of the verdict at least.
+        table: from `compare`, of two sets of the verdict and three methods at least.
         path: of the picture.
     """
     import scikit_posthocs
