@@ -160,7 +160,9 @@ def example(steps=6):
     keys = jax.random.split(jax.random.key(0), 3)
 
     def draw(key):
-        return jax.tree.map(lambda leaf: 0.5 * jax.random.normal(key, (steps, *leaf.shape)), params)
+        return jax.tree.map(
+            lambda leaf: 0.5 * jax.random.normal(key, (steps, *leaf.shape), leaf.dtype), params
+        )
 
     return params, gdmam.pair_gradients(
         draw(keys[0]), {"first": draw(keys[1]), "second": draw(keys[2])}
@@ -332,7 +334,7 @@ def test_whole_modules_are_pointed_to_what_takes_them():
 
 
 def test_complex_gradients_and_pairs_taken_for_arrays_are_refused():
-    with pytest.raises(TypeError, match=r"prediction gradient at w has dtype complex64"):
+    with pytest.raises(TypeError, match=r"prediction gradient at w has dtype complex(64|128)"):
         gdmam.pair_gradients({"w": jnp.ones(2, complex)}, {"w": jnp.ones(2, complex)})
     pairs = gdmam.pair_gradients(PARAMS, PARAMS)
     with pytest.raises(TypeError, match=r"over_pairs.*summed or weighed"):
