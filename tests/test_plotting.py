@@ -64,6 +64,9 @@ def test_scopes_are_rows_of_a_picture():
     np.testing.assert_allclose(axes.get_images()[0].get_array(), rows, rtol=1e-6)
     norms = plotting.plot_scopes(history, "alignment_norm").axes[0].get_images()[0].get_array()
     np.testing.assert_allclose(norms[1], history["layer/alignment_norm"], rtol=1e-6)
+    figure, own = plt.subplots()
+    assert plotting.plot_scopes(history, axes=own) is figure
+    np.testing.assert_allclose(own.get_images()[0].get_array(), rows, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -85,3 +85,13 @@ def test_a_norm_that_is_no_number_does_not_switch_clipping_off():
 def test_the_clipping_window_is_as_long_as_asked():
     state = gdmam.gdmam_released(clip_window=3).init(jnp.zeros(2))
     assert state[0].clipping.norms.shape == (3,)
+
+
+@pytest.mark.parametrize("make", [gdmam.scale_by_gdmam, gdmam.gdmam_released])
+def test_without_parameters_nothing_is_done(make):
+    optimizer = make()
+    state = optimizer.init({})
+    updates, after = optimizer.update({}, state, {})
+    assert updates == {}
+    for found, expected in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -53,6 +53,17 @@ def test_preferences_are_one_for_each_alignment_task():
         gdmam.unit_weighting(gramian, means, preference=(1.0, 1.0, 1.0))
 
 
+def test_pcgrads_key_draws_the_order_and_of_two_there_is_one():
+    gramian = jnp.array([[1.0, -1.0], [-1.0, 2.0]])
+    keyed = gdmam.pcgrad_weighting(key=jax.random.key(0))
+    np.testing.assert_array_equal(keyed(gramian, None), [2, 1.5])
+    three = jnp.array([[1.0, -0.5, -0.8], [-0.5, 1.0, 0.3], [-0.8, 0.3, 1.0]])
+    drawn = [gdmam.pcgrad_weighting(three, None, key=jax.random.key(k)) for k in range(6)]
+    assert max(np.abs(drawn[0] - each).max() for each in drawn) > 0.1
+    same = gdmam.pcgrad_weighting(three, None, key=jax.random.key(0))
+    np.testing.assert_array_equal(drawn[0], same)
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("preferred", [False, True])
 def test_config_has_the_wanted_projections_and_its_length(count, preferred, x64):

@@ -96,3 +96,16 @@ def test_a_wrapper_without_extra_arguments_does_not_see_them():
     pairs = gdmam.pair_gradients(PARAMS, PARAMS)
     updates, _ = optimizer.update(pairs, optimizer.init(PARAMS), PARAMS, value=5.0)
     np.testing.assert_allclose(updates["w"], np.ones(2))
+
+
+def test_a_wrapper_sees_as_many_alignment_losses_as_are_said():
+    optimizer = gdmam.over_pairs(
+        lambda tx: optax.MultiSteps(tx, 2),
+        gdmam.weighed(optax.identity(), gdmam.sum_weighting, alignment_losses=2),
+        alignment_losses=2,
+    )
+    w, state = jnp.zeros(2), optimizer.init(jnp.zeros(2))
+    for scale in (1.0, 3.0):
+        pair = gdmam.GradientPair(scale * jnp.ones(2), (jnp.array([1.0, 0.0]), jnp.ones(2)))
+        updates, state = optimizer.update(pair, state, w)
+    np.testing.assert_allclose(updates, [2 + 1 + 1, 2 + 0 + 1])
