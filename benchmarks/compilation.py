@@ -21,13 +21,13 @@ def benchmark(
     """Trace, compile and run one step of each optimizer, for every number of leaves.
 
     Args:
-        leaves: how many.
-        shape: of each.
-        only: the optimizers beside the baseline; none given, all.
+      leaves: how many.
+      shape: of each.
+      only: the optimizers beside the baseline; none given, all.
 
     Returns:
-        One row for each; the ratio is of the seconds to the end of the first step. Compilation
-        cannot be repeated in one process, so there is one measurement, and no spread.
+      One row for each; the ratio is of the seconds to the end of the first step. Compilation
+      cannot be repeated in one process, so there is one measurement, and no spread.
     """
     names = [BASELINE, *(only or [name for name in OPTIMIZERS if name != BASELINE])]
     rows: list[dict[str, Any]] = []

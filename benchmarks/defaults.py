@@ -46,16 +46,16 @@ def benchmark(
     """Runs what is not in the folder yet, and judges all candidates.
 
     Args:
-        folder: for results; what is there is not run again.
-        equations: of `benchmarks.physics`, five seeds.
-        sets: of label distributions, ten folds.
-        epochs: of every fold's training.
-        steps: of every network's training; None for the benchmark's own.
-        data_folder: where the sets lie, None for the cache.
+      folder: for results; what is there is not run again.
+      equations: of `benchmarks.physics`, five seeds.
+      sets: of label distributions, ten folds.
+      epochs: of every fold's training.
+      steps: of every network's training; None for the benchmark's own.
+      data_folder: where the sets lie, None for the cache.
 
     Returns:
-        One row for each candidate, best first: its median by problem, failed runs, worst ratio;
-        behind them, what they come to where a loss is solved.
+      One row for each candidate, best first: its median by problem, failed runs, worst ratio;
+      behind them, what they come to where a loss is solved.
     """
     found = networks(folder / "physics", equations, steps)
     failed = {

@@ -37,18 +37,18 @@ def benchmark(
     """Time and memory of the gradients of all losses over those of the summed loss.
 
     Args:
-        names: of the models, see `MODELS`.
-        losses: how many, the prediction's counted; each number is a set of cases.
-        batch: examples.
-        width: features of the layers.
-        rounds: how often each case runs.
-        rematerialise: keep no activations in JAX's ways, but compute them again in each backward
-            pass (`jax.checkpoint`).
+      names: of the models, see `MODELS`.
+      losses: how many, the prediction's counted; each number is a set of cases.
+      batch: examples.
+      width: features of the layers.
+      rounds: how often each case runs.
+      rematerialise: keep no activations in JAX's ways, but compute them again in each backward
+        pass (`jax.checkpoint`).
 
     Returns:
-        One row for each model, number of losses and way: time over the summed loss's, beside what
-        the arithmetic of one forward and K backward passes would take, and memory over the summed
-        loss's: what the step needs beside parameters and batch.
+      One row for each model, number of losses and way: time over the summed loss's, beside what
+      the arithmetic of one forward and K backward passes would take, and memory over the summed
+      loss's: what the step needs beside parameters and batch.
     """
     torch.set_num_threads(training.processors())
     rows = []

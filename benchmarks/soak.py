@@ -43,13 +43,13 @@ def benchmark(steps: int, dtypes: Sequence[str], only: Sequence[str]) -> list[di
     optimizer's rounding has parted them. A third one trains by itself in float64.
 
     Args:
-        steps: of every run; a multiple of `CALLS`.
-        dtypes: of the parameters, a run for each.
-        only: the optimizers; none given, all.
+      steps: of every run; a multiple of `CALLS`.
+      dtypes: of the parameters, a run for each.
+      only: the optimizers; none given, all.
 
     Returns:
-        One row for each optimizer, dtype and quantity: the largest value in the second tenth of
-        the run, in the last tenth and at any time, the most it may be, and whether it held.
+      One row for each optimizer, dtype and quantity: the largest value in the second tenth of
+      the run, in the last tenth and at any time, the most it may be, and whether it held.
     """
     runs = [(name, dtype) for name in only or OPTIMIZERS for dtype in dtypes]
     with jax.enable_x64(True):

@@ -49,12 +49,12 @@ def step(names: Sequence[str], steps: int, rounds: int) -> list[dict[str, Any]]:
     """One step in float32, batch 50: the released form in both, then this library's own form.
 
     Args:
-        names: of the data sets.
-        steps: how many a measurement is made of.
-        rounds: how often each case runs.
+      names: of the data sets.
+      steps: how many a measurement is made of.
+      rounds: how often each case runs.
 
     Returns:
-        One row for each data set and way to run it.
+      One row for each data set and way to run it.
     """
     torch.set_num_threads(training.processors())
     rows = []
@@ -161,16 +161,16 @@ def whole(
     """An experiment from start to end in both: train, select, test.
 
     Args:
-        name: of the data set.
-        method_name: one of `rda_torch.TRAINERS`.
-        folds: of the cross-validation.
-        epochs: of every fold.
-        rounds: how often, each with a seed of its own. JAX runs twice in each: it compiles, and
-            then finds its programs in a cache on disk, as a second experiment does.
-        log_variance_bound: of the model; None is the released architecture.
+      name: of the data set.
+      method_name: one of `rda_torch.TRAINERS`.
+      folds: of the cross-validation.
+      epochs: of every fold.
+      rounds: how often, each with a seed of its own. JAX runs twice in each: it compiles, and
+        then finds its programs in a cache on disk, as a second experiment does.
+      log_variance_bound: of the model; None is the released architecture.
 
     Returns:
-        One row for each.
+      One row for each.
     """
     torch.set_num_threads(training.processors())
     dataset, origin = load(name)

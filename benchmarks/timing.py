@@ -30,10 +30,10 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        name: in the table.
-        run: does it once and waits for the result.
-        first: seconds that tracing, compilation and the first call took.
-        seconds: of every round.
+      name: in the table.
+      run: does it once and waits for the result.
+      first: seconds that tracing, compilation and the first call took.
+      seconds: of every round.
     """
 
     name: str

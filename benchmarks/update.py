@@ -55,22 +55,22 @@ def benchmark(
     """GDMAM's forms beside `summed(optax.adamw)` and beside a copy of as many bytes.
 
     Args:
-        parameters: how many, in all.
-        leaves: into how many leaves of equal size to cut them; each number is a set of cases.
-        dtype: of parameters and gradients.
-        momentum_dtype: of GDMAM's momenta and of AdamW's first moment; None: as the parameters.
-        rounds: how often each case runs.
-        only: the optimizers beside the baseline; none given, all.
-        steps: in one call. A call hands every array over, which with thousands of them takes as
-            long as their update; several steps, in `jax.lax.scan`, share that.
-        losses: how many, the prediction's counted; each number is a set of cases. The released
-            form is left out where there are more than two.
-        torch: whether TorchJD's way is measured, too, over AdamW on the sum in PyTorch.
+      parameters: how many, in all.
+      leaves: into how many leaves of equal size to cut them; each number is a set of cases.
+      dtype: of parameters and gradients.
+      momentum_dtype: of GDMAM's momenta and of AdamW's first moment; None: as the parameters.
+      rounds: how often each case runs.
+      only: the optimizers beside the baseline; none given, all.
+      steps: in one call. A call hands every array over, which with thousands of them takes as
+        long as their update; several steps, in `jax.lax.scan`, share that.
+      losses: how many, the prediction's counted; each number is a set of cases. The released
+        form is left out where there are more than two.
+      torch: whether TorchJD's way is measured, too, over AdamW on the sum in PyTorch.
 
     Returns:
-        One row for each case, its milliseconds those of one step: time over the summed loss's and
-        over the copy's, bytes moved a parameter, as compiled and at least, and memory over the
-        summed loss's: parameters, state, gradients and what the step needs beside them.
+      One row for each case, its milliseconds those of one step: time over the summed loss's and
+      over the copy's, bytes moved a parameter, as compiled and at least, and memory over the
+      summed loss's: parameters, state, gradients and what the step needs beside them.
     """
     names = [BASELINE, *(only or [name for name in OPTIMIZERS if name != BASELINE])]
     cases: dict[tuple[int, int, str], Case] = {}

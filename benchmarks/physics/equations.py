@@ -53,18 +53,18 @@ class Equation:
     """One equation, its domain and what is known of its solution.
 
     Attributes:
-        name: on the command line.
-        lower: the domain's lower corner.
-        upper: its upper corner.
-        outputs: how many the network has.
-        orders: of the derivatives in the residual, by input.
-        residual: ``(along, points) -> (N, equations)``, 0 for a solution.
-        values: what the solution is at given points of the boundary or of the first moment,
-            ``(points, numpy or jax.numpy) -> (N, outputs)``.
-        solution: the reference anywhere, float64: ``points -> (N, outputs)``.
-        timed: whether the last input is time.
-        periodic: whether the solution repeats in space, instead of having values at its ends.
-        velocity: whether the first moment prescribes the derivative by time, 0, too.
+      name: on the command line.
+      lower: the domain's lower corner.
+      upper: its upper corner.
+      outputs: how many the network has.
+      orders: of the derivatives in the residual, by input.
+      residual: ``(along, points) -> (N, equations)``, 0 for a solution.
+      values: what the solution is at given points of the boundary or of the first moment,
+        ``(points, numpy or jax.numpy) -> (N, outputs)``.
+      solution: the reference anywhere, float64: ``points -> (N, outputs)``.
+      timed: whether the last input is time.
+      periodic: whether the solution repeats in space, instead of having values at its ends.
+      velocity: whether the first moment prescribes the derivative by time, 0, too.
     """
 
     name: str

@@ -73,11 +73,11 @@ class MomentumState(NamedTuple):
     """What M-ConFIG remembers.
 
     Attributes:
-        seen: how many gradients of each loss there were.
-        count: how many updates, once each loss had been seen.
-        momenta: running means of each loss's gradients, shape ``(losses, parameters)``.
-        combined: the momentum that the last direction stands for.
-        second: the running mean of the squared gradients that would have made it.
+      seen: how many gradients of each loss there were.
+      count: how many updates, once each loss had been seen.
+      momenta: running means of each loss's gradients, shape ``(losses, parameters)``.
+      combined: the momentum that the last direction stands for.
+      second: the running mean of the squared gradients that would have made it.
     """
 
     seen: jax.Array
@@ -103,17 +103,17 @@ def momentum_config(losses: int, b1: float = 0.9, b2: float = 0.999, eps: float 
     loss has been seen, as in the authors' `PseudoMomentumOperator`, which this reproduces.
 
     Args:
-        losses: how many.
-        b1: decay of the momenta.
-        b2: decay of the second moment.
-        eps: added to its root.
+      losses: how many.
+      b1: decay of the momenta.
+      b2: decay of the second moment.
+      eps: added to its root.
 
     Returns:
-        Functions of vectors of parameters and gradients.
+      Functions of vectors of parameters and gradients.
 
     References:
-        Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural
-        Networks, ICLR 2025.
+      Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural
+      Networks, ICLR 2025.
     """
 
     def init(params: jax.Array) -> MomentumState:

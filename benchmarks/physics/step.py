@@ -26,15 +26,15 @@ def benchmark(
     """Steps of one network, points drawn ahead, in `jax.lax.scan`.
 
     Args:
-        equation: which.
-        methods: names in `ALL_METHODS`.
-        scale: sizes of the network and of the sets of points.
-        losses: 2 or 3, see `training.train`.
-        steps: in one measurement.
-        rounds: how often each case runs.
+      equation: which.
+      methods: names in `ALL_METHODS`.
+      scale: sizes of the network and of the sets of points.
+      losses: 2 or 3, see `training.train`.
+      steps: in one measurement.
+      rounds: how often each case runs.
 
     Returns:
-        One row for the summed loss, one for the pair's sum and one for each other method.
+      One row for the summed loss, one for the pair's sum and one for each other method.
     """
     keys = jax.random.split(jax.random.key(1), steps)
     samples = jax.jit(

@@ -70,12 +70,12 @@ def network(params: jax.Array, sizes: list[int], equation: Equation) -> Network:
     $y_n = \sum_k \binom{n - 1}{k} s_k z_{n - k}$ and $s_n = -\sum_k \binom{n}{k} y_k y_{n - k}$.
 
     Args:
-        params: of `init`.
-        sizes: of the layers.
-        equation: whose domain the points lie in.
+      params: of `init`.
+      sizes: of the layers.
+      equation: whose domain the points lie in.
 
     Returns:
-        A function ``(points, orders) -> along``.
+      A function ``(points, orders) -> along``.
     """
     layers = _layers(params, sizes)
     lower, upper = np.array(equation.lower), np.array(equation.upper)
@@ -127,16 +127,16 @@ def train(
     """Trains one network for each pair of learning rate and seed.
 
     Args:
-        equation: which.
-        method: a name in `ALL_METHODS`.
-        rates: peak learning rates, shape ``(runs,)``.
-        seeds: of parameters and points, shape ``(runs,)``.
-        scale: sizes.
-        losses: 2, residual and data, or 3, residual, boundary and initial.
+      equation: which.
+      method: a name in `ALL_METHODS`.
+      rates: peak learning rates, shape ``(runs,)``.
+      seeds: of parameters and points, shape ``(runs,)``.
+      scale: sizes.
+      losses: 2, residual and data, or 3, residual, boundary and initial.
 
     Returns:
-        Relative errors in the root mean square against the reference, and cosines of the
-        prediction gradient and the sum of the others, every ``steps / records`` steps.
+      Relative errors in the root mean square against the reference, and cosines of the
+      prediction gradient and the sum of the others, every ``steps / records`` steps.
     """
     starts = _start(tuple(layer_sizes(equation, scale)), scale, jnp.asarray(seeds, jnp.uint32))
     program = _program(equation, method, scale, losses)
@@ -215,13 +215,13 @@ def stepper(
     """How a method starts, and its step ``(carry, sample) -> (carry, cosine)``.
 
     Args:
-        method: a name in `ALL_METHODS`.
-        rate: the learning rate, a function of the step.
-        objective: ``(params, sample) -> (prediction, alignment)``, see `objective`.
-        losses: how many there are.
+      method: a name in `ALL_METHODS`.
+      rate: the learning rate, a function of the step.
+      objective: ``(params, sample) -> (prediction, alignment)``, see `objective`.
+      losses: how many there are.
 
     Returns:
-        ``(start, step)``; the carry is ``(params, start(params))`` at first.
+      ``(start, step)``; the carry is ``(params, start(params))`` at first.
     """
     if method == MOMENTUM_CONFIG:
         return _in_turn(rate, objective, losses)

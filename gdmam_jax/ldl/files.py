@@ -23,11 +23,11 @@ class Table(NamedTuple):
     """What a file holds.
 
     Attributes:
-        features: shape (samples, features), not checked further.
-        labels: shape (samples, labels).
-        feature_names: from a CSV file's header, or empty.
-        label_names: from a CSV file's header, or empty.
-        lines: of every row the line in a CSV file, or empty.
+      features: shape (samples, features), not checked further.
+      labels: shape (samples, labels).
+      feature_names: from a CSV file's header, or empty.
+      label_names: from a CSV file's header, or empty.
+      lines: of every row the line in a CSV file, or empty.
     """
 
     features: NDArray[Any]
@@ -41,15 +41,15 @@ def read(path: Path) -> Table:
     """Read a file of a kind told by its suffix, see `data.load`.
 
     Args:
-        path: of the file.
+      path: of the file.
 
     Returns:
-        A `Table`.
+      A `Table`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an unknown or broken format, missing arrays or columns, duplicate columns,
-            arrays far larger than the file; the message names the file, and a CSV file's line.
+      FileNotFoundError: no such file.
+      ValueError: an unknown or broken format, missing arrays or columns, duplicate columns,
+        arrays far larger than the file; the message names the file, and a CSV file's line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such data file: {path}")

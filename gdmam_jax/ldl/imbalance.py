@@ -17,10 +17,10 @@ class Thresholds:
     stays too.
 
     Attributes:
-        scarce_limit: a of the papers' (a, b, A, B).
-        plenty_limit: b.
-        scarce: A, a label's column.
-        plenty: B, a label's column.
+      scarce_limit: a of the papers' (a, b, A, B).
+      plenty_limit: b.
+      scarce: A, a label's column.
+      plenty: B, a label's column.
     """
 
     scarce_limit: float
@@ -32,14 +32,15 @@ class Thresholds:
         """Rows to keep, ascending.
 
         Args:
-            labels: shape (samples, labels), rows sum to 1.
-            seed: not used, the rule draws nothing; samplers share this signature.
+          labels: shape (samples, labels), rows sum to 1.
+          seed: not used, the rule draws nothing; samplers share this signature.
 
         Returns:
-            Row numbers, each once.
+          Row numbers, each once.
 
-        >>> Thresholds(1, 2, scarce=1, plenty=0)([[0.9, 0.1], [1.0, 0.0], [0.2, 0.8]]).tolist()
-        [1, 2]
+        Examples:
+          >>> Thresholds(1, 2, scarce=1, plenty=0)([[0.9, 0.1], [1.0, 0.0], [0.2, 0.8]]).tolist()
+          [1, 2]
         """
         labels = np.asarray(labels)
         count = labels.shape[1]
@@ -73,7 +74,7 @@ class FoundThresholds:
     among the `size`.
 
     Attributes:
-        size: rows to keep.
+      size: rows to keep.
     """
 
     size: int
@@ -82,17 +83,18 @@ class FoundThresholds:
         """Rows to keep, ascending.
 
         Args:
-            labels: shape (samples, labels), rows sum to 1.
-            seed: of the order of rows that do not differ in a label.
+          labels: shape (samples, labels), rows sum to 1.
+          seed: of the order of rows that do not differ in a label.
 
         Returns:
-            `size` row numbers, each once.
+          `size` row numbers, each once.
 
         Raises:
-            ValueError: if there are fewer rows than `size`.
+          ValueError: if there are fewer rows than `size`.
 
-        >>> FoundThresholds(3)([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]).tolist()
-        [0, 2, 3]
+        Examples:
+          >>> FoundThresholds(3)([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]).tolist()
+          [0, 2, 3]
         """
         labels = np.asarray(labels, np.float64)
         _check_size(self.size, labels)
@@ -121,9 +123,9 @@ class Factor:
     subset's imbalance factor, largest label mass over smallest, is the one asked for.
 
     Attributes:
-        factor: the imbalance factor, at least 1.
-        size: rows to keep.
-        tolerance: how far off the factor may be, relatively.
+      factor: the imbalance factor, at least 1.
+      size: rows to keep.
+      tolerance: how far off the factor may be, relatively.
     """
 
     factor: float
@@ -134,21 +136,22 @@ class Factor:
         """Rows to keep, ascending.
 
         Args:
-            labels: shape (samples, labels), rows sum to 1.
-            seed: of the Gumbel noise.
+          labels: shape (samples, labels), rows sum to 1.
+          seed: of the Gumbel noise.
 
         Returns:
-            `size` row numbers, each once.
+          `size` row numbers, each once.
 
         Raises:
-            ValueError: if there are fewer rows than `size`, or the factor cannot be met; the
-                message says which factors can.
+          ValueError: if there are fewer rows than `size`, or the factor cannot be met; the
+            message says which factors can.
 
-        >>> import numpy as np
-        >>> labels = np.random.default_rng(0).dirichlet([1, 2, 3], 2000)
-        >>> kept = Factor(10.0, 200)(labels)
-        >>> abs(imbalance_statistics(labels[kept]).factor / 10 - 1) < 0.05
-        True
+        Examples:
+          >>> import numpy as np
+          >>> labels = np.random.default_rng(0).dirichlet([1, 2, 3], 2000)
+          >>> kept = Factor(10.0, 200)(labels)
+          >>> abs(imbalance_statistics(labels[kept]).factor / 10 - 1) < 0.05
+          True
         """
         labels = np.asarray(labels, np.float64)
         _check_size(self.size, labels)
@@ -193,10 +196,10 @@ class ImbalanceStatistics:
     """How a set of label distributions spreads over its labels.
 
     Attributes:
-        frequency: sum of each label over the rows, shape (labels,).
-        factor: largest frequency over smallest; infinite if a label never occurs.
-        entropy: of the normalised frequencies, over its maximum log(labels): 1 is balanced.
-        gini: Gini coefficient of the frequencies, 0 is balanced.
+      frequency: sum of each label over the rows, shape (labels,).
+      factor: largest frequency over smallest; infinite if a label never occurs.
+      entropy: of the normalised frequencies, over its maximum log(labels): 1 is balanced.
+      gini: Gini coefficient of the frequencies, 0 is balanced.
     """
 
     frequency: NDArray[np.float64]
@@ -209,13 +212,14 @@ def imbalance_statistics(labels: ArrayLike) -> ImbalanceStatistics:
     """Imbalance statistics of label distributions.
 
     Args:
-        labels: shape (samples, labels), rows sum to 1.
+      labels: shape (samples, labels), rows sum to 1.
 
     Returns:
-        An `ImbalanceStatistics`.
+      An `ImbalanceStatistics`.
 
-    >>> imbalance_statistics([[0.75, 0.25], [0.75, 0.25]]).factor
-    3.0
+    Examples:
+      >>> imbalance_statistics([[0.75, 0.25], [0.75, 0.25]]).factor
+      3.0
     """
     frequency = np.asarray(labels, np.float64).sum(0)
     share = frequency / frequency.sum()
@@ -234,13 +238,14 @@ def head_labels(frequency: ArrayLike) -> NDArray[np.bool_]:
     """Which labels are head: the more frequent half in training, the smaller half if odd.
 
     Args:
-        frequency: shape (labels,), see `losses.class_frequency`.
+      frequency: shape (labels,), see `losses.class_frequency`.
 
     Returns:
-        Shape (labels,), True for the `labels // 2` most frequent ones; the rest is the tail.
+      Shape (labels,), True for the `labels // 2` most frequent ones; the rest is the tail.
 
-    >>> head_labels([5.0, 1.0, 3.0, 2.0, 4.0]).tolist()
-    [True, False, False, False, True]
+    Examples:
+      >>> head_labels([5.0, 1.0, 3.0, 2.0, 4.0]).tolist()
+      [True, False, False, False, True]
     """
     frequency = np.asarray(frequency)
     head = np.zeros(len(frequency), bool)

@@ -23,15 +23,16 @@ def weighted_mean(values: jax.Array, weights: jax.Array | None = None) -> jax.Ar
     """Mean of `values` over its one axis, weighted by `weights` if given.
 
     Args:
-        values: shape (samples,).
-        weights: shape (samples,), not negative; None weighs all alike. All zero gives 0.
+      values: shape (samples,).
+      weights: shape (samples,), not negative; None weighs all alike. All zero gives 0.
 
     Returns:
-        A scalar.
+      A scalar.
 
-    >>> import jax.numpy as jnp
-    >>> float(weighted_mean(jnp.array([1.0, 3.0, 7.0]), jnp.array([1.0, 1.0, 0.0])))
-    2.0
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> float(weighted_mean(jnp.array([1.0, 3.0, 7.0]), jnp.array([1.0, 1.0, 0.0])))
+      2.0
     """
     if weights is None:
         return values.mean()
@@ -53,20 +54,21 @@ def kullback_leibler(
     1e-14.
 
     Args:
-        prediction: p, shape (samples, labels), rows sum to 1.
-        target: y, the same shape.
-        weights: shape (samples,), or None.
+      prediction: p, shape (samples, labels), rows sum to 1.
+      target: y, the same shape.
+      weights: shape (samples,), or None.
 
     Returns:
-        A scalar, in nats.
+      A scalar, in nats.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> half, sure = jnp.array([[0.5, 0.5]]), jnp.array([[1.0, 0.0]])
+      >>> round(float(kullback_leibler(half, sure)), 4)  # log 2
+      0.6931
 
     References:
-        Kullback and Leibler, On Information and Sufficiency, 1951.
-
-    >>> import jax.numpy as jnp
-    >>> half, sure = jnp.array([[0.5, 0.5]]), jnp.array([[1.0, 0.0]])
-    >>> round(float(kullback_leibler(half, sure)), 4)  # log 2
-    0.6931
+      Kullback and Leibler, On Information and Sufficiency, 1951.
     """
     return weighted_mean((target * _log_ratio(target, prediction)).sum(-1), weights)
 
@@ -79,19 +81,20 @@ def jensen_shannon(
     $\frac12 \mathrm{KL}(y \| m) + \frac12 \mathrm{KL}(p \| m)$ with $m = (p + y) / 2$.
 
     Args:
-        prediction: p, shape (samples, labels), rows sum to 1.
-        target: y, the same shape.
-        weights: shape (samples,), or None.
+      prediction: p, shape (samples, labels), rows sum to 1.
+      target: y, the same shape.
+      weights: shape (samples,), or None.
 
     Returns:
-        A scalar, in nats.
+      A scalar, in nats.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> round(float(jensen_shannon(jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 0.0]]))), 4)
+      0.6931
 
     References:
-        Lin, Divergence Measures Based on the Shannon Entropy, 1991.
-
-    >>> import jax.numpy as jnp
-    >>> round(float(jensen_shannon(jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 0.0]]))), 4)
-    0.6931
+      Lin, Divergence Measures Based on the Shannon Entropy, 1991.
     """
     middle = (prediction + target) / 2
     divergences = target * _log_ratio(target, middle) + prediction * _log_ratio(prediction, middle)
@@ -104,16 +107,17 @@ def squared(
     r"""Squared Euclidean distance, $\frac1n \sum_i \sum_j (p_{ij} - y_{ij})^2$.
 
     Args:
-        prediction: p, shape (samples, labels).
-        target: y, the same shape.
-        weights: shape (samples,), or None.
+      prediction: p, shape (samples, labels).
+      target: y, the same shape.
+      weights: shape (samples,), or None.
 
     Returns:
-        A scalar.
+      A scalar.
 
-    >>> import jax.numpy as jnp
-    >>> float(squared(jnp.array([[0.5, 0.5]]), jnp.array([[1.0, 0.0]])))
-    0.5
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> float(squared(jnp.array([[0.5, 0.5]]), jnp.array([[1.0, 0.0]])))
+      0.5
     """
     return weighted_mean(jnp.square(prediction - target).sum(-1), weights)
 
@@ -122,15 +126,16 @@ def class_frequency(target: jax.Array, weights: jax.Array | None = None) -> jax.
     r"""How much of each label a training set holds, $f_j = \sum_i y_{ij}$, zeros replaced by 1.
 
     Args:
-        target: y, shape (samples, labels).
-        weights: shape (samples,), 0 for rows of padding; None counts all.
+      target: y, shape (samples, labels).
+      weights: shape (samples,), 0 for rows of padding; None counts all.
 
     Returns:
-        Shape (labels,).
+      Shape (labels,).
 
-    >>> import jax.numpy as jnp
-    >>> class_frequency(jnp.array([[0.75, 0.25, 0.0], [0.5, 0.5, 0.0]])).tolist()
-    [1.25, 0.75, 1.0]
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> class_frequency(jnp.array([[0.75, 0.25, 0.0], [0.5, 0.5, 0.0]])).tolist()
+      [1.25, 0.75, 1.0]
     """
     frequency = target.sum(0) if weights is None else (target * weights[:, None]).sum(0)
     return jnp.where(frequency > 0, frequency, 1)
@@ -172,37 +177,38 @@ def distribution_balanced(
       $r_j = (1 / f_j) / \sum_k y_k / f_k$
 
     Args:
-        logits: z, shape (samples, labels).
-        target: y, the same shape, rows sum to 1.
-        frequency: f, shape (labels,), of the whole training set: see `class_frequency`.
-        num_samples: N, the training set's size.
-        weights: shape (samples,), or None.
-        reweighting: which of the above.
-        focal_gamma: $\gamma$; 0 leaves the focal factor out.
-        logit_bias: b; 0 leaves the shift out.
-        negative_scale: s; 1 leaves the scaling out.
-        map_alpha: $\alpha_m$.
-        map_beta: $\beta_m$.
-        map_gamma: $\gamma_m$.
-        class_balanced_beta: $\beta$ of ``class_balanced``.
+      logits: z, shape (samples, labels).
+      target: y, the same shape, rows sum to 1.
+      frequency: f, shape (labels,), of the whole training set: see `class_frequency`.
+      num_samples: N, the training set's size.
+      weights: shape (samples,), or None.
+      reweighting: which of the above.
+      focal_gamma: $\gamma$; 0 leaves the focal factor out.
+      logit_bias: b; 0 leaves the shift out.
+      negative_scale: s; 1 leaves the scaling out.
+      map_alpha: $\alpha_m$.
+      map_beta: $\beta_m$.
+      map_gamma: $\gamma_m$.
+      class_balanced_beta: $\beta$ of ``class_balanced``.
 
     Returns:
-        A scalar.
+      A scalar.
 
     Raises:
-        ValueError: for an unknown reweighting, or a focal_gamma between 0 and 1, where the
-            gradient at a prediction of 1 would be infinite.
+      ValueError: for an unknown reweighting, or a focal_gamma between 0 and 1, where the
+        gradient at a prediction of 1 would be infinite.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> target = jnp.array([[0.75, 0.25], [0.5, 0.5]])
+      >>> loss = distribution_balanced(jnp.zeros((2, 2)), target, class_frequency(target), 2)
+      >>> round(float(loss), 5)
+      0.00019
 
     References:
-        Wu et al., Distribution-Balanced Loss for Multi-Label Classification in Long-Tailed
-        Datasets, ECCV 2020; Cui et al., Class-Balanced Loss Based on Effective Number of Samples,
-        CVPR 2019; Zhao et al., Imbalanced Label Distribution Learning, AAAI 2023.
-
-    >>> import jax.numpy as jnp
-    >>> target = jnp.array([[0.75, 0.25], [0.5, 0.5]])
-    >>> loss = distribution_balanced(jnp.zeros((2, 2)), target, class_frequency(target), 2)
-    >>> round(float(loss), 5)
-    0.00019
+      Wu et al., Distribution-Balanced Loss for Multi-Label Classification in Long-Tailed
+      Datasets, ECCV 2020; Cui et al., Class-Balanced Loss Based on Effective Number of Samples,
+      CVPR 2019; Zhao et al., Imbalanced Label Distribution Learning, AAAI 2023.
     """
     if focal_gamma != 0 and focal_gamma < 1:
         raise ValueError(f"focal_gamma must be 0 or at least 1, got {focal_gamma}")
@@ -253,16 +259,17 @@ def cross_entropy(
     r"""Cross entropy of softmax(logits) against a distribution, $-\sum_j y_j \log p_j$.
 
     Args:
-        logits: shape (samples, labels).
-        target: y, the same shape, rows sum to 1.
-        weights: shape (samples,), or None.
+      logits: shape (samples, labels).
+      target: y, the same shape, rows sum to 1.
+      weights: shape (samples,), or None.
 
     Returns:
-        A scalar, in nats.
+      A scalar, in nats.
 
-    >>> import jax.numpy as jnp
-    >>> round(float(cross_entropy(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))), 4)
-    0.6931
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> round(float(cross_entropy(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]))), 4)
+      0.6931
     """
     return weighted_mean(-(target * jax.nn.log_softmax(logits)).sum(-1), weights)
 
@@ -274,15 +281,16 @@ def bounded(log_variance: jax.Array, bound: float | None) -> jax.Array:
     $e^{b \tanh(v / b)}$ overflows at no v, nor does its gradient.
 
     Args:
-        log_variance: v, any shape.
-        bound: b > 0, or None.
+      log_variance: v, any shape.
+      bound: b > 0, or None.
 
     Returns:
-        The same shape.
+      The same shape.
 
-    >>> import jax.numpy as jnp
-    >>> bounded(jnp.array([0.0, 1e6]), 8.0).tolist()
-    [0.0, 8.0]
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> bounded(jnp.array([0.0, 1e6]), 8.0).tolist()
+      [0.0, 8.0]
     """
     return log_variance if bound is None else bound * jnp.tanh(log_variance / bound)
 
@@ -300,19 +308,20 @@ def gaussian_kullback_leibler(
     $v - v_t$ or $-v_t$ exceeds the logarithm of the largest number: bound them by `bounded`.
 
     Args:
-        mean: $\mu$, shape (samples, hidden).
-        log_variance: v, the same shape.
-        target_mean: $\mu_t$, the same shape.
-        target_log_variance: $v_t$, the same shape.
-        weights: shape (samples,), or None.
+      mean: $\mu$, shape (samples, hidden).
+      log_variance: v, the same shape.
+      target_mean: $\mu_t$, the same shape.
+      target_log_variance: $v_t$, the same shape.
+      weights: shape (samples,), or None.
 
     Returns:
-        A scalar, in nats: summed over the hidden units, mean over the samples.
+      A scalar, in nats: summed over the hidden units, mean over the samples.
 
-    >>> import jax.numpy as jnp
-    >>> zeros = jnp.zeros((3, 4))
-    >>> float(gaussian_kullback_leibler(zeros + 1, zeros, zeros, zeros))
-    2.0
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> zeros = jnp.zeros((3, 4))
+      >>> float(gaussian_kullback_leibler(zeros + 1, zeros, zeros, zeros))
+      2.0
     """
     difference = log_variance - target_log_variance
     terms = (
@@ -336,20 +345,21 @@ def similarity_difference(
     $\sum_{ij} (\cos(l_i, l_j) - \cos(r_i, r_j))^2$, or its mean over the $n^2$ pairs of samples.
 
     Args:
-        left: l, shape (samples, hidden).
-        right: r, shape (samples, hidden).
-        weights: shape (samples,), 1 for rows that count and 0 for padding, or None.
-        reduction: ``mean`` (RDA) or ``sum`` (the released GDMAM code).
+      left: l, shape (samples, hidden).
+      right: r, shape (samples, hidden).
+      weights: shape (samples,), 1 for rows that count and 0 for padding, or None.
+      reduction: ``mean`` (RDA) or ``sum`` (the released GDMAM code).
 
     Returns:
-        A scalar.
+      A scalar.
 
-    >>> import jax.numpy as jnp
-    >>> left, right = jnp.eye(2), jnp.ones((2, 2))
-    >>> round(float(similarity_difference(left, right)), 4)
-    0.5
-    >>> round(float(similarity_difference(left, right, reduction="sum")), 4)
-    2.0
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> left, right = jnp.eye(2), jnp.ones((2, 2))
+      >>> round(float(similarity_difference(left, right)), 4)
+      0.5
+      >>> round(float(similarity_difference(left, right, reduction="sum")), 4)
+      2.0
     """
 
     def directions(rows: jax.Array) -> jax.Array:

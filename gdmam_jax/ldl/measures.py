@@ -27,9 +27,10 @@ def chebyshev(
 ) -> jax.Array:
     r"""Chebyshev distance, $\max_j |d_j - p_j|$; lower is better.
 
-    >>> import jax.numpy as jnp
-    >>> round(float(chebyshev(jnp.array([[0.5, 0.5]]), jnp.array([[0.8, 0.2]]))), 4)
-    0.3
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> round(float(chebyshev(jnp.array([[0.5, 0.5]]), jnp.array([[0.8, 0.2]]))), 4)
+      0.3
     """
     return weighted_mean(jnp.abs(target - prediction).max(-1), weights)
 
@@ -41,9 +42,10 @@ def _relative(prediction: jax.Array, target: jax.Array) -> jax.Array:
 def clark(prediction: jax.Array, target: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     r"""Clark distance, $\sqrt{\sum_j (d_j - p_j)^2 / (d_j + p_j)^2}$; lower is better.
 
-    >>> import jax.numpy as jnp
-    >>> round(float(clark(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]))), 4)
-    1.4142
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> round(float(clark(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]))), 4)
+      1.4142
     """
     return weighted_mean(_root(jnp.square(_relative(prediction, target)).sum(-1)), weights)
 
@@ -53,9 +55,10 @@ def canberra(
 ) -> jax.Array:
     r"""Canberra metric, $\sum_j |d_j - p_j| / (d_j + p_j)$; lower is better.
 
-    >>> import jax.numpy as jnp
-    >>> float(canberra(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])))
-    2.0
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> float(canberra(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])))
+      2.0
     """
     return weighted_mean(jnp.abs(_relative(prediction, target)).sum(-1), weights)
 
@@ -63,9 +66,10 @@ def canberra(
 def cosine(prediction: jax.Array, target: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     r"""Cosine similarity, $\langle d, p \rangle / (|d| |p|)$; higher is better.
 
-    >>> import jax.numpy as jnp
-    >>> round(float(cosine(jnp.array([[0.5, 0.5]]), jnp.array([[1.0, 0.0]]))), 4)
-    0.7071
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> round(float(cosine(jnp.array([[0.5, 0.5]]), jnp.array([[1.0, 0.0]]))), 4)
+      0.7071
     """
     lengths = _root(jnp.square(prediction).sum(-1)) * _root(jnp.square(target).sum(-1))
     return weighted_mean((prediction * target).sum(-1) / jnp.maximum(lengths, FLOOR), weights)
@@ -76,9 +80,10 @@ def intersection(
 ) -> jax.Array:
     r"""Intersection similarity, $\sum_j \min(d_j, p_j)$; higher is better.
 
-    >>> import jax.numpy as jnp
-    >>> round(float(intersection(jnp.array([[0.5, 0.5]]), jnp.array([[0.8, 0.2]]))), 4)
-    0.7
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> round(float(intersection(jnp.array([[0.5, 0.5]]), jnp.array([[0.8, 0.2]]))), 4)
+      0.7
     """
     return weighted_mean(jnp.minimum(prediction, target).sum(-1), weights)
 
@@ -93,18 +98,19 @@ def euclidean(
     r"""Euclidean distance over some labels, $\sqrt{\sum_{j \in L} (d_j - p_j)^2}$; lower is better.
 
     Args:
-        prediction: p, shape (samples, labels).
-        target: d, the same shape.
-        weights: shape (samples,), or None.
-        labels: which labels count, shape (labels,), boolean; None counts all.
+      prediction: p, shape (samples, labels).
+      target: d, the same shape.
+      weights: shape (samples,), or None.
+      labels: which labels count, shape (labels,), boolean; None counts all.
 
     Returns:
-        A scalar.
+      A scalar.
 
-    >>> import jax.numpy as jnp
-    >>> prediction, target = jnp.array([[0.5, 0.5]]), jnp.array([[0.8, 0.2]])
-    >>> round(float(euclidean(prediction, target, labels=jnp.array([True, False]))), 4)
-    0.3
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> prediction, target = jnp.array([[0.5, 0.5]]), jnp.array([[0.8, 0.2]])
+      >>> round(float(euclidean(prediction, target, labels=jnp.array([True, False]))), 4)
+      0.3
     """
     square = jnp.square(target - prediction)
     if labels is not None:
@@ -136,20 +142,21 @@ def measure(
     """All six measures, and the Euclidean distance over all labels, the head and the tail.
 
     Args:
-        prediction: shape (samples, labels), rows sum to 1.
-        target: the same shape.
-        weights: shape (samples,), or None.
-        head: shape (labels,), boolean, True for head labels: see `imbalance.head_labels`. None
-            leaves head and tail out.
+      prediction: shape (samples, labels), rows sum to 1.
+      target: the same shape.
+      weights: shape (samples,), or None.
+      head: shape (labels,), boolean, True for head labels: see `imbalance.head_labels`. None
+        leaves head and tail out.
 
     Returns:
-        Scalars by name: those of `MEASURES`, `euclidean`, and with `head` also `euclidean_head`
-        and `euclidean_tail`.
+      Scalars by name: those of `MEASURES`, `euclidean`, and with `head` also `euclidean_head`
+      and `euclidean_tail`.
 
-    >>> import jax.numpy as jnp
-    >>> values = measure(jnp.array([[0.5, 0.5]]), jnp.array([[0.8, 0.2]]))
-    >>> sorted(values)
-    ['canberra', 'chebyshev', 'clark', 'cosine', 'euclidean', 'intersection', 'kld']
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> values = measure(jnp.array([[0.5, 0.5]]), jnp.array([[0.8, 0.2]]))
+      >>> sorted(values)
+      ['canberra', 'chebyshev', 'clark', 'cosine', 'euclidean', 'intersection', 'kld']
     """
     values = {name: function(prediction, target, weights) for name, function in MEASURES.items()}
     values["euclidean"] = euclidean(prediction, target, weights)

@@ -23,16 +23,17 @@ class ConvolutionalEncoder(nnx.Module):
     left of the image and an affine layer.
 
     Args:
-        channels: of the images.
-        hidden: width of the representation.
-        rngs: streams with `params`.
-        widths: channels of the three convolutions.
+      channels: of the images.
+      hidden: width of the representation.
+      rngs: streams with `params`.
+      widths: channels of the three convolutions.
 
-    >>> import jax.numpy as jnp
-    >>> from flax import nnx
-    >>> encoder = ConvolutionalEncoder(3, 16, rngs=nnx.Rngs(0))
-    >>> encoder(jnp.zeros((2, 32, 32, 3))).shape
-    (2, 16)
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> encoder = ConvolutionalEncoder(3, 16, rngs=nnx.Rngs(0))
+      >>> encoder(jnp.zeros((2, 32, 32, 3))).shape
+      (2, 16)
     """
 
     def __init__(
@@ -72,22 +73,23 @@ class RDA(nnx.Module):
     bounded here (see `losses.bounded`), to standard deviations between 0.37 and 2.7.
 
     Args:
-        num_features: width of x, or None with an `encoder`.
-        num_labels: width of y.
-        hidden: H, width of all representations.
-        log_variance_bound: bound on both log-variances; None is the released architecture.
-        encoder: A, any callable module from x to (samples, hidden), such as
-            `ConvolutionalEncoder`; None makes an affine layer.
-        rngs: streams with `params`.
+      num_features: width of x, or None with an `encoder`.
+      num_labels: width of y.
+      hidden: H, width of all representations.
+      log_variance_bound: bound on both log-variances; None is the released architecture.
+      encoder: A, any callable module from x to (samples, hidden), such as
+        `ConvolutionalEncoder`; None makes an affine layer.
+      rngs: streams with `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = RDA(8, 3, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((2, 8))).shape
+      (2, 3)
 
     References:
-        Zhao, An, Xu, Geng, Imbalanced Label Distribution Learning, AAAI 2023.
-
-    >>> import jax.numpy as jnp
-    >>> from flax import nnx
-    >>> model = RDA(8, 3, rngs=nnx.Rngs(0))
-    >>> model(jnp.ones((2, 8))).shape
-    (2, 3)
+      Zhao, An, Xu, Geng, Imbalanced Label Distribution Learning, AAAI 2023.
     """
 
     def __init__(
@@ -143,31 +145,32 @@ def rda_losses(
     + similarity_weight similarity.
 
     Args:
-        model: an `RDA`.
-        x: features, shape (samples, features).
-        y: label distributions, shape (samples, labels), rows sum to 1.
-        noise: standard normal, shape (2, samples, hidden), for z_x and z_y: see `draw_noise`.
-        prediction_loss: of `(logits, y, weights)`, say a partial of
-            `losses.distribution_balanced`.
-        weights: shape (samples,), 0 for rows of padding, or None.
-        recovery_weight: RDA's lambda 1.
-        target_weight: RDA's lambda 2.
-        similarity_weight: RDA's lambda 3.
-        similarity: ``mean`` over the pairs of samples (RDA) or ``sum`` (the released GDMAM code).
+      model: an `RDA`.
+      x: features, shape (samples, features).
+      y: label distributions, shape (samples, labels), rows sum to 1.
+      noise: standard normal, shape (2, samples, hidden), for z_x and z_y: see `draw_noise`.
+      prediction_loss: of `(logits, y, weights)`, say a partial of
+        `losses.distribution_balanced`.
+      weights: shape (samples,), 0 for rows of padding, or None.
+      recovery_weight: RDA's lambda 1.
+      target_weight: RDA's lambda 2.
+      similarity_weight: RDA's lambda 3.
+      similarity: ``mean`` over the pairs of samples (RDA) or ``sum`` (the released GDMAM code).
 
     Returns:
-        `(prediction_loss, alignment_loss)`, scalars.
+      `(prediction_loss, alignment_loss)`, scalars.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from flax import nnx
-    >>> from gdmam_jax.ldl import losses
-    >>> model, x, y = RDA(8, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 8)), jnp.full((2, 3), 1 / 3)
-    >>> noise = draw_noise(jax.random.key(1), 2, model.hidden)
-    >>> def prediction_loss(logits, y, weights):
-    ...     return losses.kullback_leibler(jax.nn.softmax(logits), y, weights)
-    >>> prediction, alignment = rda_losses(model, x, y, noise, prediction_loss)
-    >>> prediction.shape, alignment.shape
-    ((), ())
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from gdmam_jax.ldl import losses
+      >>> model, x, y = RDA(8, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 8)), jnp.full((2, 3), 1 / 3)
+      >>> noise = draw_noise(jax.random.key(1), 2, model.hidden)
+      >>> def prediction_loss(logits, y, weights):
+      ...     return losses.kullback_leibler(jax.nn.softmax(logits), y, weights)
+      >>> prediction, alignment = rda_losses(model, x, y, noise, prediction_loss)
+      >>> prediction.shape, alignment.shape
+      ((), ())
     """
 
     def gaussian(
@@ -199,15 +202,16 @@ def draw_noise(key: jax.Array, num_samples: int, hidden: int) -> jax.Array:
     """The two standard normal draws that `rda_losses` needs, e1 for z_x before e2 for z_y.
 
     Args:
-        key: a `jax.random` key.
-        num_samples: rows of the batch.
-        hidden: width of the representations.
+      key: a `jax.random` key.
+      num_samples: rows of the batch.
+      hidden: width of the representations.
 
     Returns:
-        Shape (2, num_samples, hidden).
+      Shape (2, num_samples, hidden).
 
-    >>> import jax
-    >>> draw_noise(jax.random.key(0), 4, 100).shape
-    (2, 4, 100)
+    Examples:
+      >>> import jax
+      >>> draw_noise(jax.random.key(0), 4, 100).shape
+      (2, 4, 100)
     """
     return jax.random.normal(key, (2, num_samples, hidden))

@@ -26,10 +26,10 @@ def frequency_and_head(folds: Folds) -> tuple[NDArray[np.float32], NDArray[np.bo
     """How often each label occurs in every training fold, and which are head labels.
 
     Args:
-        folds: a `Folds`.
+      folds: a `Folds`.
 
     Returns:
-        Two arrays of shape (folds, labels).
+      Two arrays of shape (folds, labels).
     """
     labels, masks = jnp.asarray(folds.labels[folds.train]), jnp.asarray(folds.train_mask)
     frequency = np.asarray(jax.vmap(losses.class_frequency)(labels, masks))
@@ -40,17 +40,18 @@ def predictions(folds: Folds) -> dict[str, NDArray[np.float32]]:
     """The label distribution that each of `BASELINES` predicts for every row of a test fold.
 
     Args:
-        folds: a `Folds`.
+      folds: a `Folds`.
 
     Returns:
-        By name, shape (folds, labels).
+      By name, shape (folds, labels).
 
-    >>> from gdmam_jax import ldl
-    >>> labels = [[1, 0], [1, 0], [0, 1], [0, 1]]
-    >>> folds = ldl.make_folds(ldl.from_arrays([[1], [2], [3], [4]], labels), folds=2,
-    ...                        validation_size=1)
-    >>> predictions(folds)["trivial-untouched"].tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
+    Examples:
+      >>> from gdmam_jax import ldl
+      >>> labels = [[1, 0], [1, 0], [0, 1], [0, 1]]
+      >>> folds = ldl.make_folds(ldl.from_arrays([[1], [2], [3], [4]], labels), folds=2,
+      ...                        validation_size=1)
+      >>> predictions(folds)["trivial-untouched"].tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
     """
     labels = folds.labels
     training = [
@@ -69,10 +70,10 @@ def score(folds: Folds) -> dict[str, dict[str, NDArray[np.float32]]]:
     """Test every baseline on every fold.
 
     Args:
-        folds: a `Folds`.
+      folds: a `Folds`.
 
     Returns:
-        By name and measure (see `measures.measure`), shape (folds,).
+      By name and measure (see `measures.measure`), shape (folds,).
     """
     _, heads = frequency_and_head(folds)
     compiled = jax.jit(measure)

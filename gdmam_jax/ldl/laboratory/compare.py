@@ -5,7 +5,7 @@ predictions; the others say nothing about methods. Ranks are tested by Friedman'
 methods by Nemenyi's, as Demsar recommends.
 
 References:
-    Demsar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 2006.
+  Demsar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 2006.
 """
 
 import os
@@ -36,22 +36,22 @@ def compare(
     """Compare methods over several experiments.
 
     Args:
-        folders: of experiments, one a data set.
-        selected: one of `protocol.SELECTIONS`.
-        tuning: see `selection.rows`.
-        reference: the method that all are tested against.
+      folders: of experiments, one a data set.
+      selected: one of `protocol.SELECTIONS`.
+      tuning: see `selection.rows`.
+      reference: the method that all are tested against.
 
     Returns:
-        A row for every set, in alphabetical order, and method, lowest mean rank first: ``data``;
-        ``method``; ``verdict``, whether some method beats the trivial predictions; ``label``;
-        ``trial``, the one that counts; ``kld``, its mean test KLD, and ``deviation`` over runs;
-        ``rank`` on the set, where ties share the mean of theirs; ``p against REFERENCE``, of the
-        paired t-test over folds; ``kld without features``, the best trivial prediction's.
+      A row for every set, in alphabetical order, and method, lowest mean rank first: ``data``;
+      ``method``; ``verdict``, whether some method beats the trivial predictions; ``label``;
+      ``trial``, the one that counts; ``kld``, its mean test KLD, and ``deviation`` over runs;
+      ``rank`` on the set, where ties share the mean of theirs; ``p against REFERENCE``, of the
+      paired t-test over folds; ``kld without features``, the best trivial prediction's.
 
     Raises:
-        FileNotFoundError: a folder holds no results.
-        ValueError: two folders are of one data set, or no two methods are in all of them, or
-            `reference` is not.
+      FileNotFoundError: a folder holds no results.
+      ValueError: two folders are of one data set, or no two methods are in all of them, or
+        `reference` is not.
     """
     import pandas as pd
 
@@ -117,11 +117,11 @@ def markdown(table: "pd.DataFrame") -> str:
     """A Markdown table: test KLD by method and set, ranks, wins and losses.
 
     Args:
-        table: from `compare`.
+      table: from `compare`.
 
     Returns:
-        Sets that say nothing about methods are in brackets. An asterisk marks what differs from the
-        reference with p < 0.05 over folds; the lowest of a set is bold.
+      Sets that say nothing about methods are in brackets. An asterisk marks what differs from the
+      reference with p < 0.05 over folds; the lowest of a set is bold.
     """
     tested = next(name for name in table if name.startswith("p against "))
     reference = table[table["method"] == tested.removeprefix("p against ")].set_index("data")
@@ -158,8 +158,8 @@ def draw(table: "pd.DataFrame", path: Path) -> None:
     """The critical-difference diagram: mean ranks, and bars over what Nemenyi's test cannot tell.
 
     Args:
-        table: from `compare`, of two sets of the verdict and three methods at least.
-        path: of the picture.
+      table: from `compare`, of two sets of the verdict and three methods at least.
+      path: of the picture.
     """
     import scikit_posthocs
     from matplotlib.figure import Figure

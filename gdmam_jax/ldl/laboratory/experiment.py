@@ -39,9 +39,9 @@ class Trial:
     """A learning rate and a setting of a method.
 
     Attributes:
-        name: of its folder.
-        learning_rate: of its runs.
-        setting: number of the setting.
+      name: of its folder.
+      learning_rate: of its runs.
+      setting: number of the setting.
     """
 
     name: str
@@ -52,10 +52,11 @@ class Trial:
 def trials(method: Method, configuration: Configuration) -> list[Trial]:
     """What a method is trained with.
 
-    >>> from gdmam_jax.ldl.laboratory import methods
-    >>> configuration = Configuration(learning_rates=(1e-3, 3e-3))
-    >>> [trial.name for trial in trials(methods.find("gdmam"), configuration)]
-    ['0.001', '0.003']
+    Examples:
+      >>> from gdmam_jax.ldl.laboratory import methods
+      >>> configuration = Configuration(learning_rates=(1e-3, 3e-3))
+      >>> [trial.name for trial in trials(methods.find("gdmam"), configuration)]
+      ['0.001', '0.003']
     """
     settings = method.settings or {"": 0.0}
     return [
@@ -68,9 +69,10 @@ def trials(method: Method, configuration: Configuration) -> list[Trial]:
 def work(method: Method, configuration: Configuration) -> int:
     """Epochs that a method trains for in all.
 
-    >>> from gdmam_jax.ldl.laboratory import methods
-    >>> work(methods.find("rda"), Configuration(epochs=300, seeds=5))
-    1500
+    Examples:
+      >>> from gdmam_jax.ldl.laboratory import methods
+      >>> work(methods.find("rda"), Configuration(epochs=300, seeds=5))
+      1500
     """
     return len(trials(method, configuration)) * configuration.seeds * configuration.epochs
 
@@ -90,22 +92,22 @@ def run(
     are trained in threads, see `training.train`.
 
     Args:
-        dataset: a `Dataset`.
-        methods: which, see `methods.METHODS`.
-        configuration: what they have in common.
-        folder: for results and checkpoints. What is there is not trained again, so that learning
-            rates and methods can be added; what was broken off goes on at its last checkpoint,
-            with the same numbers. A method is known by its name: one whose optimizer or losses you
-            have changed needs another name, or another folder.
-        checkpoint_seconds: see `training.train`.
-        progress: see `Progress`.
+      dataset: a `Dataset`.
+      methods: which, see `methods.METHODS`.
+      configuration: what they have in common.
+      folder: for results and checkpoints. What is there is not trained again, so that learning
+        rates and methods can be added; what was broken off goes on at its last checkpoint,
+        with the same numbers. A method is known by its name: one whose optimizer or losses you
+        have changed needs another name, or another folder.
+      checkpoint_seconds: see `training.train`.
+      progress: see `Progress`.
 
     Raises:
-        ValueError: the folder holds results of another configuration or data set.
-        OSError: the folder cannot be written, or another run writes to it.
+      ValueError: the folder holds results of another configuration or data set.
+      OSError: the folder cannot be written, or another run writes to it.
 
     Warns:
-        UserWarning: the training folds are not made imbalanced.
+      UserWarning: the training folds are not made imbalanced.
     """
     folds = make_folds(
         dataset, folds=configuration.folds, validation_size=configuration.validation_size
@@ -249,8 +251,9 @@ def _check(home: Path, common: dict[str, Any], folds: Folds) -> None:
 def versions() -> dict[str, str]:
     """The versions a result was made with: Python, the package's and those it rests on.
 
-    >>> sorted(versions())
-    ['flax', 'gdmam-jax', 'jax', 'numpy', 'optax', 'python']
+    Examples:
+      >>> sorted(versions())
+      ['flax', 'gdmam-jax', 'jax', 'numpy', 'optax', 'python']
     """
     found = {"python": platform.python_version()}
     for name in ("gdmam-jax", "jax", "flax", "optax", "numpy"):

@@ -41,9 +41,10 @@ def keep(prediction: jax.Array, alignment: jax.Array) -> tuple[jax.Array, jax.Ar
 def over_total(prediction: jax.Array, alignment: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Divide both losses by the value of their sum, as RDA does; no gradient through the divisor.
 
-    >>> import jax.numpy as jnp
-    >>> [float(loss) for loss in over_total(jnp.array(1.0), jnp.array(3.0))]
-    [0.25, 0.75]
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> [float(loss) for loss in over_total(jnp.array(1.0), jnp.array(3.0))]
+      [0.25, 0.75]
     """
     total = jax.lax.stop_gradient(prediction + alignment)
     return prediction / total, alignment / total
@@ -54,20 +55,20 @@ class Method:
     """One way to train RDA's model.
 
     Attributes:
-        name: on the command line.
-        label: in tables and pictures.
-        optimizer: makes the transformation that takes a tree of `GradientPair`s; its argument is
-            the learning rate, possibly traced. With `settings`, a second one is the setting.
-        prediction_loss: of `(logits, target, frequency, num_samples, weights)`.
-        alignment: False leaves the alignment loss out: it is 0, and so are its gradients.
-        alignment_weights: factors of the configuration's alignment weight for the recovery, target
-            and similarity terms of the alignment loss.
-        similarity: how the alignment loss reduces RDA's similarity term.
-        rescale: of `(prediction_loss, alignment_loss)`, before gradients are taken.
-        flat: the optimizer treats all parameters alike, and gets them as one vector, which
-            compiles twice as fast; otherwise it gets the model's tree.
-        settings: numbers by name, to be tuned beside the learning rate. Methods that differ in
-            them alone are compiled once.
+      name: on the command line.
+      label: in tables and pictures.
+      optimizer: makes the transformation that takes a tree of `GradientPair`s; its argument is
+        the learning rate, possibly traced. With `settings`, a second one is the setting.
+      prediction_loss: of `(logits, target, frequency, num_samples, weights)`.
+      alignment: False leaves the alignment loss out: it is 0, and so are its gradients.
+      alignment_weights: factors of the configuration's alignment weight for the recovery, target
+        and similarity terms of the alignment loss.
+      similarity: how the alignment loss reduces RDA's similarity term.
+      rescale: of `(prediction_loss, alignment_loss)`, before gradients are taken.
+      flat: the optimizer treats all parameters alike, and gets them as one vector, which
+        compiles twice as fast; otherwise it gets the model's tree.
+      settings: numbers by name, to be tuned beside the learning rate. Methods that differ in
+        them alone are compiled once.
     """
 
     name: str
@@ -91,10 +92,10 @@ class ReleasedAmsgradState(NamedTuple):
     """State of `scale_by_released_amsgrad`.
 
     Attributes:
-        steps: taken so far, int32.
-        first: first moments, like the parameters.
-        second: second moments.
-        largest: largest second moment so far, before bias correction.
+      steps: taken so far, int32.
+      first: first moments, like the parameters.
+      second: second moments.
+      largest: largest second moment so far, before bias correction.
     """
 
     steps: jax.Array
@@ -116,22 +117,23 @@ def scale_by_released_amsgrad(
       u = \frac{m / (1 - b_1^t)}{\sqrt{\hat v / (1 - b_2^t)} + \epsilon}$$
 
     Args:
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root.
 
     Returns:
-        A transformation of plain updates.
+      A transformation of plain updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> transformation = scale_by_released_amsgrad()
+      >>> state = transformation.init(jnp.zeros(1))
+      >>> update, state = transformation.update(jnp.array([3.0]), state)
+      >>> round(float(update[0]), 4)
+      1.0
 
     References:
-        Reddi, Kale, Kumar, On the Convergence of Adam and Beyond, ICLR 2018.
-
-    >>> import jax.numpy as jnp
-    >>> transformation = scale_by_released_amsgrad()
-    >>> state = transformation.init(jnp.zeros(1))
-    >>> update, state = transformation.update(jnp.array([3.0]), state)
-    >>> round(float(update[0]), 4)
-    1.0
+      Reddi, Kale, Kumar, On the Convergence of Adam and Beyond, ICLR 2018.
     """
 
     def init(params: optax.Params) -> ReleasedAmsgradState:
@@ -159,12 +161,12 @@ def released_adamw(
     """The optimizer RDA was released with: clipping by recent norms, AMSGrad, decay.
 
     Args:
-        learning_rate: of the steps and the decay.
-        weight_decay: decoupled.
-        clip: by recent norms, see `gdmam_jax.clip_by_recent_norm`.
+      learning_rate: of the steps and the decay.
+      weight_decay: decoupled.
+      clip: by recent norms, see `gdmam_jax.clip_by_recent_norm`.
 
     Returns:
-        A transformation of plain updates; `gdmam_jax.summed` makes it take pairs.
+      A transformation of plain updates; `gdmam_jax.summed` makes it take pairs.
     """
     return optax.chain(
         gdmam.clip_by_recent_norm() if clip else optax.identity(),
@@ -182,13 +184,13 @@ def register(method: Method) -> Method:
     """Add a method to `METHODS`, so that experiments and the command line know it.
 
     Args:
-        method: a `Method`.
+      method: a `Method`.
 
     Returns:
-        The same.
+      The same.
 
     Raises:
-        ValueError: its name is taken.
+      ValueError: its name is taken.
     """
     if method.name in METHODS:
         raise ValueError(f"there is a method {method.name!r} already")
@@ -200,10 +202,11 @@ def find(name: str) -> Method:
     """The method of this name.
 
     Raises:
-        ValueError: there is none; the message lists all.
+      ValueError: there is none; the message lists all.
 
-    >>> find("rda").label
-    'RDA'
+    Examples:
+      >>> find("rda").label
+      'RDA'
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")

@@ -43,13 +43,13 @@ def draw(
     """Draw the `PICTURES` of the trials that count.
 
     Args:
-        experiment: from `results.load`.
-        home: where the PNGs go.
-        selected: one of `protocol.SELECTIONS`.
-        tuning: see `selection.rows`.
+      experiment: from `results.load`.
+      home: where the PNGs go.
+      selected: one of `protocol.SELECTIONS`.
+      tuning: see `selection.rows`.
 
     Returns:
-        The PNGs' paths by name; a picture of diagnostics that no method has is left out.
+      The PNGs' paths by name; a picture of diagnostics that no method has is left out.
     """
     methods = experiment.methods
     curves = {result.name: result.chosen(selected, tuning).history for result in methods}

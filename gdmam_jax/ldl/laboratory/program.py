@@ -61,11 +61,11 @@ class Program(NamedTuple):
     """A method on a data set, compiled: functions of one run.
 
     Attributes:
-        prepare: `number_of_epochs -> None`: compiles the others side by side, instead of one
-            after the other at their first calls; for the default device.
-        init: `run -> state`.
-        advance: `(state, run, first_epoch, number_of_epochs) -> (state, history)`.
-        finish: `(state, run) -> results` by selection.
+      prepare: `number_of_epochs -> None`: compiles the others side by side, instead of one
+        after the other at their first calls; for the default device.
+      init: `run -> state`.
+      advance: `(state, run, first_epoch, number_of_epochs) -> (state, history)`.
+      finish: `(state, run) -> results` by selection.
     """
 
     prepare: Callable[[int], None]
@@ -356,12 +356,12 @@ def build(method: Method, folds: Folds, configuration: Configuration) -> Program
     """Compile a method on a data set's folds, lazily: at the first call of each function.
 
     Args:
-        method: a `Method`.
-        folds: from `data.make_folds`.
-        configuration: a `Configuration`.
+      method: a `Method`.
+      folds: from `data.make_folds`.
+      configuration: a `Configuration`.
 
     Returns:
-        A `Program`.
+      A `Program`.
     """
     arrays = arrays_of(folds)
     model = _Model(folds.features.shape[1], folds.labels.shape[1], configuration)

@@ -13,9 +13,9 @@ class Clock:
     """Estimates the time left over all methods from the epochs trained since the first report.
 
     Args:
-        totals: epochs in all of every method, by label.
-        chunk: most epochs trained between two calls; a larger step is of what was done before.
-        now: a clock, in seconds.
+      totals: epochs in all of every method, by label.
+      chunk: most epochs trained between two calls; a larger step is of what was done before.
+      now: a clock, in seconds.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ def shown(
     """Show progress while the context lasts.
 
     Args:
-        console: where.
-        totals: see `Clock`.
-        chunk: see `Clock`.
-        seconds: least time between two lines of a method, where the console is no terminal.
+      console: where.
+      totals: see `Clock`.
+      chunk: see `Clock`.
+      seconds: least time between two lines of a method, where the console is no terminal.
 
     Yields:
-        What `experiment.run` takes as `progress`.
+      What `experiment.run` takes as `progress`.
     """
     clock = Clock(totals, chunk)
     if not console.is_terminal:

@@ -20,17 +20,17 @@ class Configuration:
     """What all methods of an experiment have in common.
 
     Attributes:
-        folds: of the cross-validation.
-        seeds: repetitions of every fold: initial parameters, order of the batches, noise.
-        epochs: of every run.
-        batch_size: the last batch of an epoch is short.
-        validation_size: rows held out of every imbalanced training fold.
-        hidden: width of the model.
-        alignment_weight: the three lambdas of the alignment loss.
-        log_variance_bound: of the model; None is the released architecture.
-        learning_rates: every one is trained with every setting of a method; which is reported is
-            chosen afterwards, see `selection.choose`.
-        chunk: epochs between two evaluations on the test folds, which only draw curves.
+      folds: of the cross-validation.
+      seeds: repetitions of every fold: initial parameters, order of the batches, noise.
+      epochs: of every run.
+      batch_size: the last batch of an epoch is short.
+      validation_size: rows held out of every imbalanced training fold.
+      hidden: width of the model.
+      alignment_weight: the three lambdas of the alignment loss.
+      log_variance_bound: of the model; None is the released architecture.
+      learning_rates: every one is trained with every setting of a method; which is reported is
+        chosen afterwards, see `selection.choose`.
+      chunk: epochs between two evaluations on the test folds, which only draw curves.
     """
 
     folds: int = 10

@@ -14,10 +14,11 @@ def selections(names: Sequence[str] | None) -> list[str]:
     """The selections of these names, all if None.
 
     Raises:
-        ValueError: an unknown one.
+      ValueError: an unknown one.
 
-    >>> selections(["last"])
-    ['last']
+    Examples:
+      >>> selections(["last"])
+      ['last']
     """
     chosen = list(SELECTIONS if names is None else names)
     if unknown := set(chosen) - set(SELECTIONS):
@@ -36,17 +37,17 @@ def write(
     """Write a report into an experiment's folder, from what was trained: nothing is trained again.
 
     Args:
-        folder: what `experiment.run` wrote to.
-        tuning: which held-out rows choose learning rate and setting, see `selection.rows`.
-        selected: some of `protocol.SELECTIONS`; None is all. Pictures are of the first.
+      folder: what `experiment.run` wrote to.
+      tuning: which held-out rows choose learning rate and setting, see `selection.rows`.
+      selected: some of `protocol.SELECTIONS`; None is all. Pictures are of the first.
 
     Returns:
-        The path of `report.html`. Beside it: `runs.csv`, `table.md`, `table.tex`, and a PNG for
-        every one of `pictures.PICTURES`.
+      The path of `report.html`. Beside it: `runs.csv`, `table.md`, `table.tex`, and a PNG for
+      every one of `pictures.PICTURES`.
 
     Raises:
-        FileNotFoundError: there are no results.
-        ValueError: an unknown selection or tuning.
+      FileNotFoundError: there are no results.
+      ValueError: an unknown selection or tuning.
     """
     home, names = Path(folder), selections(selected)
     experiment = load(home)

@@ -20,11 +20,11 @@ class Result:
     """What came of one method, or of a trivial prediction.
 
     Attributes:
-        name: of the method.
-        label: in tables.
-        folds: of the cross-validation.
-        trials: by name, all folds of all seeds; empty for a trivial prediction.
-        trivial: a trivial prediction's measures on the folds by name; empty for a method.
+      name: of the method.
+      label: in tables.
+      folds: of the cross-validation.
+      trials: by name, all folds of all seeds; empty for a trivial prediction.
+      trivial: a trivial prediction's measures on the folds by name; empty for a method.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Result:
         """One measure on the test folds, shape (seeds, folds), or (1, folds) if trivial.
 
         Args:
-            measure: one of `tables.COLUMNS`.
-            selected: one of `protocol.SELECTIONS`.
-            tuning: see `selection.rows`.
+          measure: one of `tables.COLUMNS`.
+          selected: one of `protocol.SELECTIONS`.
+          tuning: see `selection.rows`.
 
         Returns:
-            float64.
+          float64.
         """
         if self.trivial:
             return self.trivial[measure][None]
@@ -63,10 +63,10 @@ class Experiment:
     """One data set's results.
 
     Attributes:
-        folder: where they lie.
-        facts: of `experiment.json`.
-        methods: all whose training is finished.
-        trivial: the trivial predictions.
+      folder: where they lie.
+      facts: of `experiment.json`.
+      methods: all whose training is finished.
+      trivial: the trivial predictions.
     """
 
     folder: Path
@@ -102,13 +102,13 @@ def load(folder: str | os.PathLike[str]) -> Experiment:
     """The results in an experiment's folder.
 
     Args:
-        folder: what `experiment.run` wrote to.
+      folder: what `experiment.run` wrote to.
 
     Returns:
-        An `Experiment`, of the methods of which every trial is finished.
+      An `Experiment`, of the methods of which every trial is finished.
 
     Raises:
-        FileNotFoundError: there are none.
+      FileNotFoundError: there are none.
     """
     home = Path(folder)
     path = home / "experiment.json"

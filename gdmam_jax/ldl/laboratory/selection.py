@@ -18,18 +18,19 @@ def rows(selection: str, tuning: str | None = None) -> str:
     """Of which held-out rows the KLD chooses the trial.
 
     Args:
-        selection: one of `protocol.SELECTIONS`.
-        tuning: one of `protocol.HELD_OUT`. None: those that choose the epoch, natural rows for
-            the selections that choose none.
+      selection: one of `protocol.SELECTIONS`.
+      tuning: one of `protocol.HELD_OUT`. None: those that choose the epoch, natural rows for
+        the selections that choose none.
 
     Returns:
-        One of `protocol.HELD_OUT`.
+      One of `protocol.HELD_OUT`.
 
     Raises:
-        ValueError: an unknown tuning.
+      ValueError: an unknown tuning.
 
-    >>> rows("validation"), rows("last"), rows("last", "validation")
-    ('validation', 'natural', 'validation')
+    Examples:
+      >>> rows("validation"), rows("last"), rows("last", "validation")
+      ('validation', 'natural', 'validation')
     """
     if tuning is not None and tuning not in HELD_OUT:
         raise ValueError(f"tuning must be one of {', '.join(HELD_OUT)}, got {tuning!r}")
@@ -46,17 +47,18 @@ def choose(found: Mapping[str, Trained], selection: str, tuning: str | None = No
     """The trial with the lowest `score`.
 
     Args:
-        found: trials by name, of one method.
-        selection: one of `protocol.SELECTIONS`.
-        tuning: see `rows`.
+      found: trials by name, of one method.
+      selection: one of `protocol.SELECTIONS`.
+      tuning: see `rows`.
 
     Returns:
-        Its name.
+      Its name.
 
-    >>> import numpy as np
-    >>> def trial(kld):
-    ...     return Trained({}, {"last": {"held_out": {"natural": np.array(kld)}}})
-    >>> choose({"0.001": trial([0.3, 0.5]), "0.003": trial([0.3, 0.4])}, "last")
-    '0.003'
+    Examples:
+      >>> import numpy as np
+      >>> def trial(kld):
+      ...     return Trained({}, {"last": {"held_out": {"natural": np.array(kld)}}})
+      >>> choose({"0.001": trial([0.3, 0.5]), "0.003": trial([0.3, 0.4])}, "last")
+      '0.003'
     """
     return min(found, key=lambda name: score(found[name], selection, tuning))

@@ -54,10 +54,10 @@ def locked(folder: Path) -> Iterator[None]:
     """Make a folder, and hold it against other processes until left, or killed.
 
     Args:
-        folder: of an experiment.
+      folder: of an experiment.
 
     Raises:
-        OSError: it cannot be written, or another process holds it.
+      OSError: it cannot be written, or another process holds it.
     """
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,10 +83,10 @@ def save(
     """Write a checkpoint in place of the last one.
 
     Args:
-        folder: of one seed's checkpoints.
-        epoch: how many are done.
-        leaves: of the runs' states.
-        history: of the epochs done.
+      folder: of one seed's checkpoints.
+      epoch: how many are done.
+      leaves: of the runs' states.
+      history: of the epochs done.
     """
     with naming(folder):
         folder.mkdir(exist_ok=True)
@@ -99,10 +99,10 @@ def restore(folder: Path) -> tuple[int, list[NDArray[Any]], dict[str, NDArray[An
     """The last checkpoint.
 
     Args:
-        folder: what `save` wrote to.
+      folder: what `save` wrote to.
 
     Returns:
-        `(epoch, leaves, history)`, or None if there is no checkpoint.
+      `(epoch, leaves, history)`, or None if there is no checkpoint.
     """
     path = folder / "checkpoint.npz"
     if not path.is_file():

@@ -33,12 +33,12 @@ class Cell:
     """One method's outcome in one measure.
 
     Attributes:
-        mean: over folds and seeds.
-        deviation: standard deviation over folds and seeds.
-        rank: among the methods, 1 is best; NaN for a trivial baseline.
-        p_runs: Wilcoxon signed-rank test against the best method, paired over folds and seeds.
-            Runs of one fold share their data, so it is the optimistic one of the two.
-        p_folds: paired t-test against the best method over folds, each the mean of its seeds.
+      mean: over folds and seeds.
+      deviation: standard deviation over folds and seeds.
+      rank: among the methods, 1 is best; NaN for a trivial baseline.
+      p_runs: Wilcoxon signed-rank test against the best method, paired over folds and seeds.
+        Runs of one fold share their data, so it is the optimistic one of the two.
+      p_folds: paired t-test against the best method over folds, each the mean of its seeds.
     """
 
     mean: float
@@ -54,13 +54,13 @@ def table(
     """All methods in all measures.
 
     Args:
-        experiment: from `results.load`.
-        selected: one of `protocol.SELECTIONS`.
-        tuning: see `selection.rows`.
+      experiment: from `results.load`.
+      selected: one of `protocol.SELECTIONS`.
+      tuning: see `selection.rows`.
 
     Returns:
-        Cells by method's name and measure. The best method's p-values are 1. Trivial baselines are
-        compared with it, too.
+      Cells by method's name and measure. The best method's p-values are 1. Trivial baselines are
+      compared with it, too.
     """
     cells: dict[str, dict[str, Cell]] = {result.name: {} for result in experiment.rows}
     for measure in COLUMNS:
@@ -88,15 +88,16 @@ def compare_runs(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple
     """Two paired tests of whether two methods differ.
 
     Args:
-        left: shape (seeds, folds).
-        right: the same shape, of the same seeds and folds, or (1, folds).
+      left: shape (seeds, folds).
+      right: the same shape, of the same seeds and folds, or (1, folds).
 
     Returns:
-        `(p_runs, p_folds)`, see `Cell`; NaN where a value is not finite.
+      `(p_runs, p_folds)`, see `Cell`; NaN where a value is not finite.
 
-    >>> import numpy as np
-    >>> compare_runs(np.zeros((2, 3)), np.zeros((2, 3)))
-    (1.0, 1.0)
+    Examples:
+      >>> import numpy as np
+      >>> compare_runs(np.zeros((2, 3)), np.zeros((2, 3)))
+      (1.0, 1.0)
     """
     import scipy.stats
 
@@ -117,12 +118,12 @@ def unbeaten(experiment: Experiment, selected: str, tuning: str | None = None) -
     """Says so where no method has a lower test KLD than the best trivial baseline it could know.
 
     Args:
-        experiment: from `results.load`.
-        selected: one of `protocol.SELECTIONS`.
-        tuning: see `selection.rows`.
+      experiment: from `results.load`.
+      selected: one of `protocol.SELECTIONS`.
+      tuning: see `selection.rows`.
 
     Returns:
-        A sentence, empty where a method beats them.
+      A sentence, empty where a method beats them.
     """
     if experiment.beaten(selected, tuning):
         return ""
@@ -158,12 +159,12 @@ def markdown(experiment: Experiment, selected: str, tuning: str | None = None) -
     """A Markdown table: mean ± standard deviation, mean rank; the best in bold.
 
     Args:
-        experiment: from `results.load`.
-        selected: one of `protocol.SELECTIONS`.
-        tuning: see `selection.rows`.
+      experiment: from `results.load`.
+      selected: one of `protocol.SELECTIONS`.
+      tuning: see `selection.rows`.
 
     Returns:
-        The table. A dagger marks what differs from the best with p < 0.05 over folds and seeds.
+      The table. A dagger marks what differs from the best with p < 0.05 over folds and seeds.
     """
 
     def mark(text: str, cell: Cell) -> str:
@@ -182,12 +183,12 @@ def latex(experiment: Experiment, selected: str, tuning: str | None = None) -> s
     """The same as a LaTeX `tabular`, for the package booktabs.
 
     Args:
-        experiment: from `results.load`.
-        selected: one of `protocol.SELECTIONS`.
-        tuning: see `selection.rows`.
+      experiment: from `results.load`.
+      selected: one of `protocol.SELECTIONS`.
+      tuning: see `selection.rows`.
 
     Returns:
-        The table.
+      The table.
     """
 
     def mark(text: str, cell: Cell) -> str:
@@ -213,10 +214,10 @@ def write_csv(
     """Every run of the trials that count as one line.
 
     Args:
-        experiment: from `results.load`.
-        path: of the file.
-        selections: some of `protocol.SELECTIONS`.
-        tuning: see `selection.rows`.
+      experiment: from `results.load`.
+      path: of the file.
+      selections: some of `protocol.SELECTIONS`.
+      tuning: see `selection.rows`.
     """
     import pandas as pd
 
@@ -248,12 +249,12 @@ def summary(experiment: Experiment, selections: Sequence[str], tuning: str | Non
     """A few lines for the terminal: test KLD by method and selection, trials, p-values.
 
     Args:
-        experiment: from `results.load`.
-        selections: some of `protocol.SELECTIONS`.
-        tuning: see `selection.rows`.
+      experiment: from `results.load`.
+      selections: some of `protocol.SELECTIONS`.
+      tuning: see `selection.rows`.
 
     Returns:
-        Text.
+      Text.
     """
     width = max(len(result.label) for result in experiment.rows)
     lines = [

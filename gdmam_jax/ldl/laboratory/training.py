@@ -31,11 +31,11 @@ class Trained(NamedTuple):
     """What came of some runs.
 
     Attributes:
-        history: by name, shape (runs, epochs), but (runs, chunks) for `test_kld`, the KLD on the
-            test fold at each chunk's end.
-        results: by selection, see `protocol.SELECTIONS`: `epoch`, shape (runs,), `held_out`, KLDs
-            by `protocol.HELD_OUT`, shape (runs,), `measures` on the test fold by name, shape
-            (runs,), and `shown`, the first predictions of the test fold.
+      history: by name, shape (runs, epochs), but (runs, chunks) for `test_kld`, the KLD on the
+        test fold at each chunk's end.
+      results: by selection, see `protocol.SELECTIONS`: `epoch`, shape (runs,), `held_out`, KLDs
+        by `protocol.HELD_OUT`, shape (runs,), `measures` on the test fold by name, shape
+        (runs,), and `shown`, the first predictions of the test fold.
     """
 
     history: dict[str, NDArray[Any]]
@@ -59,17 +59,17 @@ def train(
     jax.default_matmul_precision(...)`; those by `jax.config.update` they do.
 
     Args:
-        program: from `build`.
-        seed: of the runs.
-        learning_rate: of the runs.
-        configuration: the same as `build`'s.
-        setting: of the method, see `methods.Method`.
-        folder: for checkpoints, after every quarter of the epochs; None keeps none.
-        checkpoint_seconds: most time between two checkpoints, up to a chunk.
-        progress: told the number of epochs done after every chunk, and at a checkpoint restored.
+      program: from `build`.
+      seed: of the runs.
+      learning_rate: of the runs.
+      configuration: the same as `build`'s.
+      setting: of the method, see `methods.Method`.
+      folder: for checkpoints, after every quarter of the epochs; None keeps none.
+      checkpoint_seconds: most time between two checkpoints, up to a chunk.
+      progress: told the number of epochs done after every chunk, and at a checkpoint restored.
 
     Returns:
-        A `Trained` of as many runs as there are folds.
+      A `Trained` of as many runs as there are folds.
     """
     program.prepare(min(configuration.chunk, configuration.epochs))
     runs = [run_of(fold, seed, learning_rate, setting) for fold in range(configuration.folds)]
