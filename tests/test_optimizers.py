@@ -123,6 +123,14 @@ def test_the_preference_can_be_injected_and_scheduled():
         np.testing.assert_allclose(update, [1, preference], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("b2", "weights"), [(0.9, [0.5, 0.2]), (None, [1.75, 0.7])])
+def test_the_default_weights_are_unit_with_a_second_moment_and_config_without(b2, weights):
+    optimizer = gdmam.scale_by_gdmam(b2=b2)
+    pair = gdmam.GradientPair(jnp.array([2.0, 0.0]), jnp.array([0.0, 5.0]))
+    _, state = optimizer.update(pair, optimizer.init(jnp.zeros(2)))
+    np.testing.assert_allclose(state.allocation.weights, weights, rtol=1e-6)
+
+
 @pytest.mark.parametrize("preference", [-0.5, [1.0, -1.0]])
 def test_a_negative_preference_is_refused(preference):
     with pytest.raises(ValueError, match="preference"):
