@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = "gdmam_jax"
 DEVELOPMENT = (".ci/", ".github/", ".pre-commit-config.yaml")
-"""What is tracked and belongs in no sdist."""
+"""What is tracked and belongs in no sdist, beside links."""
 EVERYTHING = ("tests", "README.md", "docs")
 """All tests but those in the source itself."""
 
@@ -33,11 +33,11 @@ def tracked() -> set[str]:
 
 
 def copy(files: set[str], folder: Path) -> None:
-    """Copies tracked files, with new times of change."""
+    """Copies tracked files and links, with new times of change."""
     for name in files:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, target)
+        shutil.copyfile(ROOT / name, target, follow_symlinks=False)
 
 
 def build(files: set[str]) -> Path:
@@ -79,7 +79,12 @@ def check_contents(folder: Path, files: set[str]) -> None:
     same(
         "sdist",
         held,
-        {name for name in files if not name.startswith(DEVELOPMENT)} | {"PKG-INFO"},
+        {
+            name
+            for name in files
+            if not name.startswith(DEVELOPMENT) and not (ROOT / name).is_symlink()
+        }
+        | {"PKG-INFO"},
     )
 
 
