@@ -19,10 +19,6 @@ DOCS = Path(__file__).parent
 PHYSICS = (
     "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config", "gdmam",
 )  # fmt: skip
-CHOICES = (
-    "gdmam", "gdmam open", "gdmam conflict", "gdmam relative", "gdmam balanced", "gdmam pcgrad",
-    "gdmam described", "gdmam data first",
-)  # fmt: skip
 FAILED = 0.5
 """Relative error from which a run of `benchmarks.physics` counts as failed."""
 ODD, EVEN = slice(0, None, 2), slice(1, None, 2)
@@ -151,6 +147,16 @@ def _differs(run: dict[str, str]) -> bool:
     return float(run["p against rda"]) < 0.05
 
 
+def defaults_table(*columns: str) -> str:
+    """What each candidate for the default came to, best first."""
+    rows = json.loads((DOCS / "figures" / "defaults.json").read_text())["rows"]
+    lines = [f"| candidate | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for each in rows:
+        cells = [f"{each[column]:.2g}" for column in columns]
+        lines.append(f"| {each['candidate']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def docstrings() -> dict[str, str]:
     """The first paragraph of every docstring in the package's private modules, by name."""
     found = {}
@@ -176,5 +182,12 @@ def group(*names: str) -> str:
 
 def define_env(env: Any) -> None:
     """Gives the pages the functions above."""
-    for function in (figure, group, label_distributions_table, measured, physics_table):
+    for function in (
+        defaults_table,
+        figure,
+        group,
+        label_distributions_table,
+        measured,
+        physics_table,
+    ):
         env.macro(function)
