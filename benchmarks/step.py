@@ -193,15 +193,22 @@ def whole(
     ways = {"PyTorch": in_torch, "JAX, compiles": in_jax, "JAX, has compiled": in_jax}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     klds: dict[str, list[ArrayLike]] = {way: [] for way in ways}
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    for seed in tracked("experiments", range(rounds)):
-        with tempfile.TemporaryDirectory() as cache:
-            jax.config.update("jax_compilation_cache_dir", cache)
-            compilation_cache.reset_cache()
-            for way, run in ways.items():
-                start = time.perf_counter()
-                klds[way].append(run(seed))
-                seconds[way].append(time.perf_counter() - start)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for seed in tracked("experiments", range(rounds)):
+            with tempfile.TemporaryDirectory() as cache:
+                for name, value in zip(names, (cache, 0.0), strict=True):
+                    jax.config.update(name, value)
+                compilation_cache.reset_cache()
+                for way, run in ways.items():
+                    start = time.perf_counter()
+                    klds[way].append(run(seed))
+                    seconds[way].append(time.perf_counter() - start)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
     rows = []
     for way in ways:
         quotients = np.divide(seconds["PyTorch"], seconds[way])
