@@ -275,7 +275,7 @@ def scale_by_gdmam(
             second_correction = decay * state.second_moment_correction + (1 - decay)
             root = jnp.sqrt(second_correction)
             second = (decay, root, root * jnp.asarray(eps, root.dtype))
-        per_scope = (share, factors)
+        per_scope = (share, share[..., None] * factors, jnp.sum(factors, axis=-2))
         small = {
             "count": optax.safe_increment(state.count),
             "allocation": allocation,
@@ -347,7 +347,7 @@ def _is_floating(dtype: Any) -> bool:
 @partial(jax.jit, static_argnames="dtype")
 def _leaf_step(
     gradients: list[Any],
-    scalars: tuple[jax.Array, jax.Array],
+    scalars: tuple[jax.Array, jax.Array, jax.Array],
     momenta: tuple[jax.Array, ...],
     second: jax.Array | None,
     largest: jax.Array | None,
@@ -358,26 +358,31 @@ def _leaf_step(
 ) -> tuple[Any, ...]:
     """A leaf's update and its new buffers.
 
-    ``scalars`` are the newest components' shares of the momenta, ``(M,)``, and the components'
-    factors of the gradients, ``(M, K)``; ``second_scalars`` are b2, the root of its correction, and
-    that times eps; ``apply`` says whether the step is taken, None that it is.
+    ``scalars`` are the newest components' shares of the momenta, ``(M,)``, these times the
+    components' factors of the gradients, ``(M, K)``, and the factors of the components' sum,
+    ``(K,)``; ``second_scalars`` are b2, the root of its correction, and that times eps; ``apply``
+    says whether the step is taken, None that it is.
     """
     precision = wide_dtype(*gradients, *momenta, *(() if second is None else [second]))
     wide = [jnp.asarray(gradient).astype(precision) for gradient in gradients]
     if apply is not None:
         wide = [jnp.where(apply, gradient, 0) for gradient in wide]
-    share, factors = (scalar.astype(precision) for scalar in scalars)
-    terms = [[weight * each for weight, each in zip(row, wide, strict=True)] for row in factors]
-    components = [sum(row[1:], row[0]) for row in terms]
-    total = sum(components[1:], components[0])
+    share, share_of, factors = (scalar.astype(precision) for scalar in scalars)
+
+    def combined(weights: jax.Array) -> jax.Array:
+        total = weights[0] * wide[0]
+        for number in range(1, len(wide)):
+            total = total + weights[number] * wide[number]
+        return total
+
     new = [
-        (1 - own) * old.astype(precision) + own * component
-        for own, old, component in zip(share, momenta, components, strict=True)
+        (1 - share[m]) * old.astype(precision) + combined(share_of[m])
+        for m, old in enumerate(momenta)
     ]
     direction = sum(new[1:], new[0])
     if second is not None and second_scalars is not None:
         b2, root, root_eps = (scalar.astype(precision) for scalar in second_scalars)
-        second = (b2 * second + (1 - b2) * total**2).astype(second.dtype)
+        second = (b2 * second + (1 - b2) * combined(factors) ** 2).astype(second.dtype)
         largest = None if largest is None else jnp.maximum(largest, second)
         # u / (sqrt(v) / root + eps), with one division an element.
         denominator = floored_sqrt(second if largest is None else largest) + root_eps

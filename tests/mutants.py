@@ -114,7 +114,7 @@ MUTANTS = (
     ),
     Mutant(
         "the second moment follows the momentum", "_transform",
-        "total**2", "new[0] ** 2", "tests/parity/test_variants.py -k 0.99",
+        "combined(factors) ** 2", "new[0] ** 2", "tests/parity/test_variants.py -k 0.99",
     ),
     Mutant(
         "AMSGrad forgets its maximum", "_transform",
