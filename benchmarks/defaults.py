@@ -65,17 +65,17 @@ def benchmark(
         found[name] = distributions(folder / Path(name).stem, name, epochs, data_folder)
         for candidate, runs in found[name].items():
             failed[candidate] += np.sum(~np.isfinite(runs))
-    beside = {name: solved(*each) for name, each in SOLVED.items()}
+    beside = {problem: solved(*each) for problem, each in SOLVED.items()}
+    medians = {
+        problem: {name: float(np.median(runs[name])) for name in OURS}
+        for problem, runs in (found | beside).items()
+    }
     rows = []
     for name in OURS:
-        medians = {problem: float(np.median(runs[name])) for problem, runs in found.items()}
-        ratio = max(
-            median / min(np.median(runs) for runs in found[problem].values())
-            for problem, median in medians.items()
-        )
-        judged = {"failed": int(failed[name]), "worst ratio": float(ratio)}
-        last = {problem: float(np.median(runs[name])) for problem, runs in beside.items()}
-        rows.append({"candidate": name} | medians | judged | last)
+        row = {"candidate": name} | {problem: medians[problem][name] for problem in found}
+        ratios = [row[problem] / min(medians[problem].values()) for problem in found]
+        row |= {"failed": int(failed[name]), "worst ratio": max(ratios)}
+        rows.append(row | {problem: medians[problem][name] for problem in beside})
     return sorted(rows, key=lambda row: (row["failed"], row["worst ratio"]))
 
 
@@ -119,7 +119,7 @@ def solved(noise: float, falling: bool, steps: int = 2000, width: int = 20) -> d
         name: gdmam.gdmam(rate, weight_decay=0.0, **choices) for name, choices in OURS.items()
     }
 
-    def run(seed: jax.Array, optimizer: optax.GradientTransformation) -> jax.Array:
+    def distance(seed: jax.Array, optimizer: optax.GradientTransformation) -> jax.Array:
         first, second = jax.random.split(jax.random.key(seed))
         solution = jax.random.normal(first, (width,))
         scale = noise * 2 * jnp.linalg.norm(solution) / jnp.sqrt(width)
@@ -141,6 +141,6 @@ def solved(noise: float, falling: bool, steps: int = 2000, width: int = 20) -> d
         return jnp.linalg.norm(weights - solution) / jnp.linalg.norm(solution)
 
     return {
-        name: np.asarray(jax.vmap(functools.partial(run, optimizer=each))(jnp.arange(SEEDS)))
+        name: np.asarray(jax.vmap(functools.partial(distance, optimizer=each))(jnp.arange(SEEDS)))
         for name, each in optimizers.items()
     }

@@ -47,12 +47,12 @@ def _computations(program: str) -> dict[str, list[tuple[str, str, str, str]]]:
 
 def _sliced(computation: list[tuple[str, str, str, str]]) -> dict[int, int]:
     """Bytes of the slices of each parameter that nothing but slices read, by its number."""
-    parameters = {name: name for name, _, operation, _ in computation if operation == "parameter"}
     numbers = {
         name: int(rest.split(")")[0])
         for name, _, operation, rest in computation
         if operation == "parameter"
     }
+    parameters = {name: name for name in numbers}  # and what is a bitcast of which
     slices, whole = dict.fromkeys(numbers, 0), set()
     for name, result, operation, rest in computation:
         for operand in _operands(rest):

@@ -25,10 +25,14 @@ ODD, EVEN = slice(0, None, 2), slice(1, None, 2)
 """Halves of the sets of label distributions."""
 
 
+def read(file: str) -> dict[str, Any]:
+    """What a benchmark wrote to ``docs/figures/FILE.json``: rows, and how they were measured."""
+    return json.loads((DOCS / "figures" / f"{file}.json").read_text())
+
+
 def row(file: str, **where: Any) -> dict[str, Any]:
     """The one row of ``docs/figures/FILE.json`` whose values are those of ``where``."""
-    rows = json.loads((DOCS / "figures" / f"{file}.json").read_text())["rows"]
-    found = [each for each in rows if where.items() <= each.items()]
+    found = [each for each in read(file)["rows"] if where.items() <= each.items()]
     if len(found) != 1:
         raise ValueError(f"expected one row of {file}.json with {where}, found {len(found)}")
     return found[0]
@@ -50,7 +54,7 @@ def _with_range(middle: str, low: str, high: str) -> str:
 
 def measured(file: str) -> str:
     """What a file's figures were measured by and on: command, processor, versions."""
-    about = json.loads((DOCS / "figures" / f"{file}.json").read_text())
+    about = read(file)
     command = about["command"].split(" --output")[0]
     cores = "one core" if about["processors"] == 1 else f"{about['processors']} cores"
     return (
@@ -149,10 +153,9 @@ def _differs(run: dict[str, str]) -> bool:
 
 def defaults_table(*columns: str) -> str:
     """What each candidate for the default came to, best first."""
-    rows = json.loads((DOCS / "figures" / "defaults.json").read_text())["rows"]
     lines = [f"| candidate | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
-    for each in rows:
-        cells = [f"{each[column]:.2g}" for column in columns]
+    for each in read("defaults")["rows"]:
+        cells = [f"{each[column]:.3g}" for column in columns]
         lines.append(f"| {each['candidate']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
