@@ -129,7 +129,8 @@ def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
 
     and all of it where the gradients agree. To first order, and before a second moment rescales
     the elements, a step then is against neither loss, as long as $k \le r$: an alignment gradient
-    that is weaker than that is let through whole, and outvoted.
+    that is weaker than that is let through whole, and outvoted. Several alignment losses are gated
+    one by one: together they may be against a loss, also the prediction loss.
 
     Args:
       cosine: of the angle between the two gradients, shape ``(...)``.

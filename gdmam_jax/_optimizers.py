@@ -153,8 +153,8 @@ def summed(
 ) -> optax.GradientTransformationExtraArgs:
     """An ordinary optimizer on pairs, through the weighted sum of the gradients.
 
-    The baseline in the same training loop, and what parameters that GDMAM should leave alone get
-    inside `optax.partition`. It is `weighed` with constant weights, which need no inner products
+    The baseline in the same training loop. Inside `optax.partition` it serves the parameters that
+    GDMAM should leave alone. It is `weighed` with constant weights, which need no inner products
     and no state.
 
     Args:

@@ -103,7 +103,7 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
       The weights, shape ``(..., K)``.
 
     Raises:
-      ValueError: a preference is negative.
+      ValueError: a preference is negative, or there are not as many as alignment losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -113,19 +113,34 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
       >>> unit_weighting(preference=0.5)(gramian, jnp.array([4.0, 0.5])).tolist()
       [0.25, 0.5]
     """
+    scale = jnp.maximum(_geometry.norms(gramian), norms)
+    return divide(jnp.broadcast_to(_preferences(preference, scale), scale.shape), scale)
+
+
+def _preferences(preference: Any, like: jax.Array) -> jax.Array:
+    """How much each task counts, shape ``(K,)``: the prediction 1, the others as wanted."""
     several = isinstance(preference, Sequence) or getattr(preference, "ndim", 0) == 1
     for each in preference if several else [preference]:
         check_range("preference", each)
-    scale = jnp.maximum(_geometry.norms(gramian), norms)
-    wanted = jnp.asarray(preference, scale.dtype)
-    if wanted.shape not in ((), (scale.shape[-1] - 1,)):
+    others, wanted = like.shape[-1] - 1, jnp.asarray(preference, like.dtype)
+    if wanted.shape not in ((), (others,)):
         raise ValueError(
-            f"preference must be a number or {scale.shape[-1] - 1} of them, one for each alignment "
-            f"loss, got shape {wanted.shape}"
+            f"preference must be a number or {others} of them, one for each alignment loss, got "
+            f"shape {wanted.shape}"
         )
-    wanted = jnp.broadcast_to(wanted, (scale.shape[-1] - 1,))
-    wanted = jnp.append(jnp.ones_like(wanted[:1]), wanted)
-    return divide(jnp.broadcast_to(wanted, scale.shape), scale)
+    wanted = jnp.broadcast_to(wanted, (others,))
+    return jnp.append(jnp.ones_like(wanted[:1]), wanted)
+
+
+def _shares(preference: Any, gramian: jax.Array) -> jax.Array:
+    """The preferences, adding up to 1."""
+    wanted = _preferences(preference, gramian)
+    return wanted / jnp.sum(wanted)
+
+
+def _equal_pair(preference: Any, gramian: jax.Array) -> bool:
+    """Whether there are two tasks that count the same, for which there are closed forms."""
+    return gramian.shape[-1] == 2 and isinstance(preference, int | float) and preference == 1
 
 
 def constant_weighting(*weights: Any) -> Weighting:
@@ -412,7 +427,7 @@ def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
 
 @_with_settings
 def aligned_mtl_weighting(
-    gramian: jax.Array, norms: jax.Array, *, preference: Any = None
+    gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0
 ) -> jax.Array:
     r"""Aligned-MTL: the gradients made orthogonal, all as long as the least principal one.
 
@@ -422,10 +437,14 @@ def aligned_mtl_weighting(
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      preference: $p$, shape ``(K,)``. None: 1 / K each.
+      preference: how much an alignment task counts against the prediction, as in
+        `unit_weighting`; $p$ are these numbers, divided by their sum.
 
     Returns:
       The weights, shape ``(..., K)``.
+
+    Raises:
+      ValueError: a preference is negative, or there are not as many as alignment losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -438,7 +457,7 @@ def aligned_mtl_weighting(
     """
     del norms
     count, dtype = gramian.shape[-1], gramian.dtype
-    wanted = jnp.full(count, 1 / count, dtype) if preference is None else preference
+    wanted = _shares(preference, gramian)
     fixed = jax.lax.stop_gradient(gramian)
     values, vectors = jnp.linalg.eigh(fixed)
     kept = values > values[..., -1:] * count * float(jnp.finfo(dtype).eps)
@@ -454,7 +473,7 @@ def aligned_mtl_weighting(
     first = jnp.argmax(kept, axis=-1)[..., None]
     moved = jnp.diagonal(turned, axis1=-2, axis2=-1)
     scale = safe_sqrt(least + jnp.take_along_axis(moved, first, axis=-1))
-    along = root @ (jnp.swapaxes(vectors, -1, -2) @ jnp.asarray(wanted, dtype))[..., None]
+    along = root @ (jnp.swapaxes(vectors, -1, -2) @ wanted)[..., None]
     return scale * (vectors @ along)[..., 0]
 
 
@@ -470,7 +489,7 @@ def _projected(wanted: jax.Array, gramian: jax.Array) -> jax.Array:
 
 @_with_settings
 def dual_proj_weighting(
-    gramian: jax.Array, norms: jax.Array, *, preference: Any = None
+    gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0
 ) -> jax.Array:
     r"""DualProj: the mean gradient, moved as little as makes it conflict with no gradient.
 
@@ -480,10 +499,14 @@ def dual_proj_weighting(
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      preference: $p$, shape ``(K,)``. None: 1 / K each.
+      preference: how much an alignment task counts against the prediction, as in
+        `unit_weighting`; $p$ are these numbers, divided by their sum.
 
     Returns:
       The weights, shape ``(..., K)``.
+
+    Raises:
+      ValueError: a preference is negative, or there are not as many as alignment losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -496,14 +519,11 @@ def dual_proj_weighting(
       as in Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
     del norms
-    count = gramian.shape[-1]
-    wanted = jnp.full(count, 1 / count, gramian.dtype)
-    wanted = wanted if preference is None else jnp.asarray(preference, gramian.dtype)
-    return _over_scopes(functools.partial(_projected, wanted), gramian)
+    return _over_scopes(functools.partial(_projected, _shares(preference, gramian)), gramian)
 
 
 @_with_settings
-def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = None) -> jax.Array:
+def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0) -> jax.Array:
     r"""UPGrad: each gradient is made to conflict with none; then their mean.
 
     $w = \sum_k p_k \operatorname{argmin}_{v \ge e_k} v^T G v$. The result is against no
@@ -512,10 +532,14 @@ def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      preference: $p$, shape ``(K,)``. None: 1 / K each.
+      preference: how much an alignment task counts against the prediction, as in
+        `unit_weighting`; $p$ are these numbers, divided by their sum.
 
     Returns:
       The weights, shape ``(..., K)``.
+
+    Raises:
+      ValueError: a preference is negative, or there are not as many as alignment losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -526,21 +550,19 @@ def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     References:
       Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
-    if gramian.shape[-1] == 2 and preference is None:
+    if _equal_pair(preference, gramian):
         return pcgrad_weighting(gramian, norms) / 2
-    count = gramian.shape[-1]
-    wanted = jnp.full(count, 1 / count, gramian.dtype)
-    wanted = wanted if preference is None else jnp.asarray(preference, gramian.dtype)
+    wanted = _shares(preference, gramian)
 
     def weights(gramian: jax.Array) -> jax.Array:
-        unit = jnp.eye(count, dtype=gramian.dtype)
+        unit = jnp.eye(wanted.size, dtype=gramian.dtype)
         return wanted @ jax.vmap(_projected, (0, None))(unit, gramian)
 
     return _over_scopes(weights, gramian)
 
 
 @_with_settings
-def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = None) -> jax.Array:
+def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0) -> jax.Array:
     r"""ConFIG: equal projections on all unit gradients, as long as the sum of the gradients' own.
 
     With unit gradients $u_k = g_k / n_k$ and their inner products $C$, the direction is
@@ -552,10 +574,14 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      preference: the wanted projections on the unit gradients, shape ``(K,)``. None: equal ones.
+      preference: how much an alignment task counts against the prediction, as in
+        `unit_weighting`: the ratios of the projections on the unit gradients.
 
     Returns:
       The weights, shape ``(..., K)``.
+
+    Raises:
+      ValueError: a preference is negative, or there are not as many as alignment losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -569,11 +595,11 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     del norms
     lengths = _geometry.norms(gramian)
     active = (lengths > 0).astype(lengths.dtype)
-    if gramian.shape[-1] == 2 and preference is None:
+    if _equal_pair(preference, gramian):
         total = jnp.sum(lengths, axis=-1, keepdims=True)
         return divide(divide(total, jnp.sum(active, axis=-1, keepdims=True)), lengths)
     _, inverses, between = cosines(gramian)
-    wanted = active if preference is None else active * jnp.asarray(preference, active.dtype)
+    wanted = active * _preferences(preference, gramian)
     combined = jnp.einsum("...ij,...j->...i", jnp.linalg.pinv(between, hermitian=True), wanted)
     projections = jnp.einsum("...ij,...j->...i", between, combined)
     square = jnp.sum(combined * projections, axis=-1, keepdims=True)

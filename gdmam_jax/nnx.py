@@ -19,17 +19,18 @@ def value_and_paired_grad(
     has_aux: bool = False,
     wrt: filterlib.Filter = nnx.Param,
 ) -> Callable[..., tuple[Any, Any]]:
-    """Values and paired gradients of two losses of NNX modules, from one forward pass.
+    """Values and paired gradients of losses of NNX modules, from one forward pass.
 
     As `gdmam_jax.value_and_paired_grad`, with the reference semantics of `flax.nnx.value_and_grad`:
     whatever the loss function changes in a module, an `flax.nnx.Rngs` or a metric that it is given,
     in whichever argument, is changed afterwards as by one ordinary forward pass. Random streams and
-    batch statistics advance once, though there are two gradients.
+    batch statistics advance once, though there are several gradients.
 
     Args:
       loss_fn: a function of modules and other arguments that returns
-        ``(prediction_loss, alignment_loss)``, two floating-point scalars, or
-        ``((prediction_loss, alignment_loss), aux)`` with ``has_aux=True``.
+        ``(prediction_loss, alignment_loss)``, or ``((prediction_loss, alignment_loss), aux)`` with
+        ``has_aux=True``. Each loss is a floating-point scalar; ``alignment_loss`` may be a tuple or
+        dictionary of them.
       argnums: which positional argument, or arguments, to differentiate with respect to: modules,
         or other objects that hold NNX variables.
       has_aux: whether ``loss_fn`` returns auxiliary data beside the losses.
@@ -43,7 +44,7 @@ def value_and_paired_grad(
       ``flax.nnx.Optimizer.update(model, pairs)`` takes it; for several ``argnums`` a tuple of them.
 
     Raises:
-      TypeError: ``loss_fn`` does not return two floating-point scalars, an argument to
+      TypeError: ``loss_fn`` does not return floating-point scalars, an argument to
         differentiate holds no variable that ``wrt`` chooses, or a chosen variable is not a
         floating-point array. Raised while tracing.
 

@@ -49,8 +49,37 @@ def test_preferences_are_one_for_each_alignment_task():
     found = gdmam.unit_weighting(preference=(0.5, 3.0))(gramian, means)
     np.testing.assert_allclose(found, [1, 0.25, 0.75])
     np.testing.assert_allclose(gdmam.unit_weighting()(gramian, means), [1, 0.5, 0.25])
-    with pytest.raises(ValueError, match="preference must be a number or 2 of them"):
-        gdmam.unit_weighting(gramian, means, preference=(1.0, 1.0, 1.0))
+
+
+PREFERRING = (
+    gdmam.unit_weighting,
+    gdmam.config_weighting,
+    gdmam.aligned_mtl_weighting,
+    gdmam.upgrad_weighting,
+    gdmam.dual_proj_weighting,
+)
+
+
+def _preferred(weighting, gramian, means, preference):
+    return weighting(gramian, means, preference=preference)
+
+
+@pytest.mark.parametrize("weighting", PREFERRING)
+def test_a_preference_is_of_the_alignment_losses_and_1_changes_nothing(weighting, x64):
+    for count in (2, 3):
+        gramian = gramian_of(np.random.default_rng(count).normal(size=(count, 6)))
+        means = jnp.ones(count)
+        preferred = jax.jit(functools.partial(_preferred, weighting))
+        even = preferred(gramian, means, jnp.ones(count - 1))
+        np.testing.assert_allclose(even, weighting(gramian, means), rtol=1e-9)
+        # Orthogonal gradients, as long as each other, are weighed as wanted.
+        for wanted in (0.3, 3.0):
+            w = preferred(jnp.eye(count), means, jnp.full(count - 1, wanted))
+            np.testing.assert_allclose(w[1:] / w[0], wanted, rtol=1e-7)
+        with pytest.raises(ValueError, match=f"preference must be a number or {count - 1} of them"):
+            weighting(gramian, means, preference=(1.0,) * count)
+        with pytest.raises(ValueError, match="preference"):
+            weighting(gramian, means, preference=-1.0)
 
 
 def test_pcgrads_key_draws_the_order_and_of_two_there_is_one():
@@ -70,7 +99,7 @@ def test_config_has_the_wanted_projections_and_its_length(count, preferred, x64)
     random = np.random.default_rng(count)
     g = random.normal(size=(count, 8)) * 10.0 ** random.uniform(-2, 2, size=(count, 1))
     wanted = random.uniform(0.5, 2, size=count) if preferred else np.ones(count)
-    w = gdmam.config_weighting(gramian_of(g), None, preference=wanted if preferred else None)
+    w = gdmam.config_weighting(gramian_of(g), None, preference=wanted[1:] / wanted[0])
     direction = np.asarray(w) @ g
     units = g / np.linalg.norm(g, axis=1, keepdims=True)
     projections = units @ direction
@@ -82,7 +111,7 @@ def test_config_has_the_wanted_projections_and_its_length(count, preferred, x64)
 def test_config_of_two_in_closed_form_is_the_general_one(x64):
     g = np.random.default_rng(3).normal(size=(2, 5))
     closed = gdmam.config_weighting(gramian_of(g), None)
-    general = gdmam.config_weighting(gramian_of(g), None, preference=jnp.ones(2))
+    general = gdmam.config_weighting(gramian_of(g), None, preference=jnp.ones(1))
     np.testing.assert_allclose(closed, general, rtol=1e-10)
 
 

@@ -26,9 +26,7 @@ def weighed(weighting: gdmam.Weighting) -> Method:
 
 
 def ours(**choices: Any) -> Method:
-    return lambda rate, losses: gdmam.gdmam(
-        rate, weight_decay=0.0, alignment_losses=losses, **choices
-    )
+    return lambda rate, losses: gdmam.gdmam(rate, alignment_losses=losses, **choices)
 
 
 OURS: dict[str, dict[str, Any]] = {

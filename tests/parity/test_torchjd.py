@@ -76,6 +76,25 @@ def test_closed_forms(name, kind):
     assert max(deviation(name, kind, count) for count in COUNTS) < 1e-10
 
 
+PREFERRING = {
+    "Aligned-MTL": torchjd.AlignedMTL,
+    "ConFIG": torchjd.ConFIG,
+    "UPGrad": functools.partial(torchjd.UPGrad, projector=EXACT),
+    "DualProj": functools.partial(torchjd.DualProj, projector=EXACT),
+}
+
+
+@pytest.mark.parametrize("name", PREFERRING)
+def test_preferences_are_theirs_over_the_predictions(name, x64):
+    for count in (2, 5):
+        rows = jacobian("conflicting", count)
+        wanted = np.random.default_rng(count).uniform(0.5, 2, size=count)
+        aggregator = PREFERRING[name](pref_vector=torch.tensor(wanted / wanted.sum()))
+        weighting = (CLOSED | PROJECTED)[name][0]
+        found = ours(weighting, rows, preference=tuple(wanted[1:] / wanted[0]))
+        np.testing.assert_allclose(found, theirs(aggregator, rows), rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", KINDS[:3])
 @pytest.mark.parametrize("name", PROJECTED)
 def test_projections_on_the_dual_cone(name, kind):
