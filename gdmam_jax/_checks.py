@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def _is_traced(value: Any) -> bool:
@@ -48,6 +49,12 @@ def check_range(
         raise ValueError(f"{name} must lie in {left}{minimum}, {maximum}{right}, got {value}")
 
 
+def check_learning_rate(value: Any) -> None:
+    """Raise an error unless ``value`` is a finite number or a schedule; None would be ascent."""
+    if not callable(value):
+        check_range("learning_rate", value, -float("inf"), above_minimum=True)
+
+
 def is_numeric(value: Any) -> bool:
     """Whether ``value`` is an array or a plain real number."""
     return isinstance(value, int | float) or hasattr(value, "shape")
@@ -62,10 +69,13 @@ def check_state(state: Any, kind: type) -> None:
         )
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raise a ``TypeError`` unless ``optimizer`` is an Optax transformation."""
+def with_extra_args(optimizer: Any) -> Any:
+    """The Optax transformation with extra arguments; a ``TypeError`` where it is none."""
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"expected an Optax optimizer, got {optimizer!r}")
+    # optax.MultiSteps is no GradientTransformation, and takes them.
+    plain = isinstance(optimizer, optax.GradientTransformation)
+    return optax.with_extra_args_support(optimizer) if plain else optimizer
 
 
 def check_function(name: str, value: Any, advice: str = "") -> None:
@@ -78,6 +88,7 @@ def check_losses(losses: Any) -> None:
     """Raise a ``ValueError`` unless ``losses`` can be an ``alignment_losses`` argument."""
     number = losses is None or (isinstance(losses, int) and losses >= 1)
     names = isinstance(losses, tuple | list) and 0 < len(losses) == len({*losses})
+    names = names and len({*map(type, losses)}) == 1  # to be sorted
     if not (number or names):
         raise ValueError(
             "alignment_losses must be a number of losses, at least 1, or a sequence of their "

@@ -15,7 +15,7 @@ from gdmam_jax._allocation import (
     constant_momentum,
     open_gate,
 )
-from gdmam_jax._checks import check_optimizer, check_range, check_state
+from gdmam_jax._checks import check_learning_rate, check_range, check_state, with_extra_args
 from gdmam_jax._numerics import narrow, pytree_dataclass, widen
 from gdmam_jax._pairs import GradientPair, begin_update, check_floating, halves
 from gdmam_jax._scopes import Scope, Scopes
@@ -74,7 +74,8 @@ def gdmam(
         it, or a function of the parameters that returns one. None: all.
       momentum_dtype: see `scale_by_gdmam`.
       not_finite: see `scale_by_gdmam`; ``"skip"`` leaves out weight decay and the schedule's step,
-        too, so that parameters stay bit for bit.
+        too, so that parameters stay bit for bit. A schedule that `optax.inject_hyperparams`
+        injects goes on.
       max_skips: see `scale_by_gdmam`.
       axis_name: see `scale_by_gdmam`.
 
@@ -83,7 +84,8 @@ def gdmam(
 
     Raises:
       ValueError: a number is out of range.
-      TypeError: while tracing, an update that is not a `GradientPair`.
+      TypeError: the learning rate is no number or function, or the mask one boolean. While tracing:
+        an update that is not a `GradientPair`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -104,6 +106,12 @@ def gdmam(
       True
     """
     check_range("weight_decay", weight_decay)
+    check_learning_rate(learning_rate)
+    if isinstance(mask, bool | jax.Array):
+        raise TypeError(
+            f"mask must be a tree of booleans or a function, got {mask!r}; "
+            "optax.inject_hyperparams takes functions for schedules: give it static_args=('mask',)"
+        )
     chain = optax.chain(
         scale_by_gdmam(
             weighting=weighting,
@@ -179,10 +187,9 @@ def summed(
       >>> float(updates)
       -3.0
     """
-    check_optimizer(optimizer)
+    inner = with_extra_args(optimizer)
     check_range("prediction_weight", prediction_weight)
     check_range("alignment_weight", alignment_weight)
-    inner = optax.with_extra_args_support(optimizer)
 
     def update(
         updates: optax.Updates,
@@ -260,7 +267,7 @@ def weighed(
       >>> updates.tolist()
       [-0.5, -1.5]
     """
-    check_optimizer(optimizer)
+    inner = with_extra_args(optimizer)
     allocator = Allocator(
         weighting=weighting,
         gate=open_gate,
@@ -270,7 +277,6 @@ def weighed(
         statistics_decay=statistics_decay,
         axis_name=axis_name,
     )
-    inner = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> WeighedState:
         return WeighedState(allocation=allocator.init(params), inner=inner.init(params))

@@ -1,5 +1,6 @@
 """Paired gradients: where a prediction and an alignment gradient meet."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -225,13 +226,17 @@ def begin_update(
 
 
 def _check_losses_of(alignment: Any, losses: int | tuple[str, ...]) -> None:
-    count = len(jax.tree.leaves(alignment))
-    names = None if isinstance(losses, int) else sorted(losses)
-    found = sorted(alignment) if isinstance(alignment, dict) else count
-    if count != losses if names is None else found != names:
+    found: Any = jax.tree.structure(alignment)
+    if isinstance(losses, int):
+        fits, holds = found.num_leaves == losses, f"{found.num_leaves}"
+    else:
+        # Not an OrderedDict, which keeps another order.
+        fits, holds = found == jax.tree.structure(dict.fromkeys(losses, 0)), f"{found}"
+    if not fits:
         raise ValueError(
-            f"the optimizer was made for alignment_losses={losses!r}, but the pairs hold "
-            f"{found}; give alignment_losses the number of alignment losses, or their names"
+            f"the optimizer was made for alignment_losses={losses!r}, but the pairs hold {holds}; "
+            "give alignment_losses the number of alignment losses, or the names in the plain "
+            "dictionary that they come in"
         )
 
 
@@ -363,6 +368,7 @@ def value_and_paired_grad(
     check_function("loss_fn", loss_fn)
     check_argnums(argnums)
 
+    @functools.wraps(loss_fn, updated=())  # jax.jit's static_argnames looks at the signature
     def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         positions = argument_positions(argnums, len(args))
         for position in positions:

@@ -71,6 +71,7 @@ def minimise(
     x, dual, price = jax.lax.scan(newton, initial, length=ITERATIONS)[0]
     # At the solution another step changes nothing, but it carries the solution's derivative.
     change, _ = towards(x, dual, price, x * dual)
+    change = jnp.where(jnp.isfinite(change), change, 0)
     return x + (change - jax.lax.stop_gradient(change))
 
 

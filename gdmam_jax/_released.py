@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gdmam_jax._allocation import Allocation, Allocator, cosine_gate, open_gate, ratcheted_momentum
-from gdmam_jax._checks import check_range, check_state
+from gdmam_jax._checks import check_learning_rate, check_range, check_state
 from gdmam_jax._numerics import (
     EPS,
     floored_sqrt,
@@ -211,6 +211,7 @@ def gdmam_released(
     References:
       The behaviour of the released GDMAM code, observed by running it.
     """
+    check_learning_rate(learning_rate)
     check_range("weight_decay", weight_decay)
     check_range("bias_weight_decay", bias_weight_decay)
     return optax.chain(

@@ -138,7 +138,8 @@ def scale_by_gdmam(
       amsgrad: divide by the largest second moment so far instead of the current one.
       momentum_dtype: dtype of the momenta; None: that of the parameters. Second moment and
         statistics are float32 or better in any case.
-      not_finite: what becomes of a step in which an inner product of the gradients is not finite.
+      not_finite: what becomes of a step in which an inner product of the gradients, or a number
+        that is made of them, is not finite.
         ``"apply"``: it is taken, and the numbers that are not finite spread, as in Optax's own
         optimizers. ``"skip"``: the updates are 0 and the state stays, bit for bit, but for counts
         that `diagnostics` shows. Other links of a chain go on.
@@ -199,7 +200,11 @@ def scale_by_gdmam(
     if amsgrad and b2 is None:
         raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
     if momentum_dtype is not None and not _is_floating(momentum_dtype):
-        raise ValueError(f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}")
+        raise ValueError(
+            f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}; "
+            "optax.inject_hyperparams takes a dtype for a schedule: give it "
+            "static_args=('momentum_dtype',)"
+        )
     if not_finite not in ("apply", "skip"):
         raise ValueError(f"not_finite must be 'apply' or 'skip', got {not_finite!r}")
     skips = not_finite == "skip"
@@ -285,7 +290,8 @@ def scale_by_gdmam(
         apply = None
         if skips:
             # Finite only where every element of every gradient is; known without a pass over them.
-            finite = jnp.all(jnp.isfinite(allocation.gramian))
+            decided = jax.tree.leaves(allocation)
+            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(each)) for each in decided]))
             apply = finite
             if max_skips is not None:
                 apply = finite | (state.skipped_in_a_row >= max_skips)
@@ -338,7 +344,7 @@ def scale_by_gdmam(
 
 def _is_floating(dtype: Any) -> bool:
     try:
-        return jnp.issubdtype(dtype, jnp.floating)
+        return not isinstance(dtype, jax.Array) and jnp.issubdtype(dtype, jnp.floating)
     except TypeError:  # no dtype at all
         return False
 

@@ -153,7 +153,7 @@ def constant_weighting(*weights: Any) -> Weighting:
       A weighting.
 
     Raises:
-      ValueError: a weight is not finite.
+      ValueError: a weight is not finite; while tracing, there are not as many as losses.
       TypeError: a weight is no number.
 
     Examples:
@@ -166,6 +166,11 @@ def constant_weighting(*weights: Any) -> Weighting:
 
     def weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
         del norms
+        if len(weights) != gramian.shape[-1]:
+            raise ValueError(
+                f"constant_weighting needs a weight for each of {gramian.shape[-1]} losses, got "
+                f"{len(weights)}"
+            )
         chosen = jnp.stack([jnp.asarray(weight, gramian.dtype) for weight in weights])
         return jnp.broadcast_to(chosen, (*gramian.shape[:-2], len(weights)))
 
@@ -458,6 +463,9 @@ def aligned_mtl_weighting(
     del norms
     count, dtype = gramian.shape[-1], gramian.dtype
     wanted = _shares(preference, gramian)
+    # No weight depends on the Gramian's scale; without it, no power of an eigenvalue overflows.
+    largest = jnp.max(jnp.diagonal(gramian, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    gramian = divide(gramian, jax.lax.stop_gradient(largest))
     fixed = jax.lax.stop_gradient(gramian)
     values, vectors = jnp.linalg.eigh(fixed)
     kept = values > values[..., -1:] * count * float(jnp.finfo(dtype).eps)

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from gdmam_jax._checks import check_function, check_losses, check_optimizer
+from gdmam_jax._checks import check_function, check_losses, with_extra_args
 from gdmam_jax._pairs import (
     GradientPair,
     begin_update,
@@ -44,7 +45,8 @@ def over_pairs(
 
     Raises:
       TypeError: while tracing, an update that is not a `GradientPair`.
-      ValueError: while tracing, the two halves of a pair differ.
+      ValueError: while tracing, the two halves of a pair differ, or there are other alignment
+        losses than ``alignment_losses`` says.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -60,9 +62,8 @@ def over_pairs(
       -0.1
     """
     check_function("wrapper", wrapper)
-    check_optimizer(optimizer)
+    inner = with_extra_args(optimizer)
     check_losses(alignment_losses)
-    inner = optax.with_extra_args_support(optimizer)
 
     def paired_init(paired_params: optax.Params) -> optax.OptState:
         return inner.init(_first_half(paired_params))
@@ -76,10 +77,10 @@ def over_pairs(
         updates, state = inner.update(pairs, state, _first_half(params), **extra_args)
         return doubled(updates), state
 
-    wrapped = wrapper(optax.GradientTransformationExtraArgs(paired_init, paired_update))
-    check_optimizer(wrapped)
-    if isinstance(wrapped, optax.GradientTransformation):  # optax.MultiSteps is none
-        wrapped = optax.with_extra_args_support(wrapped)
+    wrapped = with_extra_args(
+        wrapper(optax.GradientTransformationExtraArgs(paired_init, paired_update))
+    )
+    losses: Any = jax.tree.structure(_alignment(0, alignment_losses))
 
     def doubled(tree: Any) -> Any:
         # flax.nnx.Optimizer initialises with variables, updates with arrays, and keeps variables
@@ -92,7 +93,8 @@ def over_pairs(
 
     def init(params: optax.Params) -> optax.OptState:
         check_floating(params, "parameter")
-        return wrapped.init(doubled(params))
+        # Each half has a buffer of its own: a state that keeps them can be donated.
+        return wrapped.init(jax.tree.map(jnp.copy, doubled(params)))
 
     def update(
         updates: optax.Updates,
@@ -104,6 +106,12 @@ def over_pairs(
     ) -> tuple[optax.Updates, optax.OptState]:
         leaves, structure = begin_update(updates, alignment, params)
         pairs = structure.unflatten(leaves)
+        found: Any = jax.tree.structure(leaves[0].alignment) if leaves else losses
+        if found != losses:
+            raise ValueError(
+                f"over_pairs was made for alignment_losses={alignment_losses!r}, which come as "
+                f"{losses}, but the pairs hold {found}"
+            )
         results, state = wrapped.update(pairs, state, doubled(params), **extra_args)
         return _first_half(results), state
 

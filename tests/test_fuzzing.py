@@ -4,6 +4,7 @@ A few examples of each in an ordinary run, always the same; for more and others
 `FUZZING_EXAMPLES=1000 pytest tests/test_fuzzing.py`.
 """
 
+import collections
 import os
 import traceback
 from pathlib import Path
@@ -297,6 +298,27 @@ REFUSED = {
     "weights of another shape": lambda: update(
         gdmam.gdmam(0.1, weighting=gdmam.constant_weighting(1, 1, 1))
     ),
+    "too few weights": lambda: update(gdmam.gdmam(0.1, weighting=gdmam.constant_weighting(0.5))),
+    "no learning rate": lambda: gdmam.gdmam(None),
+    "text for a learning rate": lambda: gdmam.gdmam_released("0.1"),
+    "a mask for a schedule": lambda: optax.inject_hyperparams(gdmam.gdmam)(
+        0.1, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+    ).init(W),
+    "a dtype for a schedule": lambda: optax.inject_hyperparams(gdmam.gdmam)(
+        0.1, momentum_dtype=jnp.bfloat16
+    ).init(W),
+    "losses in another order than their names": lambda: update(
+        gdmam.gdmam(0.1, alignment_losses=("a", "b")),
+        gdmam.GradientPair(W, collections.OrderedDict(b=W, a=W)),
+    ),
+    "losses below a name": lambda: update(
+        gdmam.gdmam(0.1, alignment_losses=("a",)), gdmam.GradientPair(W, {"a": {"x": W, "y": W}})
+    ),
+    "losses by name, over_pairs": lambda: update(
+        gdmam.over_pairs(lambda tx: tx, gdmam.gdmam(0.1, alignment_losses=2), alignment_losses=2),
+        gdmam.GradientPair(W, {"a": W, "b": W}),
+    ),
+    "names of two types": lambda: gdmam.gdmam(0.1, alignment_losses=("x", 1)),
     "names twice": lambda: gdmam.gdmam(0.1, alignment_losses=("x", "x")),
     "one loss": lambda: gdmam.value_and_paired_grad(jnp.sum)(W),
     "a vector for a loss": lambda: gdmam.value_and_paired_grad(lambda w: (w, w))(W),

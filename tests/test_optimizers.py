@@ -46,6 +46,20 @@ def test_float16_sums_are_cut_and_not_infinite():
     assert float(one_update(gdmam.summed(optax.identity()), pair)[0]) == 65504
 
 
+@pytest.mark.parametrize("wrap", [gdmam.summed, lambda tx: gdmam.weighed(tx, gdmam.sum_weighting)])
+def test_extra_arguments_pass_through_multi_steps(wrap):
+    seen = []
+
+    def update(updates, state, params=None, *, value, **extra_args):
+        seen.append(value)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    optimizer, w = wrap(optax.MultiSteps(inner, 1)), jnp.ones(2)
+    optimizer.update(gdmam.GradientPair(w, w), optimizer.init(w), w, value=3.0)
+    assert {float(value) for value in seen} == {3.0}
+
+
 def test_weighed_by_constants_is_summed():
     for weights in ((1.0, 1.0), (2.0, 0.5)):
         found = one_update(gdmam.weighed(optax.sgd(1.0), gdmam.constant_weighting(*weights)))

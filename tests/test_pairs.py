@@ -51,6 +51,14 @@ def test_argnums_are_those_of_jax(argnums):
     assert isinstance(pairs, tuple) == isinstance(argnums, tuple)
 
 
+def test_static_arguments_are_found_by_their_names():
+    def losses(w, doubled):
+        return jnp.sum(w**2), jnp.sum(w) * (2 if doubled else 1)
+
+    step = jax.jit(gdmam.value_and_paired_grad(losses), static_argnames="doubled")
+    assert step(jnp.ones(2), True)[1].alignment.tolist() == [2, 2]
+
+
 def test_aux_is_handed_through():
     def loss_fn(params):
         values = losses(params)

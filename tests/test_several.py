@@ -271,9 +271,13 @@ MISTAKES = {
     "other names": (
         {"alignment_losses": ("a", "b")},
         {"a": PARAMS, "c": PARAMS},
-        r"\('a', 'b'\).*\['a', 'c'\]",
+        r"\('a', 'b'\).*'a': \*, 'c': \*",
     ),
-    "no names": ({"alignment_losses": ("a", "b")}, (PARAMS, PARAMS), r"\('a', 'b'\).*hold 2"),
+    "no names": (
+        {"alignment_losses": ("a", "b")},
+        (PARAMS, PARAMS),
+        r"\('a', 'b'\).*hold.*\(\*, \*\)",
+    ),
 }
 
 

@@ -102,6 +102,19 @@ def test_after_so_many_in_a_row_the_failure_shows():
     assert counts(state) == (4, 3)
 
 
+def test_weights_that_are_not_finite_are_skipped_too():
+    def weighting(gramian, norms):
+        return jnp.where(gramian[0, 0] > 1, jnp.nan, 1.0) * jnp.ones_like(norms)
+
+    optimizer = gdmam.gdmam(0.1, weighting=weighting, not_finite="skip")
+    step, state = stepper(optimizer), optimizer.init(PARAMS)
+    for length, skipped in ((1e-3, 0), (1e3, 1)):
+        pairs = jax.tree.map(lambda leaf, length=length: length * jnp.ones_like(leaf), example(0))
+        params, state = step(PARAMS, state, pairs)
+        assert counts(state) == (skipped, skipped)
+        assert (bits(params) == bits(PARAMS)) == bool(skipped)
+
+
 def test_by_default_numbers_that_are_not_finite_spread_as_in_optax():
     optimizer = gdmam.gdmam(0.1)
     params, _ = stepper(optimizer)(PARAMS, optimizer.init(PARAMS), spoiled("prediction", jnp.nan))

@@ -216,6 +216,12 @@ def test_weights_and_derivatives_of_three_are_finite(name):
 
 
 @pytest.mark.parametrize("name", SEVERAL)
+def test_weights_of_tiny_gradients_are_finite(name):
+    rows = jnp.float32(1e-10 * (np.eye(3, 4) - np.eye(3, 4, 1)))
+    assert np.isfinite(compiled_weights(name)(rows @ rows.T)).all()
+
+
+@pytest.mark.parametrize("name", SEVERAL)
 def test_derivatives_are_those_of_finite_differences(name, x64):
     random = np.random.default_rng(5)
     g = random.normal(size=(3, 10))

@@ -648,6 +648,9 @@ def test_mechanize():
         lambda tx: contrib.mechanize(tx, weight_decay=0.0, s_init=1e-2, num_betas=1), base()
     )
 
+    # What it keeps of both halves lies in buffers of their own.
+    jax.jit(lambda state: state, donate_argnums=0)(optimizer.init(example_params()))
+
     def update(pairs, state, params):
         inner, start, scale, limit, reward, variance = state
         updates, inner = base().update(pairs, inner, params)
