@@ -129,11 +129,13 @@ def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
 
     and all of it where the gradients agree. To first order, and before a second moment rescales
     the elements, a step then is against neither loss, as long as $k \le r$: an alignment gradient
-    that is weaker than that is let through whole, and outvoted. Several alignment losses are gated
-    one by one: together they may be against a loss, also the prediction loss.
+    that is weaker than that is let through whole, and outvoted. Of several alignment losses, all
+    that is kept against the prediction gradient is shortened together where it is longer than what
+    is for it: a step never is against the prediction loss, but may be against alignment losses.
 
     Args:
-      cosine: of the angle between the two gradients, shape ``(...)``.
+      cosine: of the angles between prediction and alignment gradients, shape ``(..., J)`` for J
+        alignment losses; ``()`` for one.
       ratio: $r = w_a |g_a| / (w_p |g_p|)$, the same shape.
 
     Returns:
@@ -141,13 +143,20 @@ def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> gate = priority_gate(jnp.array([-0.5, -0.8, 0.3]), jnp.ones(3))
-      >>> [round(float(factor), 4) for factor in gate[0]]
-      [0.0, 0.6875, 1.0]
+      >>> round(float(priority_gate(jnp.array(-0.8), jnp.array(1.0))[0]), 4)
+      0.6875
+      >>> parallel, _ = priority_gate(jnp.array([-0.8, -0.9, -0.5]), jnp.ones(3))
+      >>> [round(float(factor), 4) for factor in parallel]
+      [0.5135, 0.6547, 0.0]
     """
     conflict = jnp.maximum(-cosine, 0)
     square = jnp.where(conflict > 0, conflict**2, 1)
     kept = jnp.clip((divide(conflict, ratio) + conflict**2 - 1) / square, 0, 1)
+    if cosine.size > 1 and cosine.shape[-1] > 1:
+        # In units of the weighed prediction gradient.
+        agreeing = 1 + jnp.sum(ratio * jnp.maximum(cosine, 0), axis=-1, keepdims=True)
+        opposing = jnp.sum(ratio * conflict * kept, axis=-1, keepdims=True)
+        kept = kept * jnp.where(opposing > agreeing, divide(agreeing, opposing), 1)
     return jnp.where((conflict > 0) & (ratio > 0), kept, 1), jnp.ones_like(cosine)
 
 

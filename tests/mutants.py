@@ -39,6 +39,11 @@ class Mutant:
 SCOPES = "tests/test_geometry.py -k scope"
 MUTANTS = (
     Mutant(
+        "several alignment losses together outvote the prediction", "_allocation",
+        "jnp.where(opposing > agreeing, divide(agreeing, opposing), 1)", "1",
+        "tests/test_allocation.py -k several_losses",
+    ),
+    Mutant(
         "a nearly parallel scope's orthogonal norm comes from the inner products",
         "_geometry", "geometry = dataclasses.replace(geometry, orthogonal_norm=lengths + EPS)", "",
         SCOPES,

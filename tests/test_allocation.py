@@ -87,6 +87,23 @@ def test_the_priority_gate_is_against_neither_loss(angle, exponent, preference, 
         assert float(seen["gate"]) == 1
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-2, 2)), min_size=2, max_size=5))
+def test_several_losses_through_the_priority_gate_are_not_against_the_prediction(losses):
+    """Together; and each is gated as if alone where they are not longer than what is for it."""
+    cosine, exponent = np.array(losses).T
+    ratio = 10**exponent
+    with jax.enable_x64(True):
+        kept, across = map(np.asarray, gdmam.priority_gate(jnp.array(cosine), jnp.array(ratio)))
+        pairs = zip(cosine, ratio, strict=True)
+        alone = np.array([gdmam.priority_gate(*map(jnp.array, pair))[0] for pair in pairs])
+    assert 1 + np.sum(kept * ratio * cosine) >= -1e-9
+    assert np.all(across == 1)
+    assert np.all(kept <= alone + 1e-12)
+    if 1 + np.sum(alone * ratio * cosine) >= 0:
+        np.testing.assert_allclose(kept, alone, rtol=1e-12)
+
+
 @pytest.mark.parametrize(("cosine", "one_sided"), [(-0.5, False), (-0.9, True)])
 def test_the_conflict_gate_is_one_sided_where_the_priority_gate_is_not(cosine, one_sided):
     g_p, g_a = two_gradients(np.arccos(cosine), 1.0)
