@@ -69,16 +69,111 @@ def test_scopes_are_rows_of_a_picture():
     np.testing.assert_allclose(own.get_images()[0].get_array(), rows, rtol=1e-6)
 
 
+def made(scopes, losses=("",), steps=3):
+    """A history with the keys of `diagnostics` and a number of its own in each series."""
+    own = [name for names in plotting.PANELS.values() for name in names]
+    keys = [
+        f"{scope}{name}{loss}"
+        for scope in scopes
+        for name in [*own, "projection"]
+        for loss in ([""] if name.startswith("prediction_") else losses)
+    ]
+    return {key: np.full(steps, float(number)) for number, key in enumerate(keys)}
+
+
+def lines_by_panel(figure):
+    return {axes.get_title(): [x.get_label() for x in axes.get_lines()] for axes in figure.axes}
+
+
+def texts(legend):
+    return [text.get_text() for text in legend.get_texts()]
+
+
+@pytest.mark.parametrize("losses", [("",), ("/cosine", "/smooth")])
+def test_layers_and_losses_may_be_named_like_a_scalar(losses):
+    scopes = ["projection/", "gate/kernel/", "decay/", "cosine/gate/", "last/"]
+    history = made(scopes, losses)
+    gates = [
+        f"{s}{name}{loss}"
+        for s in scopes
+        for name in ("gate", "orthogonal_gate")
+        for loss in losses
+    ]
+    assert lines_by_panel(plotting.plot_diagnostics(history))["gate"] == gates
+    axes = plotting.plot_scopes(history).axes[0]
+    rows = [(s, loss) for s in scopes for loss in losses]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        f"{s[:-1]} ({loss[1:]})" if loss else s[:-1] for s, loss in rows
+    ]
+    shown = [history[f"{s}cosine{loss}"] for s, loss in rows]
+    np.testing.assert_array_equal(axes.get_images()[0].get_array(), shown)
+
+
+def test_losses_named_like_a_scalar_have_no_scope():
+    losses = ("/gate", "/cosine")
+    for history in (made([""], losses), {"cosine/gate": [0.5], "gate/gate": [1.0]}):
+        panels = lines_by_panel(plotting.plot_diagnostics(history))
+        for title in ("cosine of the angle", "gate"):
+            names = plotting.PANELS[title]
+            expected = [f"{name}{loss}" for name in names for loss in losses]
+            assert [x for x in panels[title] if "/" in x] == [x for x in expected if x in history]
+        with pytest.raises(ValueError, match="no scope has a 'cosine'"):
+            plotting.plot_scopes(history)
+
+
+def test_a_scope_may_have_an_empty_label():
+    axes = plotting.plot_scopes(made(["/", "layer/"])).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["", "layer"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_ten_scopes_share_one_legend():
+    scopes = [f"encoder/layer_{number}/kernel" for number in range(10)]
+    figure = plotting.plot_diagnostics(made([f"{scope}/" for scope in scopes]))
+    figure.get_layout_engine().execute(figure)
+    assert min(axes.get_position().width for axes in figure.axes) > 0.5
+    (legend,) = figure.legends
+    assert texts(legend) == scopes
+    colors = {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
+    for scope, handle in zip(scopes, legend.legend_handles, strict=True):
+        assert handle.get_color() == colors[f"{scope}/cosine"]
+    lines = lines_of(figure)
+    for axes, names in zip(figure.axes, plotting.PANELS.values(), strict=True):
+        assert texts(axes.get_legend()) == list(names)
+        dashes = [handle.get_linestyle() for handle in axes.get_legend().legend_handles]
+        for scope in scopes:
+            assert [lines[f"{scope}/{name}"].get_linestyle() for name in names] == dashes
+    assert not plotting.plot_diagnostics({f"{n}/cosine": [0.5] for n in range(11)}).legends
+
+
+def test_a_generator_and_keys_of_others_are_no_obstacle():
+    entries = [{"cosine": 0.5, "image": np.ones((2, 2))}, {"cosine": 0.25, "note": "late"}]
+    lines = lines_of(plotting.plot_diagnostics(entry for entry in entries))
+    np.testing.assert_array_equal(lines["cosine"].get_ydata(), [0.5, 0.25])
+
+
+@pytest.mark.parametrize(("steps", "markers"), [(1, ["o", "s"]), (2, ["None", "None"])])
+def test_one_step_has_markers(steps, markers):
+    lines = lines_of(plotting.plot_diagnostics(made([""], steps=steps)))
+    assert [lines[name].get_marker() for name in ("gate", "orthogonal_gate")] == markers
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: plotting.plot_diagnostics([]), "empty"),
+        (lambda: plotting.plot_diagnostics({"cosine": []}), "empty"),
         (lambda: plotting.plot_diagnostics([{"cosine": 1.0}, {}]), r"entry 1 .*\['cosine'\]"),
-        (lambda: plotting.plot_diagnostics({"loss": [1.0]}), "none of GDMAM's scalars: loss"),
+        (lambda: plotting.plot_diagnostics([{}, {"cosine": 1.0}]), r"entry 0 .*\['cosine'\]"),
+        (lambda: plotting.plot_diagnostics({"loss": [1.0]}), "none of cosine, .*: loss"),
         (lambda: plotting.plot_diagnostics({"cosine": [[1.0]]}), r"cosine must .*\(1, 1\)"),
+        (lambda: plotting.plot_diagnostics({"cosine": [1.0]}, steps=[1, 2]), r"steps .*\(1,\).*2"),
+        (lambda: plotting.plot_scopes({}), "empty"),
         (lambda: plotting.plot_scopes({"cosine": [1.0]}), "no scope has a 'cosine'"),
+        (lambda: plotting.plot_scopes({"a/cosine": [1.0, 1.0], "b/cosine": [1.0]}), "b/cosine .*2"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+    assert not plt.get_fignums()
