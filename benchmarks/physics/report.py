@@ -95,13 +95,17 @@ def draw(records: Records, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = len(records)
+    columns = min(5, len(records))
+    bands = -(-len(records) // columns)
     figure, axes = plt.subplots(
-        2, columns, figsize=(2.6 * columns + 1, 5), layout="constrained", squeeze=False,
-        height_ratios=(2, 1), sharex=True,
+        2 * bands, columns, figsize=(2.6 * columns + 1, 5 * bands), layout="constrained",
+        squeeze=False, height_ratios=(2, 1) * bands, sharex=True,
     )  # fmt: skip
+    for unused in axes[-2:, (len(records) - 1) % columns + 1 :].flat:
+        unused.set_visible(False)
     for number, (equation, found) in enumerate(records.items()):
-        upper, lower = axes[:, number]
+        band, column = divmod(number, columns)
+        upper, lower = axes[2 * band : 2 * band + 2, column]
         for name, color in SHOWN.items():
             if name not in found:
                 continue
@@ -119,8 +123,9 @@ def draw(records: Records, path: Path) -> None:
         upper.set(title=equation, yscale="log")
         lower.axhline(0, color="grey", linewidth=0.5)
         lower.set(xlabel="step", ylim=(-1, 1))
-    axes[0, 0].set_ylabel("relative error")
-    axes[1, 0].set_ylabel("cosine of the gradients")
+    for upper, lower in zip(axes[::2, 0], axes[1::2, 0], strict=True):
+        upper.set_ylabel("relative error")
+        lower.set_ylabel("cosine of the gradients")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0, 0].get_legend_handles_labels()
