@@ -343,6 +343,10 @@ def test_complex_gradients_and_pairs_taken_for_arrays_are_refused():
     pairs = gdmam.pair_gradients(PARAMS, PARAMS)
     with pytest.raises(TypeError, match=r"over_pairs.*summed or weighed"):
         optax.apply_updates(PARAMS, optax.sgd(0.1).update(pairs, optax.sgd(0.1).init(PARAMS))[0])
+
+
+@skipped_under("jax_disable_jit", "runs one branch, where the pairs do not meet the updates")
+def test_multi_steps_around_gdmam_is_refused():
     steps = optax.MultiSteps(gdmam.gdmam(0.1), 2)
     with pytest.raises(TypeError, match="over_pairs"):
-        steps.update(pairs, steps.init(PARAMS), PARAMS)
+        steps.update(gdmam.pair_gradients(PARAMS, PARAMS), steps.init(PARAMS), PARAMS)
