@@ -84,7 +84,7 @@ def test_the_priority_gate_is_against_neither_loss(angle, exponent, preference, 
     if 1e-3 < float(seen["gate"]) < 0.999:
         np.testing.assert_allclose(update @ (g_a / 10.0**exponent), 0, atol=2 * rounding)
     if outvoted or np.cos(angle) > 0:
-        assert float(seen["gate"]) == 1
+        assert float(seen["gate"]) > 1 - 1e-5
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import gdmam_jax as gdmam
+from tests.conftest import skipped_under_strict_promotion
 
 PAIR = gdmam.GradientPair(jnp.array([1.0, 3.0]), jnp.array([4.0, -2.0]))
 
@@ -46,6 +47,7 @@ def test_float16_sums_are_cut_and_not_infinite():
     assert float(one_update(gdmam.summed(optax.identity()), pair)[0]) == 65504
 
 
+@skipped_under_strict_promotion("optax.MultiSteps")
 @pytest.mark.parametrize("wrap", [gdmam.summed, lambda tx: gdmam.weighed(tx, gdmam.sum_weighting)])
 def test_extra_arguments_pass_through_multi_steps(wrap):
     seen = []
