@@ -78,36 +78,33 @@ def physics(
 def physics_table(
     file: str = "physics", methods: Sequence[str] = PHYSICS, equations: Sequence[str] | None = None
 ) -> str:
-    """Median error in percent, smallest to largest, by method and equation; lowest median bold."""
+    """Median error in percent, smallest to largest, by equation and method; lowest median bold."""
     errors = physics(file, methods)
-    equations = equations or list(errors["gdmam"])
-    lowest = {
-        equation: min(
-            statistics.median(each[equation]) for each in errors.values() if each[equation]
-        )
-        for equation in equations
-    }
-    lines = [
-        f"| method | {' | '.join(equations)} | failed | worst over best |",
-        "| --- |" + " ---: |" * (len(equations) + 2),
-    ]
-    for method, found in errors.items():
-        cells, ratios, failed = [], [], 0
-        for equation in equations:
-            runs = found[equation]
-            if not runs:
+    rows = [["equation", *methods], ["---", *["---:"] * len(methods)]]
+    ratios: dict[str, list[float]] = {method: [] for method in methods}
+    for equation in equations or list(errors["gdmam"]):
+        runs = {method: errors[method][equation] for method in methods}
+        medians = {method: statistics.median(each) for method, each in runs.items() if each}
+        lowest, cells = min(medians.values()), []
+        for method, found in runs.items():
+            if not found:
                 cells.append("not run")
                 continue
-            median = statistics.median(runs)
             middle, *ends = (
-                f"{100 * error:.{2 + (error >= 1)}g}" for error in (median, min(runs), max(runs))
+                f"{100 * error:.{2 + (error >= 1)}g}"
+                for error in (medians[method], min(found), max(found))
             )
-            bold = "**" * (median == lowest[equation])
+            bold = "**" * (medians[method] == lowest)
             cells.append(_with_range(bold + middle + bold, *ends))
-            ratios.append(median / lowest[equation])
-            failed += sum(error > FAILED for error in runs)
-        lines.append(f"| {method} | {' | '.join(cells)} | {failed} | {max(ratios):.1f} |")
-    return "\n".join(lines)
+            ratios[method].append(medians[method] / lowest)
+        rows.append([equation, *cells])
+    failed = [
+        sum(error > FAILED for equation in equations or each for error in each[equation])
+        for each in errors.values()
+    ]
+    rows.append(["failed", *map(str, failed)])
+    rows.append(["worst over best", *(f"{max(each):.1f}" for each in ratios.values())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _kld(text: str) -> str:
