@@ -17,7 +17,7 @@ import gdmam_jax
 
 DOCS = Path(__file__).parent
 PHYSICS = (
-    "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config", "gdmam",
+    "gdmam", "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config",
 )  # fmt: skip
 FAILED = 0.5
 """Relative error from which a run of `benchmarks.physics` counts as failed."""

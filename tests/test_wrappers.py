@@ -98,6 +98,7 @@ def test_a_wrapper_without_extra_arguments_does_not_see_them():
     np.testing.assert_allclose(updates["w"], np.ones(2))
 
 
+@skipped_under_strict_promotion("optax.MultiSteps")
 def test_a_wrapper_sees_as_many_alignment_losses_as_are_said():
     optimizer = gdmam.over_pairs(
         lambda tx: optax.MultiSteps(tx, 2),
