@@ -480,3 +480,13 @@ def test_strict_promotion_with_scopes_and_several_losses(choices):
         gdmam.decompose(pairs, scope=gdmam.leaf_scope)
     assert all_finite(updates)
     assert "dense/kernel/cosine/a" in gdmam.diagnostics(state)
+
+
+def test_a_wide_second_moment_follows_short_gradients_in_its_own_precision(x64):
+    optimizer = gdmam.scale_by_gdmam(
+        weighting=gdmam.sum_weighting, gate=gdmam.open_gate, b2=0.999, momentum_dtype=jnp.float32
+    )
+    params, gradient = jnp.ones(2), jnp.array([0.1, 0.3], jnp.float32)
+    _, state = optimizer.update(gdmam.GradientPair(gradient, gradient), optimizer.init(params))
+    expected = (1 - 0.999) * (2 * np.float64(gradient)) ** 2
+    np.testing.assert_allclose(state.second_moment, expected, rtol=1e-12)
