@@ -174,6 +174,7 @@ def test_one_step_has_markers(steps, markers):
     ],
 )
 def test_what_cannot_be_drawn_is_named(call, message):
+    before = plt.get_fignums()
     with pytest.raises(ValueError, match=message):
         call()
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == before
