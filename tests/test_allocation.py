@@ -104,6 +104,10 @@ def test_several_losses_through_the_priority_gate_are_not_against_the_prediction
         np.testing.assert_allclose(kept, alone, rtol=1e-12)
 
 
+def test_a_task_that_does_not_count_passes_the_priority_gate_whole():
+    assert float(gdmam.priority_gate(jnp.array(-0.5), jnp.array(0.0))[0]) == 1
+
+
 @pytest.mark.parametrize(("cosine", "one_sided"), [(-0.5, False), (-0.9, True)])
 def test_the_conflict_gate_is_one_sided_where_the_priority_gate_is_not(cosine, one_sided):
     g_p, g_a = two_gradients(np.arccos(cosine), 1.0)
