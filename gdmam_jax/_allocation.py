@@ -131,7 +131,8 @@ def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
     the elements, a step then is against neither loss, as long as $k \le r$: an alignment gradient
     that is weaker than that is let through whole, and outvoted. Of several alignment losses, all
     that is kept against the prediction gradient is shortened together where it is longer than what
-    is for it: a step never is against the prediction loss, but may be against alignment losses.
+    is for it: with weights of at least 0 a step never is against the prediction loss, but may be
+    against alignment losses.
 
     Args:
       cosine: of the angles between prediction and alignment gradients, shape ``(..., J)`` for J
@@ -152,7 +153,7 @@ def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
     conflict = jnp.maximum(-cosine, 0)
     square = jnp.where(conflict > 0, conflict**2, 1)
     kept = jnp.clip((divide(conflict, ratio) + conflict**2 - 1) / square, 0, 1)
-    if cosine.size > 1 and cosine.shape[-1] > 1:
+    if conflict.ndim and conflict.shape[-1] > 1:
         # In units of the weighed prediction gradient.
         agreeing = 1 + jnp.sum(ratio * jnp.maximum(cosine, 0), axis=-1, keepdims=True)
         opposing = jnp.sum(ratio * conflict * kept, axis=-1, keepdims=True)

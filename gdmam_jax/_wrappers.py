@@ -93,8 +93,8 @@ def over_pairs(
 
     def init(params: optax.Params) -> optax.OptState:
         check_floating(params, "parameter")
-        # Each half has a buffer of its own: a state that keeps them can be donated.
-        return wrapped.init(jax.tree.map(jnp.copy, doubled(params)))
+        # What it keeps of both halves gets buffers of their own: the state can be donated.
+        return jax.tree.map(_apart, wrapped.init(doubled(params)), is_leaf=is_pair)
 
     def update(
         updates: optax.Updates,
@@ -124,6 +124,13 @@ def _alignment(leaf: Any, losses: int | Sequence[str] | None) -> Any:
     if isinstance(losses, int):
         return (leaf,) * losses
     return dict.fromkeys(losses, leaf)
+
+
+def _apart(node: Any) -> Any:
+    if not (is_pair(node) and isinstance(node.prediction, jax.Array)):
+        return node
+    shared = all(half is node.prediction for half in jax.tree.leaves(node.alignment))
+    return jax.tree.map(jnp.copy, node) if shared else node
 
 
 def _first_half(tree: Any) -> Any:

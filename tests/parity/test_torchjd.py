@@ -29,8 +29,8 @@ CLOSED = {
     "ConFIG": (gdmam.config_weighting, torchjd.ConFIG),
 }
 PROJECTED = {
-    "UPGrad": (gdmam.upgrad_weighting, lambda: torchjd.UPGrad(projector=EXACT)),
-    "DualProj": (gdmam.dual_proj_weighting, lambda: torchjd.DualProj(projector=EXACT)),
+    "UPGrad": (gdmam.upgrad_weighting, functools.partial(torchjd.UPGrad, projector=EXACT)),
+    "DualProj": (gdmam.dual_proj_weighting, functools.partial(torchjd.DualProj, projector=EXACT)),
 }
 KINDS = ("random", "conflicting", "rank-deficient", "badly scaled")
 COUNTS = (2, 3, 5, 8)
@@ -76,21 +76,13 @@ def test_closed_forms(name, kind):
     assert max(deviation(name, kind, count) for count in COUNTS) < 1e-10
 
 
-PREFERRING = {
-    "Aligned-MTL": torchjd.AlignedMTL,
-    "ConFIG": torchjd.ConFIG,
-    "UPGrad": functools.partial(torchjd.UPGrad, projector=EXACT),
-    "DualProj": functools.partial(torchjd.DualProj, projector=EXACT),
-}
-
-
-@pytest.mark.parametrize("name", PREFERRING)
+@pytest.mark.parametrize("name", ["Aligned-MTL", "ConFIG", *PROJECTED])
 def test_preferences_are_theirs_over_the_predictions(name, x64):
     for count in (2, 5):
         rows = jacobian("conflicting", count)
         wanted = np.random.default_rng(count).uniform(0.5, 2, size=count)
-        aggregator = PREFERRING[name](pref_vector=torch.tensor(wanted / wanted.sum()))
-        weighting = (CLOSED | PROJECTED)[name][0]
+        weighting, make = (CLOSED | PROJECTED)[name]
+        aggregator = make(pref_vector=torch.tensor(wanted / wanted.sum()))
         found = ours(weighting, rows, preference=tuple(wanted[1:] / wanted[0]))
         np.testing.assert_allclose(found, theirs(aggregator, rows), rtol=0, atol=1e-7)
 
