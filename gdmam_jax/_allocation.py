@@ -300,7 +300,7 @@ class Allocation:
     Attributes:
       statistics: the components' running statistics, and the step's momentum; see
         `NormStatistics`.
-      gramian: the gradients' inner products, zeros before the first step; shape ``(K, K)``.
+      geometry: norms, cosines and projections of the step; zeros before the first.
       norms: running means of the gradients' norms; shape ``(K,)``.
       weights: the tasks' weights; shape ``(K,)``.
       gate: factors of each alignment gradient's (parallel, orthogonal) part; shape ``(2, J)``.
@@ -309,17 +309,12 @@ class Allocation:
     """
 
     statistics: NormStatistics
-    gramian: jax.Array
+    geometry: Geometry
     norms: jax.Array
     weights: jax.Array
     gate: jax.Array
     scopes: Scopes
     names: "Names"
-
-    @property
-    def geometry(self) -> Geometry:
-        """Norms, cosines and projections of the step."""
-        return Geometry.of(self.gramian)
 
     @property
     def factors(self) -> jax.Array:
@@ -425,7 +420,7 @@ class Allocator:
                 variance=zeros(1 + 2 * count),
                 remainder=jnp.ones((), dtype),
             ),
-            gramian=zeros(1 + count, 1 + count),
+            geometry=jax.tree.map(jnp.zeros_like, Geometry.of(zeros(1 + count, 1 + count))),
             norms=zeros(1 + count),
             weights=zeros(1 + count),
             gate=zeros(2, count),
@@ -467,7 +462,7 @@ class Allocator:
             _as_array("gate", parts, (*ratio.shape, 2), dtype, "factors", stacked=True), -1, -2
         )
         decided = dataclasses.replace(
-            previous, gramian=products, norms=means, weights=weights, gate=gate
+            previous, geometry=geometry, norms=means, weights=weights, gate=gate
         )
         change = decided.sizes - old.mean
         statistics = NormStatistics(

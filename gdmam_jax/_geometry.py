@@ -4,8 +4,8 @@ and across another.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
-from itertools import combinations_with_replacement
 from typing import Any
 
 import jax
@@ -64,7 +64,7 @@ class Geometry:
         """
         squares, lengths = _squares(gramian), norms(gramian)
         n_p, n_a = lengths[..., :1] + EPS, lengths[..., 1:] + EPS
-        product = gramian[..., 0, 1:]
+        product = _flat(gramian)[..., 1 : gramian.shape[-1]]
         projection = product / n_p**2
         along = projection * n_p
         return cls(
@@ -83,7 +83,13 @@ class Geometry:
 
 
 def _squares(gramian: jax.Array) -> jax.Array:
-    return jnp.diagonal(gramian, axis1=-2, axis2=-1)
+    count = gramian.shape[-1]
+    return jnp.stack([_flat(gramian)[..., k * (count + 1)] for k in range(count)], axis=-1)
+
+
+def _flat(gramian: jax.Array) -> jax.Array:
+    # XLA sees through slices of one axis, and so which inner products nobody asks for.
+    return gramian.reshape(*gramian.shape[:-2], -1)
 
 
 def norms(gramian: jax.Array) -> jax.Array:
@@ -133,52 +139,60 @@ def gramian(
             list(leaves)
         )
     across = Across(leaves, names)
-    terms = [[across.share(term) for term in _products(halves(pair))] for pair in leaves]
-    upper = across.sum(scopes.total(terms))
+    terms = [jax.tree.map(across.share, _products(halves(pair))) for pair in leaves]
+    # Apart until they are sent: XLA leaves a group out that nobody asks for.
+    totals = [scopes.total(group) for group in zip(*terms, strict=True)]
+    products = across.sum(jnp.concatenate(totals, axis=-1))
     count = len(halves(leaves[0]))
-    position = {pair: k for k, pair in enumerate(combinations_with_replacement(range(count), 2))}
-    rows = [
-        jnp.stack([upper[..., position[min(i, j), max(i, j)]] for j in range(count)], axis=-1)
-        for i in range(count)
+    position = {pair: k for k, pair in enumerate(itertools.chain(*_groups(count)))}
+    entries = [
+        products[..., position[min(i, j), max(i, j)]] for i in range(count) for j in range(count)
     ]
-    return jnp.stack(rows, axis=-2)
+    return jnp.stack(entries, axis=-1).reshape(*products.shape[:-1], count, count)
+
+
+def _groups(count: int) -> list[list[tuple[int, int]]]:
+    """Which inner products are taken together: those that norms and gates need, then the others.
+
+    One other alone costs less in the first pass than a pass of its own.
+    """
+    needed = [(k, k) for k in range(count)] + [(0, k) for k in range(1, count)]
+    others = list(itertools.combinations(range(1, count), 2))
+    return [needed, others] if len(others) > 1 else [needed + others]
 
 
 # What is done to each leaf is a compiled function: leaves of one shape are traced once.
 @jax.jit
-def _products(gradients: list[Any]) -> list[jax.Array]:
-    """The inner products of each gradient with itself and those behind it."""
+def _products(gradients: list[Any]) -> list[list[jax.Array]]:
+    """The inner products of the gradients, by the groups of `_groups`."""
     wide = [widen(gradient) for gradient in gradients]
     whole = jax.typeof(wide[0]).sharding.mesh.empty
     large = wide[0].size >= (LARGE if len(wide) == 2 else LARGE // 8)
+    groups = _groups(len(wide))
     if whole and large and jax.default_backend() == "cpu":
-        return list(_in_one_pass(wide))
-    return [jnp.sum(product) for product in _each_with_each(wide)]
-
-
-def _each_with_each(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [left * right for left, right in combinations_with_replacement(arrays, 2)]
+        return [list(_in_one_pass(wide, tuple(group))) for group in groups]
+    return [[jnp.sum(wide[left] * wide[right]) for left, right in group] for group in groups]
 
 
 # XLA for CPUs makes a loop of each sum, and every loop reads two gradients; a reduction of several
 # operands is one loop. It adds up one by one, so blocks keep it accurate. They would cut shards.
-@jax.custom_jvp
-def _in_one_pass(arrays: list[jax.Array]) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _in_one_pass(arrays: list[jax.Array], group: tuple[tuple[int, int], ...]) -> jax.Array:
     flat = [array.ravel() for array in arrays]
     end = flat[0].size // BLOCK * BLOCK
-    products = _each_with_each([array[:end].reshape(-1, BLOCK) for array in flat])
+    blocks, ends = [x[:end].reshape(-1, BLOCK) for x in flat], [x[end:] for x in flat]
+    products = [blocks[left] * blocks[right] for left, right in group]
     zeros = [jnp.zeros((), products[0].dtype)] * len(products)
     sums = jax.lax.reduce(products, zeros, lambda x, y: jax.tree.map(jnp.add, x, y), (1,))
-    rest = jnp.stack(_each_with_each([array[end:] for array in flat]))
+    rest = jnp.stack([ends[left] * ends[right] for left, right in group])
     return jnp.sum(jnp.stack(sums), axis=1) + jnp.sum(rest, axis=1)
 
 
 @_in_one_pass.defjvp
-def _in_one_pass_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (arrays,), (changes,) = primals, tangents
-    pairs = combinations_with_replacement(zip(arrays, changes, strict=True), 2)
-    moved = [jnp.sum(x * dy + dx * y) for (x, dx), (y, dy) in pairs]
-    return _in_one_pass(arrays), jnp.stack(moved)
+def _in_one_pass_jvp(group: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    moved = [jnp.sum(x[left] * dx[right] + dx[left] * x[right]) for left, right in group]
+    return _in_one_pass(x, group), jnp.stack(moved)
 
 
 def decompose(

@@ -23,7 +23,7 @@ from gdmam_jax._numerics import (
     zeros_like,
 )
 from gdmam_jax._pairs import GradientPair, begin_update, check_floating, halves, named_leaves
-from gdmam_jax._weightings import constant_weighting, norm_weighting
+from gdmam_jax._weightings import constant_weighting
 
 
 @pytree_dataclass
@@ -303,16 +303,16 @@ def _scale_by_released(
             return structure.unflatten([]), state
         allocation = allocator.step(leaves, state.allocation)
         geometry = allocation.geometry
-        weights = norm_weighting(allocation.gramian, allocation.norms)
+        lengths = jnp.append(geometry.prediction_norm, geometry.alignment_norm)
+        weights = lengths / jnp.sum(lengths)
         gate = jnp.stack(cosine_gate(geometry.cosine, geometry.cosine))
         momentum = allocation.statistics.momentum
         b1 = jnp.clip(
             jnp.sum(momentum * jnp.append(weights[0], gate)), minimum_momentum, maximum_momentum
         ).astype(weights.dtype)
         # The weighted gradient's norm, from its parts along and across the prediction gradient.
-        along = (weights[0] + weights[1] * geometry.projection[0]) * safe_sqrt(
-            allocation.gramian[0, 0]
-        )
+        along = weights[0] + weights[1] * geometry.projection[0]
+        along *= geometry.prediction_norm - EPS
         across = weights[1] * (geometry.orthogonal_norm[0] - EPS)
         scale, clipped = _accept(state.clipping, safe_sqrt(along**2 + across**2), clip_factor)
         count = optax.safe_increment(state.count)

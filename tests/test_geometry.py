@@ -384,23 +384,26 @@ def test_large_gradients_have_the_inner_products_of_small_ones(count, x64):
     gradients = rng.normal(1, 1, (count, 3, size // 3 + 7)).astype(np.float32)
 
     def inner_products(*gradients):
-        return jnp.stack(_geometry._products(list(gradients)))
+        first, *others = gradients
+        return gramian([gdmam.GradientPair(first, tuple(others))], Scopes())
 
-    exact = [
-        np.vdot(left.astype(np.float64), right)
-        for number, left in enumerate(gradients)
-        for right in gradients[number:].astype(np.float64)
-    ]
+    rows = gradients.reshape(count, -1).astype(np.float64)
+    exact = rows @ rows.T
     np.testing.assert_allclose(inner_products(*gradients), exact, rtol=1e-6)
     moved = jax.vmap(inner_products)(*np.stack([gradients, 2 * gradients], axis=1))
-    np.testing.assert_allclose(moved, [exact, 4 * np.array(exact)], rtol=1e-6)
-    # The last sum, of the last gradient with itself, is a square.
-    slopes = jax.grad(lambda *each: inner_products(*each)[-1], argnums=(0, count - 1))(*gradients)
+    np.testing.assert_allclose(moved, [exact, 4 * exact], rtol=1e-6)
+    square = jax.grad(lambda *each: inner_products(*each)[-1, -1], argnums=(0, count - 1))
+    slopes = square(*gradients)
     np.testing.assert_allclose(slopes[0], np.zeros_like(gradients[0]), atol=0)
     np.testing.assert_allclose(slopes[1], 2 * gradients[-1], rtol=1e-6)
-    mixed = jax.grad(lambda *each: inner_products(*each)[1])(*gradients)
+    mixed = jax.grad(lambda *each: inner_products(*each)[0, 1])(*gradients)
     np.testing.assert_allclose(mixed, gradients[1], rtol=1e-6)
-    # One loop reads all of them: a sum of each product would be as many loops.
-    program = jax.jit(inner_products).lower(*gradients).compile().as_text()
-    large = rf"reduce\w*[\d.]* = \(f32\[{gradients[0].size // _geometry.BLOCK}\]"
-    assert len(re.findall(large, program[program.index("\nENTRY ") :])) == 1
+
+    def loops(function):
+        program = jax.jit(function).lower(*gradients).compile().as_text()
+        large = rf"reduce\w*[\d.]* = \(f32\[{gradients[0].size // _geometry.BLOCK}\]"
+        return len(re.findall(large, program[program.index("\nENTRY ") :]))
+
+    # One loop reads all of them, a second one what only some weightings ask for.
+    assert loops(inner_products) == (1 if count == 2 else 2)
+    assert loops(lambda *each: Geometry.of(inner_products(*each))) == 1
