@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from gdmam_jax._allocation import COMPONENTS, Allocation
@@ -86,13 +85,7 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
 def _scalars(allocation: Allocation) -> dict[str, jax.Array]:
     geometry, momentum = allocation.geometry, allocation.statistics.momentum
-    before = allocation.statistics.remainder == 1
-
-    def measured(scalars: jax.Array) -> jax.Array:
-        # Before the first step there are no norms, not even the 1e-12 that each has added.
-        return jnp.where(jnp.expand_dims(before, range(before.ndim, scalars.ndim)), 0, scalars)
-
-    own = {name: measured(getattr(geometry, name)) for name in ALIGNMENT_SCALARS}
+    own = {name: getattr(geometry, name) for name in ALIGNMENT_SCALARS}
     own |= {
         "gate": allocation.gate[..., 0, :],
         "orthogonal_gate": allocation.gate[..., 1, :],
@@ -102,7 +95,7 @@ def _scalars(allocation: Allocation) -> dict[str, jax.Array]:
     for position, name in enumerate(COMPONENTS[1:]):
         own[f"{name}_momentum"] = momentum[..., 1 + position * count : 1 + (position + 1) * count]
     scalars = {
-        "prediction_norm": measured(geometry.prediction_norm),
+        "prediction_norm": geometry.prediction_norm,
         "prediction_weight": allocation.weights[..., 0],
         "prediction_momentum": momentum[..., 0],
     }

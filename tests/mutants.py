@@ -49,6 +49,12 @@ MUTANTS = (
         SCOPES,
     ),
     Mutant(
+        "inner products that nobody asks for are taken all the same", "_geometry",
+        "return [needed, others] if len(others) > 1 else [needed + others]",
+        "return [needed + others]",
+        "tests/test_geometry.py -k large_gradients",
+    ),
+    Mutant(
         "every leaf goes by the first scope", "_scopes",
         "return scalars[self.index[leaf]] if self.index", "return scalars[0] if self.index",
         "tests/compatibility/test_scopes.py -k alone",

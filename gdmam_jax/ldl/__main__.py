@@ -99,11 +99,18 @@ def run(
     ] = True,
 ) -> None:
     """Train and test methods on a data set's folds, and write tables, pictures and a page."""
-    given = locals()
-    common = {field.name: given[field.name] for field in dataclasses.fields(Configuration)}
-    common["learning_rates"] = _numbers(learning_rates, "--learning-rates")
-    common["log_variance_bound"] = log_variance_bound or None
-    configuration = Configuration(**common)
+    configuration = Configuration(
+        folds=folds,
+        seeds=seeds,
+        epochs=epochs,
+        batch_size=batch_size,
+        validation_size=validation_size,
+        hidden=hidden,
+        alignment_weight=alignment_weight,
+        log_variance_bound=log_variance_bound or None,
+        learning_rates=_numbers(learning_rates, "--learning-rates"),
+        chunk=chunk,
+    )
     names = list(METHODS) if methods == "all" else _names(methods)
     chosen = [find(name) for name in dict.fromkeys(names)]
     with warnings.catch_warnings():
