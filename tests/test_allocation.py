@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gdmam_jax as gdmam
@@ -89,6 +89,7 @@ def test_the_priority_gate_is_against_neither_loss(angle, exponent, preference, 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-2, 2)), min_size=2, max_size=5))
+@example([(-0.9, 0.0), (-0.9, 0.0), (-0.5, 1.0)])
 def test_several_losses_through_the_priority_gate_are_not_against_the_prediction(losses):
     """Together; and each is gated as if alone where they are not longer than what is for it."""
     cosine, exponent = np.array(losses).T
