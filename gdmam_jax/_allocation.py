@@ -14,7 +14,7 @@ from gdmam_jax._checks import (
     check_range,
     is_numeric,
 )
-from gdmam_jax._geometry import Geometry, gramian, norms
+from gdmam_jax._geometry import ALIGNMENT_SCALARS, Geometry, gramian, norms
 from gdmam_jax._numerics import (
     EPS,
     divide,
@@ -420,7 +420,9 @@ class Allocator:
                 variance=zeros(1 + 2 * count),
                 remainder=jnp.ones((), dtype),
             ),
-            geometry=jax.tree.map(jnp.zeros_like, Geometry.of(zeros(1 + count, 1 + count))),
+            geometry=Geometry(
+                prediction_norm=zeros(), **{name: zeros(count) for name in ALIGNMENT_SCALARS}
+            ),
             norms=zeros(1 + count),
             weights=zeros(1 + count),
             gate=zeros(2, count),
