@@ -126,7 +126,7 @@ def _limits(dtype: str, state: Any) -> dict[str, float]:
     eps / (1 - d) at most; factor 2 for its input.
     """
     single, short = float(jnp.finfo("float32").eps), float(jnp.finfo(dtype).eps)
-    decay = float(jnp.max(_state(state).allocation.statistics.momentum))
+    decay = float(jnp.max(_state(state).statistics.momentum))
     statistics = single / (1 - 0.9)
     momenta, second = short / (1 - decay) + statistics, single / (1 - B2) + 2 * statistics
     return {
@@ -229,8 +229,8 @@ def _momenta(state: Any) -> tuple[Any, ...]:
 
 
 def _statistics(state: Any) -> Any:
-    allocation = _state(state).allocation
-    return (allocation.norms, allocation.statistics.mean, allocation.statistics.momentum)
+    statistics = _state(state).statistics
+    return (_state(state).allocation.norms, statistics.mean, statistics.momentum)
 
 
 def _seen(seen: Any, state: Any, pairs: Any) -> Any:
@@ -244,9 +244,9 @@ def _seen(seen: Any, state: Any, pairs: Any) -> Any:
         sizes = jnp.append(geometry.prediction_norm, geometry.alignment_norm)
         factors = allocation.weights[None]
     elif len(largest) == 1:
-        factors = jnp.sum(allocation.factors, axis=0, keepdims=True)
+        factors = allocation.factors[None]
     else:
-        factors = allocation.factors
+        factors = allocation.components
 
     def larger(number: int) -> Any:
         def leaf(pair: gdmam.GradientPair, old: jax.Array) -> jax.Array:
@@ -270,7 +270,7 @@ def _bounded(state: Any, seen: Any) -> dict[str, jax.Array]:
     largest, norm = seen
     inner = _state(state)
     allocation = inner.allocation
-    statistics = allocation.statistics
+    statistics = inner.statistics
 
     def ratio(tree: Any, bounds: Any) -> jax.Array:
         return jnp.max(

@@ -1,22 +1,23 @@
 """GDMAM for JAX: train on a prediction loss and alignment losses that may conflict."""
 
 from gdmam_jax._allocation import Allocation as Allocation
-from gdmam_jax._allocation import Gate as Gate
-from gdmam_jax._allocation import MomentumRule as MomentumRule
-from gdmam_jax._allocation import NormStatistics as NormStatistics
-from gdmam_jax._allocation import anchored_momentum as anchored_momentum
-from gdmam_jax._allocation import conflict_gate as conflict_gate
-from gdmam_jax._allocation import constant_momentum as constant_momentum
-from gdmam_jax._allocation import cosine_gate as cosine_gate
-from gdmam_jax._allocation import open_gate as open_gate
-from gdmam_jax._allocation import priority_gate as priority_gate
-from gdmam_jax._allocation import ratcheted_momentum as ratcheted_momentum
-from gdmam_jax._allocation import relative_momentum as relative_momentum
+from gdmam_jax._allocation import allocate as allocate
 from gdmam_jax._diagnostics import diagnostics as diagnostics
+from gdmam_jax._gates import Gate as Gate
+from gdmam_jax._gates import conflict_gate as conflict_gate
+from gdmam_jax._gates import cosine_gate as cosine_gate
+from gdmam_jax._gates import open_gate as open_gate
+from gdmam_jax._gates import priority_gate as priority_gate
 from gdmam_jax._geometry import Decomposition as Decomposition
 from gdmam_jax._geometry import Geometry as Geometry
 from gdmam_jax._geometry import decompose as decompose
-from gdmam_jax._optimizers import WeighedState as WeighedState
+from gdmam_jax._losses import Losses as Losses
+from gdmam_jax._momenta import MomentumRule as MomentumRule
+from gdmam_jax._momenta import NormStatistics as NormStatistics
+from gdmam_jax._momenta import anchored_momentum as anchored_momentum
+from gdmam_jax._momenta import constant_momentum as constant_momentum
+from gdmam_jax._momenta import ratcheted_momentum as ratcheted_momentum
+from gdmam_jax._momenta import relative_momentum as relative_momentum
 from gdmam_jax._optimizers import gdmam as gdmam
 from gdmam_jax._optimizers import summed as summed
 from gdmam_jax._optimizers import weighed as weighed
@@ -28,6 +29,7 @@ from gdmam_jax._released import RecentNormState as RecentNormState
 from gdmam_jax._released import ReleasedState as ReleasedState
 from gdmam_jax._released import clip_by_recent_norm as clip_by_recent_norm
 from gdmam_jax._released import gdmam_released as gdmam_released
+from gdmam_jax._remembering import RememberingWeighting as RememberingWeighting
 from gdmam_jax._scopes import Scope as Scope
 from gdmam_jax._scopes import leaf_scope as leaf_scope
 from gdmam_jax._transform import GDMAMState as GDMAMState

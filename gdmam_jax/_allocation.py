@@ -1,323 +1,78 @@
-"""What a step decides from the geometry: weights, gate and momentum, each by a small function."""
+"""The allocation: what weighting and gate decide for a step, and the link that applies it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from gdmam_jax._checks import (
-    check_function,
-    check_losses,
-    check_ordered,
-    check_range,
-    is_numeric,
-)
+from gdmam_jax._checks import check_function, check_losses, check_range, check_state, is_numeric
+from gdmam_jax._gates import Gate, open_gate, priority_gate
 from gdmam_jax._geometry import ALIGNMENT_SCALARS, Geometry, gramian, norms
+from gdmam_jax._losses import Losses, Names, arranged, by_loss
+from gdmam_jax._momenta import newest_share
 from gdmam_jax._numerics import (
-    EPS,
-    divide,
-    floored_sqrt,
+    narrow,
     pytree_dataclass,
     register_with_flax,
+    where,
     wide_dtype,
+    widen,
 )
-from gdmam_jax._pairs import GradientPair, check_floating, describe, is_pair
+from gdmam_jax._pairs import GradientPair, begin_update, check_floating, describe, halves, is_pair
+from gdmam_jax._remembering import RememberingWeighting, check_weighting, first_memory, weigh
 from gdmam_jax._scopes import Scope, Scopes
+from gdmam_jax._settings import chosen, default
 from gdmam_jax._sharding import as_axis_names
-from gdmam_jax._weightings import Weighting
+from gdmam_jax._weightings import Weighting, unit_weighting
 
-COMPONENTS = ("prediction", "parallel", "orthogonal")
-"""The components of a step; the last two once for each alignment loss."""
-
-
-@pytree_dataclass
-class NormStatistics:
-    r"""Running statistics of the norms of the allocated components.
-
-    The last axis is (prediction, parallel, orthogonal), with the last two once for each alignment
-    loss; one row per scope where there are several. float32, or float64 where a parameter is. Mean
-    and variance are bias-corrected, and updated as such: the difference of a mean square and a
-    squared mean would cancel.
-
-    Attributes:
-      momentum: $\beta_k$ of the previous step; shape ``(3,)`` or ``(scopes, 3)``.
-      mean: $\mu$, weighted mean of the norms so far; the same shape.
-      variance: $s^2$, their weighted variance; the same shape.
-      remainder: $r$, product of the statistics' decays so far, 1 at first; shape ``()``.
-    """
-
-    momentum: jax.Array
-    mean: jax.Array
-    variance: jax.Array
-    remainder: jax.Array
-
-    @property
-    def deviation(self) -> jax.Array:
-        r"""The released spread of the norm, of statistics that start at 0 without bias correction.
-
-        $\sigma^2 = square - mean^2 = (1 - r) (s^2 + r \mu^2)$: as if norms of 0 had come before.
-        """
-        r = self.remainder
-        return floored_sqrt((1 - r) * (self.variance + r * self.mean**2))
-
-
-Gate = Callable[[jax.Array, jax.Array], tuple[Any, Any]]
-"""A function ``(cosine, ratio) -> (parallel, orthogonal)``: factors of the alignment gradient's
-parts along and across the prediction gradient."""
-MomentumRule = Callable[[NormStatistics, Any, tuple[Any, Any, Any]], Any]
-"""A function ``(statistics, initial, sensitivity) -> momentum``: the components' coefficients."""
-
-
-def cosine_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""The better the tasks agree, the more of the parallel part, as released: (gate, 1 - gate).
-
-    $$gate = clip(\cos(g_a, g_p), 0, 1)$$
-
-    Args:
-      cosine: of the angle between the two gradients, shape ``(...)``.
-      ratio: unused.
-
-    Returns:
-      ``(parallel, orthogonal)``, the factors of the alignment gradient's two parts.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> [float(factor) for factor in cosine_gate(jnp.array(0.25), jnp.array(1.0))]
-      [0.25, 0.75]
-
-    References:
-      The gate of the released GDMAM code.
-    """
-    gate = jnp.clip(cosine, 0, 1)
-    return gate, 1 - gate
-
-
-def conflict_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Drops the parallel part where it opposes the prediction gradient, and nothing else.
-
-    For two losses and no momentum the alignment gradient then is projected as PCGrad projects it.
-    The step never raises the prediction loss, but may raise the alignment loss, see
-    `priority_gate`.
-
-    Args:
-      cosine: of the angle between the two gradients, shape ``(...)``.
-      ratio: unused.
-
-    Returns:
-      ``(1 if cosine > 0 else 0, 1)``.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> [float(factor) for factor in conflict_gate(jnp.array(-0.25), jnp.array(1.0))]
-      [0.0, 1.0]
-
-    References:
-      Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020.
-    """
-    return (cosine > 0).astype(cosine.dtype), jnp.ones_like(cosine)
-
-
-def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""Drops what opposes the prediction just as far as the alignment loss does not rise for it.
-
-    With $k = -\cos(g_a, g_p) > 0$ and $r$ the ratio of the weighted gradients' norms, the parallel
-    part keeps the least factor at which a step along the result does not raise the alignment loss,
-
-    $$v_\parallel = clip\left(\frac{k / r + k^2 - 1}{k^2}, 0, 1\right),$$
-
-    and all of it where the gradients agree. To first order, and before a second moment rescales
-    the elements, a step then is against neither loss, as long as $k \le r$: an alignment gradient
-    that is weaker than that is let through whole, and outvoted. Of several alignment losses, all
-    that is kept against the prediction gradient is shortened together where it is longer than what
-    is for it: with weights of at least 0 a step never is against the prediction loss, but may be
-    against alignment losses.
-
-    Args:
-      cosine: of the angles between prediction and alignment gradients, shape ``(..., J)`` for J
-        alignment losses; ``()`` for one.
-      ratio: $r = w_a |g_a| / (w_p |g_p|)$, the same shape.
-
-    Returns:
-      ``(parallel, orthogonal)``, the factors of the alignment gradient's two parts.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> round(float(priority_gate(jnp.array(-0.8), jnp.array(1.0))[0]), 4)
-      0.6875
-      >>> parallel, _ = priority_gate(jnp.array([-0.8, -0.9, -0.5]), jnp.ones(3))
-      >>> [round(float(factor), 4) for factor in parallel]
-      [0.5135, 0.6547, 0.0]
-    """
-    conflict = jnp.maximum(-cosine, 0)
-    square = jnp.where(conflict > 0, conflict**2, 1)
-    kept = jnp.clip((divide(conflict, ratio) + conflict**2 - 1) / square, 0, 1)
-    if conflict.ndim and conflict.shape[-1] > 1:
-        # In units of the weighed prediction gradient.
-        agreeing = 1 + jnp.sum(ratio * jnp.maximum(cosine, 0), axis=-1, keepdims=True)
-        opposing = jnp.sum(ratio * conflict * kept, axis=-1, keepdims=True)
-        kept = kept * jnp.where(opposing > agreeing, divide(agreeing, opposing), 1)
-    return jnp.where((conflict > 0) & (ratio > 0), kept, 1), jnp.ones_like(cosine)
-
-
-def open_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Lets both parts through: ``(1, 1)``.
-
-    Args:
-      cosine: of the angle between the two gradients, shape ``(...)``.
-      ratio: unused.
-
-    Returns:
-      Two ones of its shape.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> [float(factor) for factor in open_gate(jnp.array(-0.25), jnp.array(1.0))]
-      [1.0, 1.0]
-    """
-    return jnp.ones_like(cosine), jnp.ones_like(cosine)
-
-
-def _filled(sensitivity: Sequence[Any], default: Sequence[float], like: jax.Array) -> jax.Array:
-    chosen = [d if s is None else s for s, d in zip(sensitivity, default, strict=True)]
-    prediction, *others = [jnp.asarray(value, like.dtype) for value in chosen]
-    losses = (like.shape[-1] - 1) // 2
-    values = jnp.stack([prediction, *(other for other in others for _ in range(losses))])
-    return jnp.broadcast_to(values, like.shape)
-
-
-def constant_momentum(
-    statistics: NormStatistics, initial: Any, sensitivity: tuple[Any, Any, Any]
-) -> jax.Array:
-    r"""One momentum for all components and steps: $\beta_k = \beta_0$.
-
-    Args:
-      statistics: unused but for its shape.
-      initial: $\beta_0$.
-      sensitivity: unused.
-
-    Returns:
-      The momentum coefficients, of the statistics' shape.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> seen = NormStatistics(momentum=jnp.full(3, 0.7), mean=jnp.full(3, 0.3),
-      ...                       variance=jnp.full(3, 0.16), remainder=jnp.array(0.0))
-      >>> [round(float(momentum), 3) for momentum in constant_momentum(seen, 0.95, (None,) * 3)]
-      [0.95, 0.95, 0.95]
-    """
-    return jnp.full_like(statistics.mean, initial)
-
-
-def ratcheted_momentum(
-    statistics: NormStatistics, initial: Any, sensitivity: tuple[Any, Any, Any]
-) -> jax.Array:
-    r"""Momentum that only ever falls: $\beta_k - \kappa_k \sigma_k$. As released.
-
-    The statistics start at 0 and are not bias-corrected, so the first steps pull it down hard.
-
-    Args:
-      statistics: see `NormStatistics`; ``momentum`` is the previous step's.
-      initial: unused; the momentum starts there.
-      sensitivity: $\kappa$ of (prediction, parallel, orthogonal); None stands for 0.05, 0.1, 0.1.
-
-    Returns:
-      The momentum coefficients before clipping, of the statistics' shape.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> seen = NormStatistics(momentum=jnp.full(3, 0.95), mean=jnp.full(3, 0.3),
-      ...                       variance=jnp.full(3, 0.16), remainder=jnp.array(0.0))
-      >>> [round(float(momentum), 3) for momentum in ratcheted_momentum(seen, 0.95, (None,) * 3)]
-      [0.93, 0.91, 0.91]
-
-    References:
-      The momentum rule of the released GDMAM code.
-    """
-    kappa = _filled(sensitivity, (0.05, 0.1, 0.1), statistics.mean)
-    return statistics.momentum - kappa * statistics.deviation
-
-
-def anchored_momentum(
-    statistics: NormStatistics, initial: Any, sensitivity: tuple[Any, Any, Any]
-) -> jax.Array:
-    r"""Momentum that recovers when the noise subsides: $\beta_0 - \kappa_k \sigma_k$.
-
-    Args:
-      statistics: see `NormStatistics`.
-      initial: $\beta_0$.
-      sensitivity: $\kappa$ of (prediction, parallel, orthogonal); None stands for 0.05, 0.1, 0.1.
-
-    Returns:
-      The momentum coefficients before clipping, of the statistics' shape.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> seen = NormStatistics(momentum=jnp.full(3, 0.7), mean=jnp.full(3, 0.3),
-      ...                       variance=jnp.full(3, 0.16), remainder=jnp.array(0.0))
-      >>> [round(float(momentum), 3) for momentum in anchored_momentum(seen, 0.95, (None,) * 3)]
-      [0.93, 0.91, 0.91]
-    """
-    kappa = _filled(sensitivity, (0.05, 0.1, 0.1), statistics.mean)
-    return initial - kappa * statistics.deviation
-
-
-def relative_momentum(
-    statistics: NormStatistics, initial: Any, sensitivity: tuple[Any, Any, Any]
-) -> jax.Array:
-    r"""Momentum from the relative noise: $\beta_0 - \kappa_k \hat\sigma_k / \hat{mean}_k$.
-
-    With bias-corrected statistics. It does not change when a loss is rescaled.
-
-    Args:
-      statistics: see `NormStatistics`.
-      initial: $\beta_0$.
-      sensitivity: $\kappa$ of (prediction, parallel, orthogonal); None stands for 0.25 each.
-
-    Returns:
-      The momentum coefficients before clipping, of the statistics' shape.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> seen = NormStatistics(momentum=jnp.full(3, 0.7), mean=jnp.full(3, 0.3),
-      ...                       variance=jnp.full(3, 0.01), remainder=jnp.array(0.0))
-      >>> [round(float(momentum), 3) for momentum in relative_momentum(seen, 0.95, (None,) * 3)]
-      [0.867, 0.867, 0.867]
-    """
-    kappa = _filled(sensitivity, (0.25, 0.25, 0.25), statistics.mean)
-    noise = floored_sqrt(statistics.variance) / jnp.where(statistics.mean > 0, statistics.mean, EPS)
-    return initial - kappa * noise
+LARGEST_RATIO = 1e12
+"""Of the weighed norms, as gates see it."""
+STATIC = (
+    "; optax.inject_hyperparams takes functions for schedules: give it "
+    "static_args=('weighting', 'gate', 'momentum', 'scope')"
+)
 
 
 @pytree_dataclass
 class Allocation:
-    """What one step decided, kept in the optimizer state for the next step and for `diagnostics`.
+    """What one step decided: the state of `allocate`, and a part of every other state.
 
     K losses, of which the prediction is the first, and J = K - 1 alignment losses; a leading axis
     over the scopes where there are several. float32, or float64 where a parameter is.
 
     Attributes:
-      statistics: the components' running statistics, and the step's momentum; see
-        `NormStatistics`.
-      geometry: norms, cosines and projections of the step; zeros before the first.
-      norms: running means of the gradients' norms; shape ``(K,)``.
-      weights: the tasks' weights; shape ``(K,)``.
-      gate: factors of each alignment gradient's (parallel, orthogonal) part; shape ``(2, J)``.
+      geometry: norms, cosines and projections of the step; zeros before the first, and of a loss
+        that was absent.
+      norms: running means of the gradients' norms, bias-corrected; shape ``(..., K)``.
+      remainder: product of the running means' decays so far, 1 at first; shape ``(K,)``.
+      weights: the tasks' weights; shape ``(..., K)``.
+      gate: factors of each alignment gradient's (parallel, orthogonal) part; shape ``(..., 2, J)``.
+      memory: the state of a weighting that has one; else None.
+      skipped: steps left out so far; int32, shape ``()``; None where every step is taken.
+      skipped_in_a_row: steps left out since the last that was not; likewise.
+      skipped_losses: how often each loss was left out for not being finite; int32, shape ``(K,)``;
+        None without ``not_finite="skip_loss"``.
       scopes: the names of the scopes; static.
       names: the names of the alignment losses, empty for one without a name; static.
     """
 
-    statistics: NormStatistics
     geometry: Geometry
     norms: jax.Array
+    remainder: jax.Array
     weights: jax.Array
     gate: jax.Array
+    memory: Any
+    skipped: Any
+    skipped_in_a_row: Any
+    skipped_losses: Any
     scopes: Scopes
-    names: "Names"
+    names: Names
 
     @property
-    def factors(self) -> jax.Array:
+    def components(self) -> jax.Array:
         """The allocated components as combinations of the gradients: shape ``(..., 1 + 2J, K)``."""
         projection = self.geometry.projection
         alignment = self.weights[..., None, 1:] * self.gate
@@ -334,8 +89,13 @@ class Allocation:
         )
 
     @property
+    def factors(self) -> jax.Array:
+        """The allocated gradient as a combination of the gradients: shape ``(..., K)``."""
+        return jnp.sum(self.components, axis=-2)
+
+    @property
     def sizes(self) -> jax.Array:
-        """The norms of the allocated components, of the statistics' shape."""
+        """The norms of the allocated components, shape ``(..., 1 + 2J)``."""
         geometry = self.geometry
         parts = jnp.stack([geometry.parallel_norm, geometry.orthogonal_norm], axis=-2)
         parts = self.weights[..., None, 1:] * self.gate * parts
@@ -343,58 +103,49 @@ class Allocation:
         return jnp.abs(jnp.concatenate([prediction, parts[..., 0, :], parts[..., 1, :]], axis=-1))
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Names:
-    """Static text in a state."""
-
-    values: tuple[str, ...] = ()
-
-
 @dataclasses.dataclass(frozen=True)
 class Allocator:
-    """The choices of an optimizer, and how they decide a step.
+    """The choices of an allocation, and how they decide a step.
 
-    The arguments of `scale_by_gdmam` of the same names, with the sensitivities in one tuple.
+    The arguments of `allocate`; ``floor`` is added to every norm, as the released form does.
     """
 
-    weighting: Weighting
-    gate: Gate
-    momentum: MomentumRule
+    weighting: Weighting | RememberingWeighting
+    gate: Gate = open_gate
     scope: Scope | None = None
     alignment_losses: int | Sequence[str] | None = None
-    initial_momentum: Any = 0.95
-    minimum_momentum: Any = 0.7
-    maximum_momentum: Any = 0.999
-    sensitivity: tuple[Any, Any, Any] = (None, None, None)
     statistics_decay: Any = 0.9
+    not_finite: str = "apply"
+    max_skips: Any = None
     axis_name: str | Sequence[str] | None = None
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("weighting", "gate", "momentum", "scope"):
-            choice = getattr(self, name)
-            if choice is not None:
-                check_function(
-                    name,
-                    choice,
-                    "; optax.inject_hyperparams takes functions for schedules: give it "
-                    "static_args=('weighting', 'gate', 'momentum', 'scope')",
-                )
-        for name in ("minimum_momentum", "maximum_momentum", "initial_momentum"):
-            check_range(name, getattr(self, name), 0, 1, below_maximum=True)
-        for name in ("minimum_momentum", "initial_momentum"):
-            check_ordered(name, getattr(self, name), "maximum_momentum", self.maximum_momentum)
+        check_weighting(self.weighting, STATIC)
+        check_function("gate", self.gate, STATIC)
+        if self.scope is not None:
+            check_function("scope", self.scope, STATIC)
         check_range("statistics_decay", self.statistics_decay, 0, 1, below_maximum=True)
-        for name, value in zip(COMPONENTS, self.sensitivity, strict=True):
-            check_range(f"{name}_sensitivity", 0 if value is None else value)
         check_losses(self.alignment_losses)
         as_axis_names(self.axis_name)
+        if self.not_finite not in ("apply", "skip", "skip_loss"):
+            raise ValueError(
+                f"not_finite must be 'apply', 'skip' or 'skip_loss', got {self.not_finite!r}"
+            )
+        check_range("max_skips", 0 if self.max_skips is None else self.max_skips)
+        if self.max_skips is not None and not self.skips:
+            raise ValueError("max_skips needs not_finite='skip' or 'skip_loss'")
+
+    @property
+    def skips(self) -> bool:
+        """Whether steps that are not finite are left out."""
+        return self.not_finite != "apply"
 
     @property
     def losses(self) -> int | tuple[str, ...]:
-        """How many alignment losses there are, or their names in `jax.tree` order."""
+        """How many alignment losses there are, or their names."""
         given = self.alignment_losses
-        return 1 if given is None else given if isinstance(given, int) else tuple(sorted(given))
+        return 1 if given is None else given if isinstance(given, int) else tuple(given)
 
     @property
     def count(self) -> int:
@@ -407,32 +158,47 @@ class Allocator:
         check_floating(params, "parameter")
         scopes = Scopes.of(params, self.scope)
         dtype = wide_dtype(*jax.tree.leaves(params))
-        losses, count = self.losses, self.count
-        names = tuple(map(str, range(losses))) if isinstance(losses, int) else losses
+        count = self.count
 
         def zeros(*last: int) -> jax.Array:
             return jnp.zeros(scopes.shape + last, dtype)
 
+        def counts(*shape: int, kept: bool) -> Any:
+            return jnp.zeros(shape, jnp.int32) if kept else None
+
         return Allocation(
-            statistics=NormStatistics(
-                momentum=jnp.full((*scopes.shape, 1 + 2 * count), self.initial_momentum, dtype),
-                mean=zeros(1 + 2 * count),
-                variance=zeros(1 + 2 * count),
-                remainder=jnp.ones((), dtype),
-            ),
             geometry=Geometry(
                 prediction_norm=zeros(), **{name: zeros(count) for name in ALIGNMENT_SCALARS}
             ),
             norms=zeros(1 + count),
+            remainder=jnp.ones(1 + count, dtype),
             weights=zeros(1 + count),
             gate=zeros(2, count),
+            memory=first_memory(self.weighting, zeros(1 + count)),
+            skipped=counts(kept=self.skips),
+            skipped_in_a_row=counts(kept=self.skips),
+            skipped_losses=counts(1 + count, kept=self.not_finite == "skip_loss"),
             scopes=scopes,
-            names=Names(() if losses == 1 else names),
+            names=Names(() if isinstance(self.losses, int) else self.losses),
         )
 
-    def check_state(self, previous: Allocation, pairs: Any) -> None:
-        """Raise a ``ValueError`` where a state was made by an optimizer of other choices."""
-        scopes = Scopes.of(pairs, self.scope, is_leaf=is_pair)
+    def begin(
+        self,
+        updates: optax.Updates,
+        previous: Allocation,
+        params: optax.Params | None,
+        alignment: Any,
+        like: Any = None,
+    ) -> tuple[list[GradientPair], Any, Allocation]:
+        """What every update does first: takes the pairs as they are given, and checks them.
+
+        Returns:
+          The pairs in a list, with the alignment gradients in the losses' order; the structure of
+          their tree; ``previous`` with the losses' names.
+        """
+        leaves, structure = begin_update(updates, alignment, params, like)
+        arranged_leaves, names = arranged(leaves, self.losses)
+        scopes = Scopes.of(structure.unflatten(leaves), self.scope, is_leaf=is_pair)
         shape = (*scopes.shape, 1 + self.count)
         if previous.scopes != scopes or previous.weights.shape != shape:
             raise ValueError(
@@ -440,57 +206,271 @@ class Allocator:
                 f"{previous.scopes} and weights of shape {previous.weights.shape}, this optimizer "
                 f"{scopes} and {shape}; make a state with this optimizer's init"
             )
+        if (previous.skipped_losses is None, previous.skipped is None) != (
+            self.not_finite != "skip_loss", not self.skips
+        ):  # fmt: skip
+            raise ValueError(
+                "the optimizer state was made with another choice of not_finite than this "
+                "optimizer's; make a state with its own init, or give it the old choice"
+            )
+        return arranged_leaves, structure, dataclasses.replace(previous, names=Names(names))
 
-    def step(self, leaves: Sequence[GradientPair], previous: Allocation) -> Allocation:
-        """Measures the pairs and decides weights, gate and momentum for this step."""
-        old = previous.statistics
-        dtype = old.mean.dtype
+    def decide(
+        self, leaves: Sequence[GradientPair], previous: Allocation, value: Any, present: Any
+    ) -> tuple[Allocation, Any]:
+        """Measures the pairs and decides weights and gate for this step.
+
+        Args:
+          leaves: the pairs, from `begin`.
+          previous: the allocation of the step before, from `begin`.
+          value: the losses' values, ``(prediction, alignment)``; None, or what is no pair, where
+            the weighting does not look at them.
+          present: which losses there are, booleans, likewise; None for all.
+
+        Returns:
+          The allocation, and which losses count, ``(K,)``; None for all.
+        """
+        dtype = previous.norms.dtype
         products = gramian(leaves, previous.scopes, self.axis_name).astype(dtype)
-        geometry = Geometry.of(products)
-        remainder = (self.statistics_decay * old.remainder).astype(dtype)
-        # The newest norm's share of the mean: at the first step all of it, to the last bit.
-        share = jnp.where(old.remainder == 1, 1, (1 - self.statistics_decay) / (1 - remainder))
-        share = share.astype(dtype)
-        n_p, n_a = geometry.prediction_norm[..., None], geometry.alignment_norm
+        if present is not None:
+            present = jnp.stack(
+                [jnp.asarray(p, bool) for p in by_loss("present", present, self.losses)]
+            )
+        if self.not_finite == "skip_loss":
+            finite = jnp.isfinite(jnp.diagonal(products, axis1=-2, axis2=-1))
+            finite = jnp.all(finite.reshape(-1, finite.shape[-1]), axis=0)
+            lost = ~finite if present is None else present & ~finite
+            present = finite if present is None else present & finite
+            previous = dataclasses.replace(
+                previous,
+                skipped_losses=jnp.where(
+                    lost, optax.safe_increment(previous.skipped_losses), previous.skipped_losses
+                ),
+            )
+        if present is not None:
+            both = jnp.broadcast_to(jnp.outer(present, present), products.shape)
+            products = jnp.where(both, products, 0)
+        share, remainder = newest_share(previous.remainder, self.statistics_decay, present)
+        share = jnp.broadcast_to(share, previous.norms.shape)
         means = previous.norms + share * (norms(products) - previous.norms)
-        weights = _as_array(
-            "weighting", self.weighting(products, means), means.shape, dtype, "weights"
-        )
-        size_p, size_a = weights[..., :1] * n_p, weights[..., 1:] * n_a
-        counts = size_p > EPS * size_a
-        ratio = jnp.where(counts, size_a / jnp.where(counts, size_p, 1), 1 / EPS)
-        parts = self.gate(geometry.cosine, ratio)
-        gate = jnp.moveaxis(
-            _as_array("gate", parts, (*ratio.shape, 2), dtype, "factors", stacked=True), -1, -2
-        )
+        losses = Losses(previous.names.values, self._values(value, dtype), present)
+        weights, memory = weigh(self.weighting, products, means, previous.memory, losses)
+        weights = as_array("weighting", weights, means.shape, dtype, "weights")
+        if present is not None:
+            weights = jnp.where(jnp.broadcast_to(present, weights.shape), weights, 0)
+        geometry = Geometry.of(products, self.floor)
+        gate = gate_factors(self.gate, geometry, weights)
         decided = dataclasses.replace(
-            previous, geometry=geometry, norms=means, weights=weights, gate=gate
-        )
-        change = decided.sizes - old.mean
-        statistics = NormStatistics(
-            momentum=old.momentum,
-            mean=old.mean + share * change,
-            variance=(1 - share) * (old.variance + share * change**2),
+            previous,
+            geometry=geometry,
+            norms=means,
             remainder=remainder,
+            weights=weights,
+            gate=gate,
+            memory=memory,
         )
-        initial = jnp.asarray(self.initial_momentum, dtype)
-        momentum = _as_array(
-            "momentum",
-            self.momentum(statistics, initial, self.sensitivity),
-            change.shape,
-            dtype,
-            "coefficients",
+        return decided, present
+
+    def _values(self, value: Any, dtype: Any) -> jax.Array | None:
+        # A scalar is meant for other links of the chain.
+        if not isinstance(value, Sequence):
+            return None
+        values = by_loss("value", value, self.losses)
+        return jnp.stack([jnp.asarray(each, dtype) for each in values])
+
+    def keep(
+        self, previous: Allocation, decided: Allocation, present: Any, more: Any = None
+    ) -> tuple[Allocation, Any]:
+        """Leaves a step out that is not finite, where that is the policy.
+
+        Args:
+          previous: the allocation of the step before.
+          decided: that of this step.
+          present: which losses count, from `decide`.
+          more: what else has to be finite.
+
+        Returns:
+          The allocation that goes on, and whether the step is taken; None where all are.
+        """
+        if not self.skips:
+            return decided, None
+        # Finite only where every element of every gradient is; known without a pass over them.
+        numbers = [
+            each
+            for each in jax.tree.leaves((decided, more))
+            if jnp.issubdtype(each.dtype, jnp.inexact)
+        ]
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(each)) for each in numbers]))
+        if self.not_finite == "skip_loss":
+            finite &= jnp.any(present)
+        apply = finite
+        if self.max_skips is not None:
+            apply = finite | (previous.skipped_in_a_row >= self.max_skips)
+        more_skips = optax.safe_increment
+        return (
+            dataclasses.replace(
+                where(apply, decided, previous),
+                skipped=jnp.where(apply, previous.skipped, more_skips(previous.skipped)),
+                skipped_in_a_row=jnp.where(finite, 0, more_skips(previous.skipped_in_a_row)),
+                skipped_losses=decided.skipped_losses,
+            ),
+            apply,
         )
-        momentum = jnp.clip(
-            momentum,
-            jnp.minimum(jnp.asarray(self.minimum_momentum, dtype), initial),
-            jnp.asarray(self.maximum_momentum, dtype),
-        )
-        statistics = dataclasses.replace(statistics, momentum=momentum)
-        return dataclasses.replace(decided, statistics=statistics)
 
 
-def _as_array(
+def gate_factors(gate: Gate, geometry: Geometry, weights: jax.Array) -> jax.Array:
+    """The factors of each alignment gradient's (parallel, orthogonal) part: ``(..., 2, J)``."""
+    size_p = weights[..., :1] * geometry.prediction_norm[..., None]
+    size_a = weights[..., 1:] * geometry.alignment_norm
+    counts = size_p * LARGEST_RATIO > size_a
+    ratio = jnp.where(counts, size_a / jnp.where(counts, size_p, 1), LARGEST_RATIO)
+    parts = gate(geometry.cosine, ratio)
+    return jnp.moveaxis(
+        as_array("gate", parts, (*ratio.shape, 2), weights.dtype, "factors", stacked=True), -1, -2
+    )
+
+
+def allocate(
+    weighting: Weighting | RememberingWeighting = default(unit_weighting),
+    gate: Gate = default(priority_gate),
+    *,
+    scope: Scope | None = None,
+    alignment_losses: int | Sequence[str] | None = None,
+    statistics_decay: Any = 0.9,
+    not_finite: Literal["apply", "skip", "skip_loss"] = "apply",
+    max_skips: Any = None,
+    axis_name: str | Sequence[str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Pairs in, the allocated gradient out: GDMAM in front of any optimizer.
+
+    The alignment gradient is split along and across the prediction gradient (see `decompose`),
+    and weights and gate make one gradient of the parts,
+
+    $$
+    A = w_p g_p + w_a (v_\parallel g_\parallel + v_\perp g_\perp).
+    $$
+
+    ``optax.chain(gdmam.allocate(), optax.contrib.muon(1e-2))`` is GDMAM in front of Muon.
+
+    Args:
+      weighting: the tasks' weights: a function ``(gramian, norms) -> weights`` of the gradients'
+        inner products and their norms' running means, shapes ``(..., K, K)``, ``(..., K)`` and
+        ``(..., K)``; index 0 is the prediction. Or a `RememberingWeighting`. In front of an
+        optimizer without a second moment, such as SGD, choose one whose weights do not grow as
+        gradients shrink, such as `config_weighting`.
+      gate: the factors of the two parts of the alignment gradient: a function
+        ``(cosine, ratio) -> (parallel, orthogonal)`` of the angle and of the weighed norms'
+        ratio.
+      scope: what is decomposed together: a function of a leaf's path, such as
+        ``"encoder/kernel"``, to a label, for example `leaf_scope`. None: all leaves together.
+      alignment_losses: how many alignment losses there are; or the names of those that the loss
+        function returns in a dictionary, in the order in which weights are given. None: one.
+      statistics_decay: decay of the norms' running means, in [0, 1).
+      not_finite: what becomes of a step in which an inner product of the gradients, or a number
+        that is made of them, is not finite.
+        ``"apply"``: it is taken, and the numbers that are not finite spread, as in Optax's own
+        optimizers. ``"skip"``: the result is 0 and the state stays, bit for bit, but for counts
+        that `diagnostics` shows. Other links of a chain go on. ``"skip_loss"``: a loss whose
+        gradient is not finite counts as absent from this step, and the others go on; the step is
+        left out where none is left.
+      max_skips: after so many steps left out in a row the next is taken, whatever it is, so that
+        the failure shows. None: never.
+      axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded: the inner
+        products are summed over them.
+
+    Returns:
+      A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
+      with ``alignment=`` the alignment gradients, and returns one gradient, of the gradients'
+      dtypes. It also takes ``present=``, booleans like the losses, ``(prediction, alignment)``: an
+      absent loss has no weight and does not change its running means; and ``value=``, the losses'
+      values, for weightings that look at them. Its state is an `Allocation`.
+
+    Raises:
+      ValueError: a number is out of range or narrower than float32, or ``not_finite`` is unknown.
+        While tracing: pairs whose halves differ, a structure or shape other than the parameters',
+        a state that was made with other choices, or ``value_fn=`` of a line search.
+      TypeError: a choice is no function. While tracing: an update that is not a `GradientPair`, or
+        a parameter or gradient that is not floating-point.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import gdmam_jax as gdmam
+      >>> optimizer = optax.chain(gdmam.allocate(), optax.adamw(1e-3))
+      >>> w = jnp.zeros(2)
+      >>> pair = gdmam.GradientPair(jnp.array([2.0, 0.0]), jnp.array([0.0, 0.1]))
+      >>> link = gdmam.allocate()
+      >>> allocated, state = link.update(pair, link.init(w), w)
+      >>> allocated
+      Array([1., 1.], dtype=float32)
+
+    References:
+      The method's public description, made precise; see the project's documentation for what of it
+      is released code and what is this library's reading.
+    """
+    allocator = Allocator(
+        weighting=chosen(weighting),
+        gate=chosen(gate),
+        scope=scope,
+        alignment_losses=alignment_losses,
+        statistics_decay=statistics_decay,
+        not_finite=not_finite,
+        max_skips=max_skips,
+        axis_name=axis_name,
+    )
+
+    def update(
+        updates: optax.Updates,
+        state: Allocation,
+        params: optax.Params | None = None,
+        *,
+        alignment: Any = None,
+        value: Any = None,
+        present: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Allocation]:
+        check_state(state, Allocation)
+        if "value_fn" in extra_args:
+            raise ValueError(
+                "a line search behind allocate would search along another function than the one "
+                "whose gradient it is given; write weighed(optax.lbfgs(), weighting) instead, and "
+                "pass value= the losses, grad= the pairs and value_fn= the loss function"
+            )
+        leaves, structure, previous = allocator.begin(updates, state, params, alignment)
+        if not leaves:
+            return structure.unflatten([]), state
+        decided, present = allocator.decide(leaves, previous, value, present)
+        allocation, apply = allocator.keep(previous, decided, present)
+        taken = taken_losses(apply, present, 1 + allocator.count)
+        factors = decided.factors if apply is None else jnp.where(apply, decided.factors, 0)
+        sums = [
+            add_up(pair, decided.scopes.at(factors, number), taken)
+            for number, pair in enumerate(leaves)
+        ]
+        return structure.unflatten(sums), allocation
+
+    return optax.GradientTransformationExtraArgs(allocator.init, update)
+
+
+def taken_losses(apply: Any, present: Any, count: int) -> Any:
+    """Which losses a step takes: booleans of shape ``(K,)``, or None for all."""
+    if apply is None:
+        return present
+    return jnp.broadcast_to(apply, count) if present is None else apply & present
+
+
+def add_up(pair: GradientPair, weights: Any, taken: Any = None) -> jax.Array:
+    """The sum of a pair's gradients by their weights, taken in float32 or better.
+
+    Where ``taken`` is false a gradient is left out, whatever it holds.
+    """
+    wide = [widen(gradient) for gradient in halves(pair)]
+    if taken is not None:
+        wide = [jnp.where(taken[k], gradient, 0) for k, gradient in enumerate(wide)]
+    terms = [jnp.asarray(weights[k], wide[0].dtype) * each for k, each in enumerate(wide)]
+    return narrow(sum(terms[1:], terms[0]), jnp.result_type(pair.prediction))
+
+
+def as_array(
     choice: str, values: Any, shape: tuple[int, ...], dtype: Any, what: str, stacked: bool = False
 ) -> jax.Array:
     """What a user's function returned, in ``shape``: an array, or a sequence over the last axis."""

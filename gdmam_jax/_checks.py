@@ -88,7 +88,7 @@ def check_losses(losses: Any) -> None:
     """Raise a ``ValueError`` unless ``losses`` can be an ``alignment_losses`` argument."""
     number = losses is None or (isinstance(losses, int) and losses >= 1)
     names = isinstance(losses, tuple | list) and 0 < len(losses) == len({*losses})
-    names = names and len({*map(type, losses)}) == 1  # to be sorted
+    names = names and all(isinstance(name, str) for name in losses)
     if not (number or names):
         raise ValueError(
             "alignment_losses must be a number of losses, at least 1, or a sequence of their "

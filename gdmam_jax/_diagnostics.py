@@ -3,11 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from gdmam_jax._allocation import COMPONENTS, Allocation
+from gdmam_jax._allocation import Allocation
 from gdmam_jax._geometry import ALIGNMENT_SCALARS
-from gdmam_jax._optimizers import WeighedState
+from gdmam_jax._momenta import COMPONENTS, NormStatistics
 from gdmam_jax._pairs import is_nnx_variable, named_leaves
 from gdmam_jax._released import ReleasedState
 from gdmam_jax._transform import GDMAMState
@@ -27,13 +28,15 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       ``gate`` (the parallel part's factor), ``orthogonal_gate``, ``prediction_momentum``,
       ``parallel_momentum``, ``orthogonal_momentum``; for the released form also ``decay`` (its
       ``b1``), with ``not_finite="skip"`` also ``skipped`` and ``skipped_in_a_row``, counts of
-      steps. `weighed` has no momenta. With several alignment losses, the keys of what each has its
-      own of end with ``/`` and its name or number; with several scopes each key starts with
-      ``label/``; with several GDMAM states, with the state's path in ``opt_state``. All are 0 but
-      the momenta before the first step. They are those of the last step that was not skipped.
+      steps, and with ``"skip_loss"`` such a count for each loss, ``skipped/prediction`` and so on.
+      `allocate` and `weighed` have no momenta. With several alignment losses, the keys of what
+      each has its own of end with ``/`` and its name or number; with several scopes each key starts
+      with ``label/``; with several GDMAM states, with the state's path in ``opt_state``. All are 0
+      before the first step, but the momenta, which are 1. They are those of the last step that was
+      not skipped.
 
     Raises:
-      ValueError: no state of GDMAM or `weighed` is inside ``opt_state``.
+      ValueError: no state of GDMAM, `allocate` or `weighed` is inside ``opt_state``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -47,15 +50,17 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """
 
     def is_state(node: Any) -> bool:
-        return isinstance(node, GDMAMState | ReleasedState | WeighedState)
+        return isinstance(node, GDMAMState | ReleasedState | Allocation)
 
     found = [
         (name, node) for name, node in named_leaves(opt_state, is_leaf=is_state) if is_state(node)
     ]
     if not found:
         raise ValueError(
-            "no GDMAM state found: expected the state of an optimizer with scale_by_gdmam, gdmam, "
-            f"gdmam_released or weighed in it, got {type(opt_state).__name__}"
+            "no GDMAM state found: expected the state of an optimizer with allocate, "
+            "scale_by_gdmam, gdmam, gdmam_released or weighed in it, got "
+            f"{type(opt_state).__name__}; summed measures nothing: use "
+            "weighed(optimizer, sum_weighting)"
         )
     report = {}
     for path, state in found:
@@ -66,10 +71,10 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
             is_leaf=is_nnx_variable,
         )
         prefix = f"{path}/" if len(found) > 1 else ""
-        labels = state.allocation.scopes.labels
-        for name, value in _scalars(state.allocation).items():
-            if isinstance(state, WeighedState) and name.split("/")[0].endswith("_momentum"):
-                continue  # The wrapped optimizer has its own.
+        allocation = state if isinstance(state, Allocation) else state.allocation
+        labels = allocation.scopes.labels
+        statistics = None if isinstance(state, Allocation) else state.statistics
+        for name, value in _scalars(allocation, statistics).items():
             if labels:
                 for number, label in enumerate(labels):
                     report[f"{prefix}{label}/{name}"] = value[..., number]
@@ -77,30 +82,51 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
                 report[f"{prefix}{name}"] = value
         if isinstance(state, ReleasedState):
             report[f"{prefix}decay"] = state.decay
-        if isinstance(state, GDMAMState) and state.skipped is not None:
-            report[f"{prefix}skipped"] = state.skipped
-            report[f"{prefix}skipped_in_a_row"] = state.skipped_in_a_row
+        report |= {f"{prefix}{name}": count for name, count in _skips(allocation).items()}
     return report
 
 
-def _scalars(allocation: Allocation) -> dict[str, jax.Array]:
-    geometry, momentum = allocation.geometry, allocation.statistics.momentum
+def _scalars(allocation: Allocation, statistics: NormStatistics | None) -> dict[str, jax.Array]:
+    geometry = allocation.geometry
     own = {name: getattr(geometry, name) for name in ALIGNMENT_SCALARS}
     own |= {
         "gate": allocation.gate[..., 0, :],
         "orthogonal_gate": allocation.gate[..., 1, :],
         "alignment_weight": allocation.weights[..., 1:],
     }
-    count = own["gate"].shape[-1]
-    for position, name in enumerate(COMPONENTS[1:]):
-        own[f"{name}_momentum"] = momentum[..., 1 + position * count : 1 + (position + 1) * count]
     scalars = {
         "prediction_norm": geometry.prediction_norm,
         "prediction_weight": allocation.weights[..., 0],
-        "prediction_momentum": momentum[..., 0],
     }
+    count = own["gate"].shape[-1]
+    if statistics is not None:
+        scalars["prediction_momentum"] = statistics.momentum[..., 0]
+        for position, name in enumerate(COMPONENTS[1:]):
+            first = 1 + position * count
+            own[f"{name}_momentum"] = statistics.momentum[..., first : first + count]
     for name, values in own.items():
-        for number in range(count):
-            suffix = f"/{allocation.names.values[number]}" if allocation.names.values else ""
-            scalars[f"{name}{suffix}"] = values[..., number]
+        for suffix, each in zip(_suffixes(allocation), jnp.moveaxis(values, -1, 0), strict=True):
+            scalars[f"{name}{suffix}"] = each
     return scalars
+
+
+def _suffixes(allocation: Allocation) -> list[str]:
+    """What the keys of each alignment loss end with."""
+    count = allocation.gate.shape[-1]
+    if count == 1 and not allocation.names.values:
+        return [""]
+    return [f"/{name}" for name in allocation.names.values or range(count)]
+
+
+def _skips(allocation: Allocation) -> dict[str, jax.Array]:
+    if allocation.skipped is None:
+        return {}
+    counts = {
+        "skipped": allocation.skipped,
+        "skipped_in_a_row": allocation.skipped_in_a_row,
+    }
+    if allocation.skipped_losses is not None:
+        names = ["prediction", *(suffix[1:] or "alignment" for suffix in _suffixes(allocation))]
+        for name, count in zip(names, allocation.skipped_losses, strict=True):
+            counts[f"skipped/{name}"] = count
+    return counts

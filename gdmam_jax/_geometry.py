@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from gdmam_jax._checks import check_function
-from gdmam_jax._numerics import EPS, narrow, pytree_dataclass, safe_sqrt, widen
+from gdmam_jax._numerics import divide, narrow, pytree_dataclass, safe_sqrt, widen
 from gdmam_jax._pairs import GradientPair, check_pairs, halves, is_pair
 from gdmam_jax._scopes import Scope, Scopes
 from gdmam_jax._sharding import Across, as_axis_names, explicit_mesh
@@ -35,17 +35,17 @@ BLOCK = 1024
 class Geometry:
     r"""The scalars of a pair of gradients, one of each per scope.
 
-    With $\epsilon = 10^{-12}$, all float32, or float64 where a gradient is, shape ``()`` or
-    ``(scopes,)``. Where there are several alignment losses, all but ``prediction_norm`` have one
-    more axis, over them, in the order of `jax.tree.leaves`.
+    All float32, or float64 where a gradient is, shape ``()`` or ``(scopes,)``. Where there are
+    several alignment losses, all but ``prediction_norm`` have one more axis, over them, in the
+    order of `jax.tree.leaves`. The released form adds $10^{-12}$ to every norm.
 
     Attributes:
-      prediction_norm: $n_p = |g_p| + \epsilon$.
-      alignment_norm: $n_a = |g_a| + \epsilon$.
-      parallel_norm: $n_\parallel = |c| |g_p| + \epsilon$.
-      orthogonal_norm: $n_\perp = |g_a - c g_p| + \epsilon$.
+      prediction_norm: $n_p = |g_p|$.
+      alignment_norm: $n_a = |g_a|$.
+      parallel_norm: $n_\parallel = |c| n_p$.
+      orthogonal_norm: $n_\perp = |g_a - c g_p|$.
       projection: $c = \langle g_a, g_p\rangle / n_p^2$, 0 where $g_p = 0$.
-      cosine: $\langle g_a, g_p\rangle / (n_a n_p)$, between -1 and 1.
+      cosine: $\langle g_a, g_p\rangle / (n_a n_p)$, between -1 and 1; 0 where either is 0.
     """
 
     prediction_norm: jax.Array
@@ -56,24 +56,25 @@ class Geometry:
     cosine: jax.Array
 
     @classmethod
-    def of(cls, gramian: jax.Array) -> "Geometry":
+    def of(cls, gramian: jax.Array, floor: float = 0.0) -> "Geometry":
         """The geometry that inner products of shape ``(..., K, K)`` determine.
 
         The orthogonal norm is the root of a difference, good to 3e-4 of the alignment norm in
-        float32. The alignment losses keep their axis, also where there is only one.
+        float32. The alignment losses keep their axis, also where there is only one. ``floor`` is
+        added to every norm.
         """
         squares, lengths = _squares(gramian), norms(gramian)
-        n_p, n_a = lengths[..., :1] + EPS, lengths[..., 1:] + EPS
+        n_p, n_a = lengths[..., :1] + floor, lengths[..., 1:] + floor
         product = _flat(gramian)[..., 1 : gramian.shape[-1]]
-        projection = product / n_p**2
-        along = projection * n_p
+        along = divide(product, n_p)
+        projection = divide(along, n_p)
         return cls(
             prediction_norm=n_p[..., 0],
             alignment_norm=n_a,
-            parallel_norm=jnp.abs(projection) * lengths[..., :1] + EPS,
-            orthogonal_norm=safe_sqrt(squares[..., 1:] - along**2) + EPS,
+            parallel_norm=jnp.abs(projection) * lengths[..., :1] + floor,
+            orthogonal_norm=safe_sqrt(squares[..., 1:] - along**2) + floor,
             projection=projection,
-            cosine=jnp.clip(along / n_a, -1, 1),
+            cosine=jnp.clip(divide(along, n_a), -1, 1),
         )
 
     @property
@@ -204,8 +205,8 @@ def decompose(
     r"""Splits the alignment gradient along and across the prediction gradient.
 
     $$
-    g_\parallel = \frac{\langle g_a, g_p\rangle}{n_p^2} g_p, \qquad
-    g_\perp = g_a - g_\parallel, \qquad n_p = |g_p| + 10^{-12},
+    g_\parallel = \frac{\langle g_a, g_p\rangle}{|g_p|^2} g_p, \qquad
+    g_\perp = g_a - g_\parallel,
     $$
 
     where the inner product runs over all leaves of a scope together. Jit-compiled.
@@ -264,7 +265,7 @@ def _decompose(
         orthogonal.append(alignments.unflatten([narrow(rest, dtype) for rest in rests]))
         squares.append([across.share(jnp.sum(rest * rest)) for rest in rests])
     lengths = safe_sqrt(across.sum(scopes.total(squares)))
-    geometry = dataclasses.replace(geometry, orthogonal_norm=lengths + EPS)
+    geometry = dataclasses.replace(geometry, orthogonal_norm=lengths)
     if jax.tree_util.treedef_is_leaf(alignments):
         geometry = dataclasses.replace(
             geometry, **{name: getattr(geometry, name)[..., 0] for name in ALIGNMENT_SCALARS}

@@ -9,9 +9,6 @@ import chex
 import jax
 import jax.numpy as jnp
 
-EPS = 1e-12
-"""Added to every norm, so that nothing divides by zero."""
-
 T = TypeVar("T")
 _DATACLASSES: list[type] = []
 
@@ -112,6 +109,11 @@ def divide(x: jax.Array, y: jax.Array) -> jax.Array:
     """``x / y``, 0 where ``y`` is 0."""
     zero = y == 0
     return jnp.where(zero, 0, x / jnp.where(zero, 1, y))
+
+
+def where(condition: Any, new: Any, old: Any) -> Any:
+    """A tree's leaves where the condition holds, else the other tree's."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
 
 
 def map_leaves(function: Callable[..., Any], structure: Any, *trees: Any) -> Any:

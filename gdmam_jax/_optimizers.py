@@ -1,43 +1,35 @@
 """Ready-made optimizers on pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._allocation import (
-    Allocation,
-    Allocator,
-    Gate,
-    MomentumRule,
-    constant_momentum,
-    open_gate,
-)
-from gdmam_jax._checks import check_learning_rate, check_range, check_state, with_extra_args
-from gdmam_jax._numerics import narrow, pytree_dataclass, widen
-from gdmam_jax._pairs import GradientPair, begin_update, check_floating, halves
-from gdmam_jax._scopes import Scope, Scopes
+from gdmam_jax._allocation import Allocation, add_up, allocate
+from gdmam_jax._checks import check_learning_rate, check_range, with_extra_args
+from gdmam_jax._gates import Gate, open_gate, priority_gate
+from gdmam_jax._losses import by_loss
+from gdmam_jax._momenta import MomentumRule, constant_momentum
+from gdmam_jax._numerics import where
+from gdmam_jax._pairs import begin_update, check_floating, halves
+from gdmam_jax._remembering import RememberingWeighting
+from gdmam_jax._scopes import Scope
+from gdmam_jax._settings import default
 from gdmam_jax._transform import scale_by_gdmam
-from gdmam_jax._weightings import Weighting
+from gdmam_jax._weightings import Weighting, unit_weighting
 
 
 def gdmam(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    weighting: Weighting | None = None,
-    gate: Gate | None = None,
-    momentum: MomentumRule | None = None,
+    weighting: Weighting | RememberingWeighting = default(unit_weighting),
+    gate: Gate = default(priority_gate),
+    momentum: MomentumRule = default(constant_momentum),
     momenta: Literal["steered", "separate"] = "steered",
     scope: Scope | None = None,
     alignment_losses: int | Sequence[str] | None = None,
-    initial_momentum: Any = 0.95,
-    minimum_momentum: Any = 0.7,
-    maximum_momentum: Any = 0.999,
-    prediction_sensitivity: Any = None,
-    parallel_sensitivity: Any = None,
-    orthogonal_sensitivity: Any = None,
     statistics_decay: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-8,
@@ -45,39 +37,47 @@ def gdmam(
     weight_decay: Any = 1e-4,
     mask: Any = None,
     momentum_dtype: Any = None,
-    not_finite: Literal["apply", "skip"] = "apply",
+    not_finite: Literal["apply", "skip", "skip_loss"] = "apply",
     max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GDMAM ready to use: `scale_by_gdmam` with a second moment, weight decay and learning rate.
 
+    With its default choices it is Adam, with ``b1=0.95``, on the allocated gradient:
+    ``optax.chain(allocate(), optax.scale_by_adam(b1=0.95), optax.add_decayed_weights(1e-4),
+    optax.scale_by_learning_rate(learning_rate))``, in one pass over memory.
+
+    Every number is a scalar that `optax.inject_hyperparams` can inject or schedule.
+
     Args:
       learning_rate: a number, or a schedule of the step.
-      weighting: see `scale_by_gdmam`, as all arguments not listed here differently.
-      gate: see `scale_by_gdmam`.
-      momentum: see `scale_by_gdmam`.
-      momenta: see `scale_by_gdmam`.
-      scope: see `scale_by_gdmam`.
-      alignment_losses: see `scale_by_gdmam`.
-      initial_momentum: see `scale_by_gdmam`.
-      minimum_momentum: see `scale_by_gdmam`.
-      maximum_momentum: see `scale_by_gdmam`.
-      prediction_sensitivity: see `scale_by_gdmam`.
-      parallel_sensitivity: see `scale_by_gdmam`.
-      orthogonal_sensitivity: see `scale_by_gdmam`.
-      statistics_decay: see `scale_by_gdmam`.
-      b2: see `scale_by_gdmam`.
-      eps: see `scale_by_gdmam`.
-      amsgrad: see `scale_by_gdmam`.
+      weighting: the tasks' weights: a function ``(gramian, norms) -> weights``, such as
+        `unit_weighting`, under which both losses count the same, or a `RememberingWeighting`.
+      gate: how much of the alignment gradient's parts along and across the prediction gradient is
+        let through: a function ``(cosine, ratio) -> (parallel, orthogonal)``.
+      momentum: the momentum coefficients: a function ``statistics -> momentum``.
+      momenta: ``"steered"``, one buffer for the allocated gradient, or ``"separate"``, one for each
+        of its components.
+      scope: what is decomposed together: a function of a leaf's path, such as
+        ``"encoder/kernel"``, to a label, for example `leaf_scope`. None: all leaves together.
+      alignment_losses: how many alignment losses there are; or the names of those that the loss
+        function returns in a dictionary, in the order in which weights are given. None: one.
+      statistics_decay: decay of the running statistics of gradients' and components' norms, in
+        [0, 1).
+      b2: decay of the second moment, in [0, 1); None for no second moment.
+      eps: added to the root of the second moment, above 0.
+      amsgrad: divide by the largest second moment so far instead of the current one.
       weight_decay: factor of the decoupled weight decay, at least 0.
       mask: which parameters decay: a tree of booleans of the parameters' structure or a prefix of
         it, or a function of the parameters that returns one. None: all.
-      momentum_dtype: see `scale_by_gdmam`.
-      not_finite: see `scale_by_gdmam`; ``"skip"`` leaves out weight decay and the schedule's step,
-        too, so that parameters stay bit for bit. A schedule that `optax.inject_hyperparams`
-        injects goes on.
-      max_skips: see `scale_by_gdmam`.
-      axis_name: see `scale_by_gdmam`.
+      momentum_dtype: dtype of the momenta; None: that of the parameters.
+      not_finite: what becomes of gradients that are not finite: ``"apply"``, ``"skip"`` or
+        ``"skip_loss"``, see `allocate`. A step that is left out leaves out weight decay and the
+        schedule's step, too, so that parameters stay bit for bit. A schedule that
+        `optax.inject_hyperparams` injects goes on.
+      max_skips: after so many steps left out in a row the next is taken, whatever it is. None:
+        never.
+      axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded.
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair` and the parameters.
@@ -120,12 +120,6 @@ def gdmam(
             momenta=momenta,
             scope=scope,
             alignment_losses=alignment_losses,
-            initial_momentum=initial_momentum,
-            minimum_momentum=minimum_momentum,
-            maximum_momentum=maximum_momentum,
-            prediction_sensitivity=prediction_sensitivity,
-            parallel_sensitivity=parallel_sensitivity,
-            orthogonal_sensitivity=orthogonal_sensitivity,
             statistics_decay=statistics_decay,
             b2=b2,
             eps=eps,
@@ -145,11 +139,10 @@ def gdmam(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         changes, (new, *links) = chain.update(updates, state, params, **extra_args)
-        apply = new.skipped == state[0].skipped
+        apply = new.allocation.skipped == state[0].allocation.skipped
         # p + (-0.0) is p to the last bit, also where p is -0.0.
         changes = jax.tree.map(lambda change: jnp.where(apply, change, -0.0), changes)
-        links = jax.tree.map(lambda after, old: jnp.where(apply, after, old), links, [*state[1:]])
-        return changes, (new, *links)
+        return changes, (new, *where(apply, links, [*state[1:]]))
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
 
@@ -162,8 +155,8 @@ def summed(
     """An ordinary optimizer on pairs, through the weighted sum of the gradients.
 
     The baseline in the same training loop. Inside `optax.partition` it serves the parameters that
-    GDMAM should leave alone. It is `weighed` with constant weights, which need no inner products
-    and no state.
+    GDMAM should leave alone. It measures nothing and has no diagnostics:
+    ``weighed(optimizer, sum_weighting)`` makes the same updates and has.
 
     Args:
       optimizer: the transformation that takes the sum.
@@ -171,8 +164,7 @@ def summed(
       alignment_weight: factor of each alignment gradient, at least 0.
 
     Returns:
-      A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
-      with ``alignment=`` the alignment gradients.
+      A transformation as `weighed` returns it.
 
     Raises:
       ValueError: a weight is negative; while tracing, the halves of a pair differ.
@@ -187,75 +179,77 @@ def summed(
       >>> float(updates)
       -3.0
     """
-    inner = with_extra_args(optimizer)
     check_range("prediction_weight", prediction_weight)
     check_range("alignment_weight", alignment_weight)
 
+    def weights(state: Any, count: int) -> list[Any]:
+        del state
+        return [prediction_weight] + [alignment_weight] * (count - 1)
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        check_floating(params, "parameter")
+        return optax.EmptyState()
+
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: optax.EmptyState,
         params: optax.Params | None = None,
         *,
         alignment: Any = None,
+        present: Any = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del extra_args
         leaves, structure = begin_update(updates, alignment, params)
-        sums = [
-            _weighted(pair, [prediction_weight] + [alignment_weight] * (len(halves(pair)) - 1))
-            for pair in leaves
-        ]
-        return inner.update(structure.unflatten(sums), state, params, **extra_args)
+        count = len(halves(leaves[0])) if leaves else 0
+        taken = None if present is None or not leaves else by_loss("present", present, count - 1)
+        sums = [add_up(pair, weights(state, count), taken) for pair in leaves]
+        return structure.unflatten(sums), state
 
-    def init(params: optax.Params) -> optax.OptState:
-        check_floating(params, "parameter")
-        return inner.init(params)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-@pytree_dataclass
-class WeighedState:
-    """State of `weighed`.
-
-    Attributes:
-      allocation: the norms' running means and the last step's weights; see `Allocation`.
-      inner: the optimizer's own state.
-    """
-
-    allocation: Allocation
-    inner: Any
+    return _behind(optax.GradientTransformationExtraArgs(init, update), optimizer, weights)
 
 
 def weighed(
     optimizer: optax.GradientTransformation,
-    weighting: Weighting,
+    weighting: Weighting | RememberingWeighting,
+    gate: Gate = default(open_gate),
     *,
     scope: Scope | None = None,
     alignment_losses: int | Sequence[str] | None = None,
     statistics_decay: Any = 0.9,
+    not_finite: Literal["apply", "skip", "skip_loss"] = "apply",
+    max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""An ordinary optimizer on pairs, through the sum of the gradients that a weighting weighs.
 
-    The optimizer takes $\sum_k w_k g_k$. With `pcgrad_weighting` this is PCGrad.
+    The optimizer takes $\sum_k w_k g_k$. With `pcgrad_weighting` this is PCGrad. It is
+    ``optax.chain(allocate(weighting, gate), optimizer)``, and serves optimizers that want the
+    loss's value, too: given ``value=`` the losses, ``grad=`` the pairs and ``value_fn=`` the loss
+    function, a line search gets the function whose gradient the optimizer is given,
+    $\sum_k w_k l_k$ with the step's weights held fixed.
 
     Args:
       optimizer: the transformation that takes the weighted sum.
-      weighting: the tasks' weights, a function ``(gramian, norms) -> weights``; see
-        `scale_by_gdmam`.
-      scope: which leaves are weighed together; see `scale_by_gdmam`.
-      alignment_losses: how many alignment losses there are, or their names. None: one.
-      statistics_decay: decay of the norms' running means, in [0, 1).
-      axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded.
+      weighting: the tasks' weights; see `allocate`, as for all arguments below.
+      gate: see `allocate`.
+      scope: see `allocate`.
+      alignment_losses: see `allocate`.
+      statistics_decay: see `allocate`.
+      not_finite: see `allocate`. The optimizer goes on, with a gradient of 0.
+      max_skips: see `allocate`.
+      axis_name: see `allocate`.
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
-      with ``alignment=`` the alignment gradients. `diagnostics` finds the weights, the gradients'
-      norms and their angle in its state.
+      with ``alignment=`` the alignment gradients, and ``present=`` as `allocate` does. ``value=``
+      that is a pair of losses reaches the optimizer as their weighed sum, any other as it is.
+      `diagnostics` finds the weights, the gradients' norms and their angle in its state.
 
     Raises:
-      ValueError: a number is out of range; while tracing, the halves of a pair differ, or the
-        weighting does not return a weight for each task.
+      ValueError: a number is out of range; while tracing, the halves of a pair differ, the
+        weighting does not return a weight for each task, ``value_fn`` returns something else than
+        the losses, or is given with several scopes, which have no function in common.
       TypeError: while tracing, an update that is not a `GradientPair`.
 
     Examples:
@@ -267,48 +261,83 @@ def weighed(
       >>> updates.tolist()
       [-0.5, -1.5]
     """
-    inner = with_extra_args(optimizer)
-    allocator = Allocator(
-        weighting=weighting,
-        gate=open_gate,
-        momentum=constant_momentum,
+    link = allocate(
+        weighting,
+        gate,
         scope=scope,
         alignment_losses=alignment_losses,
         statistics_decay=statistics_decay,
+        not_finite=not_finite,
+        max_skips=max_skips,
         axis_name=axis_name,
     )
 
-    def init(params: optax.Params) -> WeighedState:
-        return WeighedState(allocation=allocator.init(params), inner=inner.init(params))
+    def weights(state: Allocation, count: int) -> jax.Array:
+        del count
+        if state.scopes.labels:
+            raise ValueError(
+                "value= and value_fn= need one scope: with several, each has weights of its own, "
+                "and no function has the allocated gradient; leave scope out"
+            )
+        return state.factors
+
+    return _behind(link, optimizer, weights, alignment_losses or 1)
+
+
+def _behind(
+    link: optax.GradientTransformationExtraArgs,
+    optimizer: optax.GradientTransformation,
+    weights: Callable[[Any, int], Any],
+    losses: int | Sequence[str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A chain of a link that takes pairs and an optimizer, which sees the weighed loss's value.
+
+    Args:
+      link: pairs in, the weighed gradient out.
+      optimizer: what takes the weighed gradient.
+      weights: of the losses, a function of the link's state and of how many there are.
+      losses: how many alignment losses there are, or their names; None: as many as come.
+    """
+    inner = with_extra_args(optimizer)
+
+    def init(params: optax.Params) -> tuple[Any, Any]:
+        return link.init(params), inner.init(params)
 
     def update(
         updates: optax.Updates,
-        state: WeighedState,
+        state: tuple[Any, Any],
         params: optax.Params | None = None,
         *,
         alignment: Any = None,
+        present: Any = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, WeighedState]:
-        check_state(state, WeighedState)
-        leaves, structure = begin_update(updates, alignment, params, losses=allocator.losses)
-        allocator.check_state(state.allocation, structure.unflatten(leaves))
-        allocation = allocator.step(leaves, state.allocation) if leaves else state.allocation
-        scopes: Scopes = allocation.scopes
-        sums = [
-            _weighted(pair, scopes.at(allocation.weights, number))
-            for number, pair in enumerate(leaves)
-        ]
-        result, inner_state = inner.update(
-            structure.unflatten(sums), state.inner, params, **extra_args
+    ) -> tuple[optax.Updates, tuple[Any, Any]]:
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise TypeError(
+                f"expected the optimizer's state, of two links, got a {type(state).__name__}; make "
+                "one with this optimizer's init"
+            )
+        given = extra_args.get("value")
+        gradient, first = link.update(
+            updates, state[0], params, alignment=alignment, present=present, value=given
         )
-        return result, WeighedState(allocation=allocation, inner=inner_state)
+
+        def weighed_value(what: str, values: Any) -> jax.Array:
+            count = losses if losses is not None else len(jax.tree.leaves(values)) - 1
+            each = by_loss(what, values, count)
+            total = sum(w * v for w, v in zip(weights(first, len(each)), each, strict=True))
+            return jnp.asarray(total)
+
+        if isinstance(given, Sequence):
+            extra_args["value"] = weighed_value("value", given)
+        if "grad" in extra_args:
+            extra_args["grad"] = gradient
+        if "value_fn" in extra_args:
+            losses_of = extra_args["value_fn"]
+            extra_args["value_fn"] = lambda p: weighed_value("what value_fn returns", losses_of(p))
+            if given is not None and not isinstance(given, Sequence):
+                by_loss("value", given, 1 if losses is None else losses)
+        result, second = inner.update(gradient, state[1], params, **extra_args)
+        return result, (first, second)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _weighted(pair: GradientPair, weights: Any) -> jax.Array:
-    """The sum of a pair's gradients by their weights, taken in float32 or better."""
-    dtype = jnp.result_type(pair.prediction)
-    wide = [widen(gradient) for gradient in halves(pair)]
-    terms = [jnp.asarray(weights[k], wide[0].dtype) * each for k, each in enumerate(wide)]
-    return narrow(sum(terms[1:], terms[0]), dtype)

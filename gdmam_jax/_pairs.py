@@ -12,7 +12,7 @@ import optax
 from gdmam_jax._checks import check_function, is_numeric
 from gdmam_jax._numerics import pytree_dataclass
 
-_FLATTENED = (
+FLATTENED = (
     ". Inside optax.flatten? It makes one vector of all gradients, in which the pairs are lost: "
     "put it around the other links of the chain only"
 )
@@ -44,7 +44,8 @@ class GradientPair:
         raise TypeError(
             "a GradientPair was taken for an array. A wrapper that needs updates in and out of one "
             "structure, such as optax.MultiSteps, is lifted by over_pairs; an ordinary optimizer "
-            "takes pairs through summed or weighed"
+            "takes pairs through summed or weighed, also inside a wrapper: "
+            "optax.contrib.sam(gdmam(rate), summed(adversary))"
         )
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
@@ -115,7 +116,7 @@ def pair_gradients(prediction: optax.Updates, alignment: Any) -> optax.Updates:
             raise ValueError(
                 "prediction and alignment gradients must have one structure, got\n"
                 f"{structure} and\n{jax.tree.structure(alignment)}"
-                + (_FLATTENED if _is_vector(prediction) else "")
+                + (FLATTENED if _is_vector(prediction) else "")
             )
         pairs = jax.tree.map(
             lambda gradient, *others: GradientPair(gradient, losses.unflatten(others)),
@@ -193,7 +194,6 @@ def begin_update(
     alignment: Any,
     params: optax.Params | None = None,
     like: Any = None,
-    losses: Any = None,
 ) -> tuple[list[GradientPair], Any]:
     """What every update does first: takes pairs as they are given, and checks them.
 
@@ -203,7 +203,6 @@ def begin_update(
       params: the parameters, or None.
       like: a tree of the parameters' structure and shapes to hold pairs and parameters against;
         None: ``params``.
-      losses: how many alignment losses there are, or their names; None for any.
 
     Returns:
       The pairs in a list, and the structure of their tree.
@@ -220,24 +219,7 @@ def begin_update(
     if params is not None and params is not like:
         _check_like("params", params, like)
     leaves = jax.tree.leaves(pairs, is_leaf=is_pair)
-    if losses is not None and leaves:
-        _check_losses_of(leaves[0].alignment, losses)
     return leaves, jax.tree.structure(pairs if like is None else like, is_leaf=is_pair)
-
-
-def _check_losses_of(alignment: Any, losses: int | tuple[str, ...]) -> None:
-    found: Any = jax.tree.structure(alignment)
-    if isinstance(losses, int):
-        fits, holds = found.num_leaves == losses, f"{found.num_leaves}"
-    else:
-        # Not an OrderedDict, which keeps another order.
-        fits, holds = found == jax.tree.structure(dict.fromkeys(losses, 0)), f"{found}"
-    if not fits:
-        raise ValueError(
-            f"the optimizer was made for alignment_losses={losses!r}, but the pairs hold {holds}; "
-            "give alignment_losses the number of alignment losses, or the names in the plain "
-            "dictionary that they come in"
-        )
 
 
 def check_pairs(pairs: Any, like: Any = None) -> None:
@@ -259,7 +241,7 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
                 f"update at {where} is {describe(pair)}; expected a GradientPair: make pairs with "
                 "value_and_paired_grad or pair_gradients, or pass alignment=gradients to update; "
                 "lift a wrapper such as optax.MultiSteps by over_pairs"
-                + (_FLATTENED if _is_vector(pairs) else "")
+                + (FLATTENED if _is_vector(pairs) else "")
             )
         if not jax.tree_util.all_leaves([pair.prediction]):
             raise TypeError(

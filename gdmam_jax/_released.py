@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._allocation import Allocation, Allocator, cosine_gate, open_gate, ratcheted_momentum
+from gdmam_jax._allocation import Allocation, Allocator
 from gdmam_jax._checks import check_learning_rate, check_range, check_state
+from gdmam_jax._gates import cosine_gate
+from gdmam_jax._momenta import NormStatistics, ratcheted_momentum
 from gdmam_jax._numerics import (
-    EPS,
     floored_sqrt,
     map_leaves,
     pytree_dataclass,
@@ -22,8 +23,11 @@ from gdmam_jax._numerics import (
     widen,
     zeros_like,
 )
-from gdmam_jax._pairs import GradientPair, begin_update, check_floating, halves, named_leaves
+from gdmam_jax._pairs import GradientPair, check_floating, halves, named_leaves
 from gdmam_jax._weightings import constant_weighting
+
+FLOOR = 1e-12
+"""What the released code adds to every norm."""
 
 
 @pytree_dataclass
@@ -44,7 +48,8 @@ class ReleasedState:
 
     Attributes:
       count: steps taken; int32, shape ``()``.
-      allocation: the norms' statistics and what the last step decided; see `Allocation`.
+      allocation: what the last step decided; see `Allocation`.
+      statistics: of the components' norms, and the step's momentum; see `NormStatistics`.
       decay: the first moment's decay at the last step, ``b1``; float32 or better, shape ``()``.
       first_moment: a tree like the parameters, of their dtypes.
       second_moment: a tree like the parameters, float32 or better.
@@ -54,6 +59,7 @@ class ReleasedState:
 
     count: jax.Array
     allocation: Allocation
+    statistics: NormStatistics
     decay: jax.Array
     first_moment: Any
     second_moment: Any
@@ -262,14 +268,15 @@ def _scale_by_released(
     # The components' own norms are what the momenta follow: nothing is weighed or gated before.
     allocator = Allocator(
         weighting=constant_weighting(1, 1),
-        gate=open_gate,
-        momentum=ratcheted_momentum,
-        initial_momentum=initial_momentum,
-        minimum_momentum=minimum_momentum,
-        maximum_momentum=maximum_momentum,
-        sensitivity=sensitivity,
         statistics_decay=statistics_decay,
         axis_name=axis_name,
+        floor=FLOOR,
+    )
+    momentum = ratcheted_momentum(
+        initial=initial_momentum,
+        sensitivity=sensitivity,
+        minimum=minimum_momentum,
+        maximum=maximum_momentum,
     )
     check_range("b2", b2, 0, 1, below_maximum=True)
     check_range("eps", eps, above_minimum=True)
@@ -281,6 +288,7 @@ def _scale_by_released(
         return ReleasedState(
             count=jnp.zeros((), jnp.int32),
             allocation=allocation,
+            statistics=NormStatistics.start(allocation.sizes.shape, allocation.norms.dtype),
             decay=jnp.zeros((), allocation.weights.dtype),
             first_moment=zeros_like(params),
             second_moment=squares,
@@ -298,22 +306,27 @@ def _scale_by_released(
     ) -> tuple[optax.Updates, ReleasedState]:
         del extra_args
         check_state(state, ReleasedState)
-        leaves, structure = begin_update(updates, alignment, params, state.first_moment, losses=1)
+        leaves, structure, previous = allocator.begin(
+            updates, state.allocation, params, alignment, like=state.first_moment
+        )
         if not leaves:
             return structure.unflatten([]), state
-        allocation = allocator.step(leaves, state.allocation)
+        allocation, _ = allocator.decide(leaves, previous, None, None)
+        statistics = state.statistics.after(allocation.sizes, statistics_decay)
+        statistics = dataclasses.replace(statistics, momentum=momentum(statistics))
         geometry = allocation.geometry
         lengths = jnp.append(geometry.prediction_norm, geometry.alignment_norm)
         weights = lengths / jnp.sum(lengths)
         gate = jnp.stack(cosine_gate(geometry.cosine, geometry.cosine))
-        momentum = allocation.statistics.momentum
         b1 = jnp.clip(
-            jnp.sum(momentum * jnp.append(weights[0], gate)), minimum_momentum, maximum_momentum
+            jnp.sum(statistics.momentum * jnp.append(weights[0], gate)),
+            minimum_momentum,
+            maximum_momentum,
         ).astype(weights.dtype)
         # The weighted gradient's norm, from its parts along and across the prediction gradient.
         along = weights[0] + weights[1] * geometry.projection[0]
-        along *= geometry.prediction_norm - EPS
-        across = weights[1] * (geometry.orthogonal_norm[0] - EPS)
+        along *= geometry.prediction_norm - FLOOR
+        across = weights[1] * (geometry.orthogonal_norm[0] - FLOOR)
         scale, clipped = _accept(state.clipping, safe_sqrt(along**2 + across**2), clip_factor)
         count = optax.safe_increment(state.count)
         steps = count.astype(weights.dtype)
@@ -339,6 +352,7 @@ def _scale_by_released(
         return directions, ReleasedState(
             count=count,
             allocation=dataclasses.replace(allocation, weights=weights, gate=gate),
+            statistics=statistics,
             decay=b1,
             first_moment=first,
             second_moment=second,

@@ -9,28 +9,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._allocation import (
-    Allocation,
-    Allocator,
-    Gate,
-    MomentumRule,
-    constant_momentum,
-    priority_gate,
-)
-from gdmam_jax._checks import check_range, check_state
+from gdmam_jax._allocation import STATIC, Allocation, Allocator, as_array, taken_losses
+from gdmam_jax._checks import check_function, check_range, check_state
+from gdmam_jax._gates import Gate, priority_gate
+from gdmam_jax._momenta import MomentumRule, NormStatistics, constant_momentum
 from gdmam_jax._numerics import (
     divide,
     floored_sqrt,
     map_leaves,
     narrow,
     pytree_dataclass,
+    where,
     wide_dtype,
     widen,
     zeros_like,
 )
-from gdmam_jax._pairs import GradientPair, begin_update, halves
+from gdmam_jax._pairs import GradientPair, halves
+from gdmam_jax._remembering import RememberingWeighting
 from gdmam_jax._scopes import Scope
-from gdmam_jax._weightings import Weighting, config_weighting, unit_weighting
+from gdmam_jax._settings import chosen, default
+from gdmam_jax._weightings import Weighting, config_weighting
 
 
 @pytree_dataclass
@@ -39,7 +37,8 @@ class GDMAMState:
 
     Attributes:
       count: steps taken; int32, shape ``()``.
-      allocation: the norms' statistics and what the last step decided; see `Allocation`.
+      allocation: what the last step decided; see `Allocation`.
+      statistics: of the components' norms, and the step's momentum; see `NormStatistics`.
       momentum_correction: $1 - \prod_t \beta_t$ of each momentum, for the exact bias correction;
         kept as the running mean of 1, since the difference would cancel; float32 or better, shape
         ``(1,)`` with steered momenta, ``(3,)`` with separate ones, after the scopes' axis.
@@ -52,41 +51,32 @@ class GDMAMState:
         float32 or better; None without ``b2``.
       second_moment_maximum: its largest value so far, with ``amsgrad``; else None.
       second_moment_correction: $1 - \prod_t b_{2,t}$; shape ``()``; None without ``b2``.
-      skipped: steps left out so far; int32, shape ``()``; None without ``not_finite="skip"``.
-      skipped_in_a_row: steps that were not finite since the last finite one; likewise.
     """
 
     count: jax.Array
     allocation: Allocation
+    statistics: NormStatistics
     momentum_correction: jax.Array
     momenta: tuple[Any, ...]
     second_moment: Any
     second_moment_maximum: Any
     second_moment_correction: Any
-    skipped: Any
-    skipped_in_a_row: Any
 
 
 def scale_by_gdmam(
     *,
-    weighting: Weighting | None = None,
-    gate: Gate | None = None,
-    momentum: MomentumRule | None = None,
+    weighting: Weighting | RememberingWeighting = default(config_weighting),
+    gate: Gate = default(priority_gate),
+    momentum: MomentumRule = default(constant_momentum),
     momenta: Literal["steered", "separate"] = "steered",
     scope: Scope | None = None,
     alignment_losses: int | Sequence[str] | None = None,
-    initial_momentum: Any = 0.95,
-    minimum_momentum: Any = 0.7,
-    maximum_momentum: Any = 0.999,
-    prediction_sensitivity: Any = None,
-    parallel_sensitivity: Any = None,
-    orthogonal_sensitivity: Any = None,
     statistics_decay: Any = 0.9,
     b2: Any = None,
     eps: Any = 1e-8,
     amsgrad: bool = False,
     momentum_dtype: Any = None,
-    not_finite: Literal["apply", "skip"] = "apply",
+    not_finite: Literal["apply", "skip", "skip_loss"] = "apply",
     max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -110,48 +100,29 @@ def scale_by_gdmam(
     Every number is a scalar that `optax.inject_hyperparams` can inject or schedule.
 
     Args:
-      weighting: the tasks' weights: a function ``(gramian, norms) -> weights`` of the gradients'
-        inner products and their norms' running means, shapes ``(..., K, K)``, ``(..., K)`` and
-        ``(..., K)``; index 0 is the prediction. None: `unit_weighting` with ``b2``; without,
-        `config_weighting`, whose updates shrink as the gradients do.
-      gate: the factors of the two parts of the alignment gradient: a function
-        ``(cosine, ratio) -> (parallel, orthogonal)`` of the angle and of the weighted norms'
-        ratio. None: `priority_gate`.
-      momentum: the momentum coefficients: a function
-        ``(statistics, initial, sensitivity) -> momentum``, for example `relative_momentum`.
-        None: `constant_momentum`.
+      weighting: see `allocate`, as all arguments not listed here. The default's updates shrink as
+        the gradients do; with ``b2`` choose `unit_weighting`, as `gdmam` does.
+      gate: see `allocate`.
+      momentum: the momentum coefficients: a function ``statistics -> momentum``, for example
+        `relative_momentum`.
       momenta: ``"steered"``, one buffer, or ``"separate"``, one for each component.
-      scope: what is decomposed together: a function of a leaf's path, such as
-        ``"encoder/kernel"``, to a label, for example `leaf_scope`. None: all leaves together.
-      alignment_losses: how many alignment losses there are, or the names of those that the loss
-        function returns in a dictionary. None: one.
-      initial_momentum: $\beta_k$ before the first step, in [0, 1).
-      minimum_momentum: lower bound of $\beta_k$ where a rule lowers it, in [0, 1).
-      maximum_momentum: upper bound of $\beta_k$ where a rule raises it, in [0, 1).
-      prediction_sensitivity: how strongly noise lowers the prediction momentum, at least 0. None:
-        the momentum rule's own.
-      parallel_sensitivity: the same for the parallel part.
-      orthogonal_sensitivity: the same for the orthogonal part.
+      scope: see `allocate`.
+      alignment_losses: see `allocate`.
       statistics_decay: decay of the norms' running statistics, in [0, 1).
       b2: decay of the second moment, in [0, 1); None for no second moment.
       eps: added to the root of the second moment, above 0.
       amsgrad: divide by the largest second moment so far instead of the current one.
       momentum_dtype: dtype of the momenta; None: that of the parameters. Second moment and
         statistics are float32 or better in any case.
-      not_finite: what becomes of a step in which an inner product of the gradients, or a number
-        that is made of them, is not finite.
-        ``"apply"``: it is taken, and the numbers that are not finite spread, as in Optax's own
-        optimizers. ``"skip"``: the updates are 0 and the state stays, bit for bit, but for counts
-        that `diagnostics` shows. Other links of a chain go on.
-      max_skips: with ``"skip"``, after so many steps left out in a row the next is taken, whatever
-        it is, so that the failure shows. None: never.
-      axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded: the inner
-        products are summed over them.
+      not_finite: see `allocate`.
+      max_skips: see `allocate`.
+      axis_name: see `allocate`.
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
       with ``alignment=`` the alignment gradients, and returns updates of the parameters' dtypes;
-      where ``update`` is not given the parameters, of the wider of gradient and momentum.
+      where ``update`` is not given the parameters, of the wider of gradient and momentum. It takes
+      ``present=`` and ``value=``, as `allocate` does.
 
     Raises:
       ValueError: a number is out of range or narrower than float32, ``momenta`` or ``not_finite``
@@ -178,44 +149,25 @@ def scale_by_gdmam(
       The method's public description, made precise; see the project's documentation for what of it
       is released code and what is this library's reading.
     """
-    if weighting is None:
-        weighting = config_weighting if b2 is None else unit_weighting
+    momentum = chosen(momentum)
     allocator = Allocator(
-        weighting=weighting,
-        gate=gate or priority_gate,
-        momentum=momentum or constant_momentum,
+        weighting=chosen(weighting),
+        gate=chosen(gate),
         scope=scope,
         alignment_losses=alignment_losses,
-        initial_momentum=initial_momentum,
-        minimum_momentum=minimum_momentum,
-        maximum_momentum=maximum_momentum,
-        sensitivity=(prediction_sensitivity, parallel_sensitivity, orthogonal_sensitivity),
         statistics_decay=statistics_decay,
+        not_finite=not_finite,
+        max_skips=max_skips,
         axis_name=axis_name,
     )
-    check_range("b2", 0 if b2 is None else b2, 0, 1, below_maximum=True)
-    check_range("eps", eps, above_minimum=True)
-    if momenta not in ("steered", "separate"):
-        raise ValueError(f"momenta must be 'steered' or 'separate', got {momenta!r}")
-    if amsgrad and b2 is None:
-        raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
-    if momentum_dtype is not None and not _is_floating(momentum_dtype):
-        raise ValueError(
-            f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}; "
-            "optax.inject_hyperparams takes a dtype for a schedule: give it "
-            "static_args=('momentum_dtype',)"
-        )
-    if not_finite not in ("apply", "skip"):
-        raise ValueError(f"not_finite must be 'apply' or 'skip', got {not_finite!r}")
-    skips = not_finite == "skip"
-    check_range("max_skips", 0 if max_skips is None else max_skips)
-    if max_skips is not None and not skips:
-        raise ValueError("max_skips needs not_finite='skip'")
+    check_function("momentum", momentum, STATIC)
+    _check_numbers(momenta, b2, eps, amsgrad, momentum_dtype)
     steered = momenta == "steered"
 
     def init(params: optax.Params) -> GDMAMState:
         allocation = allocator.init(params)
-        decays = allocation.statistics.momentum[..., : 1 if steered else None]
+        statistics = NormStatistics.start(allocation.sizes.shape, allocation.norms.dtype)
+        decays = statistics.mean[..., : 1 if steered else None]
 
         def second_moment() -> optax.Params:
             return zeros_like(jax.tree.map(widen, params))
@@ -223,23 +175,20 @@ def scale_by_gdmam(
         return GDMAMState(
             count=jnp.zeros((), jnp.int32),
             allocation=allocation,
+            statistics=statistics,
             momentum_correction=jnp.zeros_like(decays),
             momenta=tuple(zeros_like(params, momentum_dtype) for _ in range(decays.shape[-1])),
             second_moment=None if b2 is None else second_moment(),
             second_moment_maximum=second_moment() if amsgrad else None,
             second_moment_correction=None if b2 is None else jnp.zeros((), decays.dtype),
-            skipped=jnp.zeros((), jnp.int32) if skips else None,
-            skipped_in_a_row=jnp.zeros((), jnp.int32) if skips else None,
         )
 
-    def check_choices(state: GDMAMState, pairs: Any) -> None:
-        allocator.check_state(state.allocation, pairs)
-        buffers = 1 if steered else state.allocation.statistics.momentum.shape[-1]
+    def check_choices(state: GDMAMState) -> None:
+        buffers = 1 if steered else state.statistics.momentum.shape[-1]
         for name, found, expected in (
             ("momenta", len(state.momenta), buffers),
             ("b2", state.second_moment is not None, b2 is not None),
             ("amsgrad", state.second_moment_maximum is not None, amsgrad),
-            ("not_finite", state.skipped is not None, skips),
         ):
             if found != expected:
                 raise ValueError(
@@ -253,59 +202,28 @@ def scale_by_gdmam(
         params: optax.Params | None = None,
         *,
         alignment: Any = None,
+        value: Any = None,
+        present: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GDMAMState]:
         del extra_args
         check_state(state, GDMAMState)
-        leaves, structure = begin_update(
-            updates, alignment, params, like=state.momenta[0], losses=allocator.losses
+        leaves, structure, previous = allocator.begin(
+            updates, state.allocation, params, alignment, like=state.momenta[0]
         )
-        check_choices(state, structure.unflatten(leaves))
+        check_choices(state)
         if not leaves:
             return structure.unflatten([]), state
-        allocation = allocator.step(leaves, state.allocation)
-        decays, factors = allocation.statistics.momentum, allocation.factors
-        if steered:
-            sizes = allocation.sizes
-            total = jnp.sum(sizes, axis=-1, keepdims=True)
-            sizes = jnp.where(total > 0, divide(sizes, total), 1 / sizes.shape[-1])
-            decays = jnp.sum(sizes * decays, axis=-1, keepdims=True)
-            factors = jnp.sum(factors, axis=-2, keepdims=True)
-        correction = decays * state.momentum_correction + (1 - decays)
-        # The newest gradient's share of a bias-corrected momentum.
-        share = (1 - decays) / correction
-        second = None
-        if b2 is not None:
-            decay = jnp.asarray(b2, share.dtype)
-            second_correction = decay * state.second_moment_correction + (1 - decay)
-            root = jnp.sqrt(second_correction)
-            second = (decay, root, root * jnp.asarray(eps, root.dtype))
-        per_scope = (share, share[..., None] * factors, jnp.sum(factors, axis=-2))
-        small = {
-            "count": optax.safe_increment(state.count),
-            "allocation": allocation,
-            "momentum_correction": correction,
-            "second_moment_correction": None if b2 is None else second_correction,
-        }
-        apply = None
-        if skips:
-            # Finite only where every element of every gradient is; known without a pass over them.
-            decided = jax.tree.leaves(allocation)
-            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(each)) for each in decided]))
-            apply = finite
-            if max_skips is not None:
-                apply = finite | (state.skipped_in_a_row >= max_skips)
-            small = jax.tree.map(
-                lambda new, old: jnp.where(apply, new, old),
-                small,
-                {name: getattr(state, name) for name in small},
-            )
-            more = optax.safe_increment
-            small["skipped"] = jnp.where(apply, state.skipped, more(state.skipped))
-            small["skipped_in_a_row"] = jnp.where(finite, 0, more(state.skipped_in_a_row))
+        allocation, present = allocator.decide(leaves, previous, value, present)
+        statistics = _measured(state.statistics, allocation, present, statistics_decay, momentum)
+        small, per_scope, second = _remember(state, allocation, statistics, b2, eps, steered)
+        allocation, apply = allocator.keep(previous, allocation, present, statistics)
+        if apply is not None:
+            small = where(apply, small, {name: getattr(state, name) for name in small})
             # With these the loops over the arrays leave them as they are.
             per_scope = jax.tree.map(lambda scalar: jnp.where(apply, scalar, 0), per_scope)
             second = second and (jnp.where(apply, second[0], 1), *second[1:])
+        taken = taken_losses(apply, present, 1 + allocator.count)
         dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
 
         def leaf_step(number: int, pair: GradientPair, moment: Any, largest: Any, *old: Any) -> Any:
@@ -318,6 +236,7 @@ def scale_by_gdmam(
                 moment,
                 largest,
                 second,
+                taken,
                 apply,
                 dtype=jnp.dtype(dtype),
             )
@@ -331,8 +250,8 @@ def scale_by_gdmam(
             state.second_moment_maximum,
             *state.momenta,
         )
-        return direction, dataclasses.replace(
-            state,
+        return direction, GDMAMState(
+            allocation=allocation,
             momenta=new_momenta,
             second_moment=moment,
             second_moment_maximum=largest,
@@ -340,6 +259,72 @@ def scale_by_gdmam(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_numbers(momenta: Any, b2: Any, eps: Any, amsgrad: Any, momentum_dtype: Any) -> None:
+    check_range("b2", 0 if b2 is None else b2, 0, 1, below_maximum=True)
+    check_range("eps", eps, above_minimum=True)
+    if momenta not in ("steered", "separate"):
+        raise ValueError(f"momenta must be 'steered' or 'separate', got {momenta!r}")
+    if amsgrad and b2 is None:
+        raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
+    if momentum_dtype is not None and not _is_floating(momentum_dtype):
+        raise ValueError(
+            f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}; "
+            "optax.inject_hyperparams takes a dtype for a schedule: give it "
+            "static_args=('momentum_dtype',)"
+        )
+
+
+def _measured(
+    old: NormStatistics, allocation: Allocation, present: Any, decay: Any, momentum: MomentumRule
+) -> NormStatistics:
+    """The statistics after this step's components, and the momentum that the rule makes of them."""
+    if present is not None:
+        present = jnp.concatenate([present[:1], present[1:], present[1:]])
+    statistics = old.after(allocation.sizes, decay, present)
+    coefficients = as_array(
+        "momentum", momentum(statistics), old.mean.shape, old.mean.dtype, "coefficients"
+    )
+    return dataclasses.replace(statistics, momentum=coefficients)
+
+
+def _remember(
+    state: GDMAMState,
+    allocation: Allocation,
+    statistics: NormStatistics,
+    b2: Any,
+    eps: Any,
+    steered: bool,
+) -> tuple[dict[str, Any], tuple[jax.Array, ...], Any]:
+    """What a step does with its momenta, as scalars: those of the state, and those of the leaves.
+
+    Returns:
+      The state's new scalars by name; `_leaf_step`'s ``scalars`` and ``second_scalars``.
+    """
+    decays, factors = statistics.momentum, allocation.components
+    if steered:
+        sizes = allocation.sizes
+        total = jnp.sum(sizes, axis=-1, keepdims=True)
+        sizes = jnp.where(total > 0, divide(sizes, total), 1 / sizes.shape[-1])
+        decays = jnp.sum(sizes * decays, axis=-1, keepdims=True)
+        factors = jnp.sum(factors, axis=-2, keepdims=True)
+    correction = decays * state.momentum_correction + (1 - decays)
+    # The newest gradient's share of a bias-corrected momentum.
+    share = (1 - decays) / correction
+    second, second_correction = None, None
+    if b2 is not None:
+        decay = jnp.asarray(b2, share.dtype)
+        second_correction = decay * state.second_moment_correction + (1 - decay)
+        root = jnp.sqrt(second_correction)
+        second = (decay, root, root * jnp.asarray(eps, root.dtype))
+    small = {
+        "count": optax.safe_increment(state.count),
+        "statistics": statistics,
+        "momentum_correction": correction,
+        "second_moment_correction": second_correction,
+    }
+    return small, (share, share[..., None] * factors, jnp.sum(factors, axis=-2)), second
 
 
 def _is_floating(dtype: Any) -> bool:
@@ -358,6 +343,7 @@ def _leaf_step(
     second: jax.Array | None,
     largest: jax.Array | None,
     second_scalars: tuple[jax.Array, jax.Array, jax.Array] | None,
+    taken: jax.Array | None,
     apply: jax.Array | None,
     *,
     dtype: Any,
@@ -366,13 +352,13 @@ def _leaf_step(
 
     ``scalars`` are the newest components' shares of the momenta, ``(M,)``, these times the
     components' factors of the gradients, ``(M, K)``, and the factors of the components' sum,
-    ``(K,)``; ``second_scalars`` are b2, the root of its correction, and that times eps; ``apply``
-    says whether the step is taken, None that it is.
+    ``(K,)``; ``second_scalars`` are b2, the root of its correction, and that times eps; ``taken``
+    says which gradients count, ``apply`` whether the step is taken; None: all, and that it is.
     """
     precision = wide_dtype(*gradients, *momenta, *(() if second is None else [second]))
     wide = [jnp.asarray(gradient).astype(precision) for gradient in gradients]
-    if apply is not None:
-        wide = [jnp.where(apply, gradient, 0) for gradient in wide]
+    if taken is not None:
+        wide = [jnp.where(taken[k], gradient, 0) for k, gradient in enumerate(wide)]
     share, share_of, factors = (scalar.astype(precision) for scalar in scalars)
 
     def combined(weights: jax.Array) -> jax.Array:

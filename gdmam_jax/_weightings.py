@@ -7,7 +7,7 @@ scopes. One with settings, called with the settings alone, is the weighting with
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,24 +15,13 @@ import jax.numpy as jnp
 
 from gdmam_jax import _geometry
 from gdmam_jax._checks import check_range
-from gdmam_jax._numerics import EPS, divide, floored_sqrt, safe_sqrt
+from gdmam_jax._numerics import divide, floored_sqrt, safe_sqrt
 from gdmam_jax._programmes import ITERATIONS, cosines, minimise, quadratic, shares
+from gdmam_jax._settings import Choice, with_settings
 
 Weighting = Callable[[jax.Array, jax.Array], Any]
 """A function ``(gramian, norms) -> weights`` of the gradients' inner products and of the running
 means of their norms."""
-
-
-def _with_settings(weighting: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Lets a weighting be called with its settings alone, which gives a weighting."""
-
-    @functools.wraps(weighting)
-    def wrapped(*arrays: Any, **settings: Any) -> Any:
-        if arrays:
-            return weighting(*arrays, **settings)
-        return functools.partial(weighting, **settings)
-
-    return wrapped
 
 
 def norm_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
@@ -43,7 +32,7 @@ def norm_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
       norms: unused.
 
     Returns:
-      The weights, shape ``(..., K)``, adding up to 1.
+      The weights, shape ``(..., K)``, adding up to 1; all 0 where no task has a gradient.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -54,8 +43,8 @@ def norm_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
       The weights of the released GDMAM code.
     """
     del norms
-    lengths = _geometry.norms(gramian) + EPS
-    return lengths / jnp.sum(lengths, axis=-1, keepdims=True)
+    lengths = _geometry.norms(gramian)
+    return divide(lengths, jnp.sum(lengths, axis=-1, keepdims=True))
 
 
 def balanced_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
@@ -83,7 +72,7 @@ def balanced_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     return divide(inverse, jnp.sum(inverse, axis=-1, keepdims=True))
 
 
-@_with_settings
+@with_settings
 def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0) -> jax.Array:
     r"""Every task counts the same, whatever its scale: $w_k = preference_k / \overline{n_k}$.
 
@@ -132,10 +121,22 @@ def _preferences(preference: Any, like: jax.Array) -> jax.Array:
     return jnp.append(jnp.ones_like(wanted[:1]), wanted)
 
 
-def _shares(preference: Any, gramian: jax.Array) -> jax.Array:
-    """The preferences, adding up to 1."""
+def _shares(preference: Any, gramian: jax.Array, present: Any = None) -> jax.Array:
+    """The preferences of the losses that there are, adding up to 1."""
     wanted = _preferences(preference, gramian)
-    return wanted / jnp.sum(wanted)
+    if present is not None:
+        wanted = jnp.where(present, wanted, 0)
+    return divide(wanted, jnp.sum(wanted))
+
+
+def _absent_made_long(gramian: jax.Array, present: Any) -> jax.Array:
+    """The Gramian with absent gradients so long that no shortest average gives them weight."""
+    if present is None:
+        return gramian
+    squares = jnp.diagonal(gramian, axis1=-2, axis2=-1)
+    longest = jnp.max(squares, axis=-1)[..., None, None] / float(jnp.finfo(gramian.dtype).eps) ** 2
+    absent = jnp.diag(~jnp.asarray(present))
+    return jnp.where(jnp.broadcast_to(absent, gramian.shape), longest, gramian)
 
 
 def _equal_pair(preference: Any, gramian: jax.Array) -> bool:
@@ -147,42 +148,52 @@ def constant_weighting(*weights: Any) -> Weighting:
     """Weights that do not depend on the gradients.
 
     Args:
-      *weights: the prediction task's weight, then each alignment task's.
+      *weights: the prediction task's weight, then each alignment task's; or one mapping of all of
+        them by name, in which the prediction's is called ``"prediction"``.
 
     Returns:
       A weighting.
 
     Raises:
-      ValueError: a weight is not finite; while tracing, there are not as many as losses.
+      ValueError: a weight is not finite; while tracing, there are not as many as losses, or a name
+        is unknown or missing.
       TypeError: a weight is no number.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> constant_weighting(1.0, 0.5)(jnp.eye(2), None).tolist()
       [1.0, 0.5]
+      >>> by_name = constant_weighting({"prediction": 1.0, "ic": 100.0, "bc": 0.01})
     """
-    for weight in weights:
+    named = len(weights) == 1 and isinstance(weights[0], Mapping)
+    for weight in weights[0].values() if named else weights:
         check_range("each weight", weight, -float("inf"), above_minimum=True)
-
-    def weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
-        del norms
-        if len(weights) != gramian.shape[-1]:
-            raise ValueError(
-                f"constant_weighting needs a weight for each of {gramian.shape[-1]} losses, got "
-                f"{len(weights)}"
-            )
-        chosen = jnp.stack([jnp.asarray(weight, gramian.dtype) for weight in weights])
-        return jnp.broadcast_to(chosen, (*gramian.shape[:-2], len(weights)))
-
-    return weighting
+    if named and "prediction" not in weights[0]:
+        raise ValueError(
+            f"constant_weighting needs the weight of 'prediction', too, got {', '.join(weights[0])}"
+        )
+    return Choice(_constant, weights=weights[0] if named else weights)
 
 
-def mean_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
-    """The mean of the gradients: every weight is 1 / K.
+def _constant(gramian: jax.Array, norms: jax.Array, *, weights: Any) -> jax.Array:
+    del norms
+    if len(weights) != gramian.shape[-1]:
+        raise ValueError(
+            f"constant_weighting needs a weight for each of {gramian.shape[-1]} losses, got "
+            f"{len(weights)}"
+        )
+    chosen = jnp.stack([jnp.asarray(weight, gramian.dtype) for weight in weights])
+    return jnp.broadcast_to(chosen, (*gramian.shape[:-2], len(weights)))
+
+
+def mean_weighting(gramian: jax.Array, norms: jax.Array, *, present: Any = None) -> jax.Array:
+    """The mean of the gradients: every weight is 1 / K, with K the losses that there are.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``; only its shape counts.
       norms: unused.
+      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
+        is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -193,7 +204,7 @@ def mean_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
       [0.5, 0.5]
     """
     del norms
-    return jnp.full(gramian.shape[:-1], 1 / gramian.shape[-1], gramian.dtype)
+    return jnp.broadcast_to(_shares(1.0, gramian, present), gramian.shape[:-1])
 
 
 def sum_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
@@ -215,7 +226,7 @@ def sum_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     return jnp.ones(gramian.shape[:-1], gramian.dtype)
 
 
-@_with_settings
+@with_settings
 def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -> jax.Array:
     r"""PCGrad: each gradient loses its part along every other that it conflicts with; then the sum.
 
@@ -297,7 +308,7 @@ def _over_scopes(weights: Callable[[jax.Array], jax.Array], gramian: jax.Array) 
     return weights(gramian)
 
 
-def mgda_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
+def mgda_weighting(gramian: jax.Array, norms: jax.Array, *, present: Any = None) -> jax.Array:
     r"""MGDA: the shortest vector among all averages of the gradients.
 
     $w = \operatorname{argmin}_{w \ge 0, \sum w = 1} w^T G w$. The result is against no gradient,
@@ -306,6 +317,8 @@ def mgda_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
+      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
+        is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``, at least 0 and adding up to 1.
@@ -320,6 +333,7 @@ def mgda_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
       Koltun, Multi-Task Learning as Multi-Objective Optimization, NeurIPS 2018.
     """
     del norms
+    gramian = _absent_made_long(gramian, present)
     if gramian.shape[-1] == 2:
         first, second, product = gramian[..., 0, 0], gramian[..., 1, 1], gramian[..., 0, 1]
         apart = first + second - 2 * product
@@ -336,8 +350,10 @@ def mgda_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     return _over_scopes(weights, gramian)
 
 
-@_with_settings
-def cagrad_weighting(gramian: jax.Array, norms: jax.Array, *, c: Any = 0.5) -> jax.Array:
+@with_settings
+def cagrad_weighting(
+    gramian: jax.Array, norms: jax.Array, *, c: Any = 0.5, present: Any = None
+) -> jax.Array:
     r"""CAGrad: near the mean gradient, the direction that improves the worst loss most.
 
     $\max_d \min_k \langle g_k, d\rangle$ subject to $|d - g_0| \le c |g_0|$, with $g_0$ the mean:
@@ -348,6 +364,8 @@ def cagrad_weighting(gramian: jax.Array, norms: jax.Array, *, c: Any = 0.5) -> j
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
       c: how far from the mean gradient, at least 0; 0 gives the mean.
+      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
+        is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -365,11 +383,13 @@ def cagrad_weighting(gramian: jax.Array, norms: jax.Array, *, c: Any = 0.5) -> j
     """
     del norms
     check_range("c", c)
+    equal = _shares(1.0, gramian, present)
+    gramian = _absent_made_long(gramian, present)
 
     def weights(gramian: jax.Array) -> jax.Array:
         lengths, inverses, between = cosines(gramian)
         side = shares(lengths, inverses)
-        mean = lengths / lengths.size
+        mean = equal * lengths
         radius = safe_sqrt(mean @ between @ mean)
         pull = between @ divide(mean, radius)
 
@@ -380,7 +400,7 @@ def cagrad_weighting(gramian: jax.Array, norms: jax.Array, *, c: Any = 0.5) -> j
             return pull + c * along, c * (between - jnp.outer(along, along)) / length
 
         x = minimise(slopes, jnp.full_like(side, 1 / jnp.sum(side)), side)
-        return 1 / lengths.size + c * divide(radius, safe_sqrt(x @ between @ x)) * x * inverses
+        return equal + c * divide(radius, safe_sqrt(x @ between @ x)) * x * inverses
 
     return _over_scopes(weights, gramian)
 
@@ -430,9 +450,9 @@ def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     return _over_scopes(weights, gramian)
 
 
-@_with_settings
+@with_settings
 def aligned_mtl_weighting(
-    gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0
+    gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0, present: Any = None
 ) -> jax.Array:
     r"""Aligned-MTL: the gradients made orthogonal, all as long as the least principal one.
 
@@ -444,6 +464,8 @@ def aligned_mtl_weighting(
       norms: unused.
       preference: how much an alignment task counts against the prediction, as in
         `unit_weighting`; $p$ are these numbers, divided by their sum.
+      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
+        is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -462,7 +484,7 @@ def aligned_mtl_weighting(
     """
     del norms
     count, dtype = gramian.shape[-1], gramian.dtype
-    wanted = _shares(preference, gramian)
+    wanted = _shares(preference, gramian, present)
     # No weight depends on the Gramian's scale; without it, no power of an eigenvalue overflows.
     largest = jnp.max(jnp.diagonal(gramian, axis1=-2, axis2=-1), axis=-1)[..., None, None]
     gramian = divide(gramian, jax.lax.stop_gradient(largest))
@@ -495,9 +517,9 @@ def _projected(wanted: jax.Array, gramian: jax.Array) -> jax.Array:
     return wanted + scale * inverses * quadratic(between, divide(linear, scale))
 
 
-@_with_settings
+@with_settings
 def dual_proj_weighting(
-    gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0
+    gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0, present: Any = None
 ) -> jax.Array:
     r"""DualProj: the mean gradient, moved as little as makes it conflict with no gradient.
 
@@ -509,6 +531,8 @@ def dual_proj_weighting(
       norms: unused.
       preference: how much an alignment task counts against the prediction, as in
         `unit_weighting`; $p$ are these numbers, divided by their sum.
+      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
+        is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -527,11 +551,15 @@ def dual_proj_weighting(
       as in Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
     del norms
-    return _over_scopes(functools.partial(_projected, _shares(preference, gramian)), gramian)
+    return _over_scopes(
+        functools.partial(_projected, _shares(preference, gramian, present)), gramian
+    )
 
 
-@_with_settings
-def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0) -> jax.Array:
+@with_settings
+def upgrad_weighting(
+    gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0, present: Any = None
+) -> jax.Array:
     r"""UPGrad: each gradient is made to conflict with none; then their mean.
 
     $w = \sum_k p_k \operatorname{argmin}_{v \ge e_k} v^T G v$. The result is against no
@@ -542,6 +570,8 @@ def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
       norms: unused.
       preference: how much an alignment task counts against the prediction, as in
         `unit_weighting`; $p$ are these numbers, divided by their sum.
+      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
+        is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -558,9 +588,9 @@ def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     References:
       Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
-    if _equal_pair(preference, gramian):
+    if _equal_pair(preference, gramian) and present is None:
         return pcgrad_weighting(gramian, norms) / 2
-    wanted = _shares(preference, gramian)
+    wanted = _shares(preference, gramian, present)
 
     def weights(gramian: jax.Array) -> jax.Array:
         unit = jnp.eye(wanted.size, dtype=gramian.dtype)
@@ -569,7 +599,7 @@ def upgrad_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     return _over_scopes(weights, gramian)
 
 
-@_with_settings
+@with_settings
 def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0) -> jax.Array:
     r"""ConFIG: equal projections on all unit gradients, as long as the sum of the gradients' own.
 

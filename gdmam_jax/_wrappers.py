@@ -9,11 +9,13 @@ import optax
 
 from gdmam_jax._checks import check_function, check_losses, with_extra_args
 from gdmam_jax._pairs import (
+    FLATTENED,
     GradientPair,
     begin_update,
     check_floating,
     is_nnx_variable,
     is_pair,
+    named_leaves,
 )
 
 
@@ -29,7 +31,11 @@ def over_pairs(
     (`optax.MultiSteps`), or chooses between the updates that come in and go out
     (`optax.apply_if_finite`), cannot have that. Here it sees pairs on both sides: it is
     initialised with paired parameters, the optimizer inside it answers with pairs, and the first
-    half of what comes out is the update.
+    half of what comes out is the update. So the optimizer inside must take every leaf: a wrapper
+    that hands leaves to other optimizers, such as `optax.partition` or `optax.masked`, needs no
+    lifting, since the others take pairs through `summed`:
+    ``optax.partition({"a": gdmam(1e-3), "b": summed(optax.sgd(0.1))}, labels)``. Nor does
+    ``optax.contrib.sam(gdmam(1e-3), summed(adversary))``.
 
     Args:
       wrapper: a function of one optimizer that returns the wrapped one, for example
@@ -45,8 +51,9 @@ def over_pairs(
 
     Raises:
       TypeError: while tracing, an update that is not a `GradientPair`.
-      ValueError: while tracing, the two halves of a pair differ, or there are other alignment
-        losses than ``alignment_losses`` says.
+      ValueError: at ``init``, the wrapper hands leaves to another optimizer, which would take the
+        prediction gradient alone; while tracing, the two halves of a pair differ, or there are
+        other alignment losses than ``alignment_losses`` says.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -65,8 +72,12 @@ def over_pairs(
     inner = with_extra_args(optimizer)
     check_losses(alignment_losses)
 
+    taken: list[str] = []
+
     def paired_init(paired_params: optax.Params) -> optax.OptState:
-        return inner.init(_first_half(paired_params))
+        own = _first_half(paired_params)
+        taken.extend(name for name, _ in named_leaves(own))
+        return inner.init(own)
 
     def paired_update(
         pairs: optax.Updates,
@@ -93,8 +104,20 @@ def over_pairs(
 
     def init(params: optax.Params) -> optax.OptState:
         check_floating(params, "parameter")
+        taken.clear()
+        state = wrapped.init(doubled(params))
+        left = [name for name, _ in named_leaves(params) if name not in taken]
+        if left and taken == ["(root)"]:
+            raise ValueError("the wrapper makes one leaf of all" + FLATTENED)
+        if left:
+            raise ValueError(
+                f"the wrapper hands {', '.join(left[:3])}{', ...' if len(left) > 3 else ''} to "
+                "another optimizer than the one that takes pairs, and it would take the prediction "
+                "gradient alone. optax.partition and optax.masked need no over_pairs: write "
+                'optax.partition({"a": gdmam(rate), "b": summed(optax.sgd(rate))}, labels)'
+            )
         # What it keeps of both halves gets buffers of their own: the state can be donated.
-        return jax.tree.map(_apart, wrapped.init(doubled(params)), is_leaf=is_pair)
+        return jax.tree.map(_apart, state, is_leaf=is_pair)
 
     def update(
         updates: optax.Updates,

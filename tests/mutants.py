@@ -39,13 +39,13 @@ class Mutant:
 SCOPES = "tests/test_geometry.py -k scope"
 MUTANTS = (
     Mutant(
-        "several alignment losses together outvote the prediction", "_allocation",
+        "several alignment losses together outvote the prediction", "_gates",
         "jnp.where(opposing > agreeing, divide(agreeing, opposing), 1)", "1",
         "tests/test_allocation.py -k several_losses",
     ),
     Mutant(
         "a nearly parallel scope's orthogonal norm comes from the inner products",
-        "_geometry", "geometry = dataclasses.replace(geometry, orthogonal_norm=lengths + EPS)", "",
+        "_geometry", "geometry = dataclasses.replace(geometry, orthogonal_norm=lengths)", "",
         SCOPES,
     ),
     Mutant(
@@ -79,9 +79,10 @@ MUTANTS = (
         "tests/test_geometry.py -k float16_is_cut",
     ),
     Mutant(
-        "float16 sums become infinite", "_optimizers",
-        "return narrow(sum(terms[1:], terms[0]), dtype)",
-        "return sum(terms[1:], terms[0]).astype(dtype)", "tests/test_optimizers.py -k cut",
+        "float16 sums become infinite", "_allocation",
+        "return narrow(sum(terms[1:], terms[0]), jnp.result_type(pair.prediction))",
+        "return sum(terms[1:], terms[0]).astype(jnp.result_type(pair.prediction))",
+        "tests/test_optimizers.py -k cut",
     ),
     Mutant(
         "float16 updates become infinite", "_transform",
@@ -94,7 +95,7 @@ MUTANTS = (
         "tests/test_transform.py -k float16",
     ),
     Mutant(
-        "sums are taken in half precision", "_optimizers",
+        "sums are taken in half precision", "_allocation",
         "wide = [widen(gradient) for gradient in halves(pair)]", "wide = halves(pair)",
         "tests/test_optimizers.py -k half_precision",
     ),
@@ -114,9 +115,9 @@ MUTANTS = (
         "tests/test_optimizers.py -k formula",
     ),
     Mutant(
-        "no bias correction of the norms' means", "_allocation",
-        "share = jnp.where(old.remainder == 1, 1, (1 - self.statistics_decay) / (1 - remainder))",
-        "share = 1 - self.statistics_decay + 0 * remainder",
+        "no bias correction of the norms' means", "_momenta",
+        "share = jnp.where(remainder == 1, 1, (1 - decay) / jnp.where(left == 1, 1, 1 - left))",
+        "share = 1 - decay + 0 * remainder",
         "tests/test_allocation.py -k bias_corrected",
     ),
     Mutant(
@@ -143,23 +144,24 @@ MUTANTS = (
         "tests/test_allocation.py -k steered",
     ),
     Mutant(
-        "statistics follow the raw norms", "_allocation",
-        "change = decided.sizes - old.mean",
-        "change = dataclasses.replace(decided, weights=jnp.ones_like(weights)).sizes - old.mean",
+        "statistics follow the raw norms", "_transform",
+        "statistics = old.after(allocation.sizes, decay, present)",
+        "statistics = old.after(dataclasses.replace(allocation, "
+        "weights=jnp.ones_like(allocation.weights)).sizes, decay, present)",
         "tests/parity/test_variants.py -k relative",
     ),
     Mutant(
         "the gate does not see the weights", "_allocation",
-        "size_p, size_a = weights[..., :1] * n_p, weights[..., 1:] * n_a",
-        "size_p, size_a = n_p, n_a", "tests/test_allocation.py -k neither_loss",
+        "size_a = weights[..., 1:] * geometry.alignment_norm", "size_a = geometry.alignment_norm",
+        "tests/test_allocation.py -k neither_loss",
     ),
     Mutant(
-        "the priority gate drops too much", "_allocation",
+        "the priority gate drops too much", "_gates",
         "conflict**2 - 1) / square, 0, 1)", "conflict**2 - 1) / square - 0.01, 0, 1)",
         "tests/test_allocation.py -k neither_loss",
     ),
     Mutant(
-        "the priority gate drops too little", "_allocation",
+        "the priority gate drops too little", "_gates",
         "conflict**2 - 1) / square, 0, 1)", "conflict**2 - 1) / square + 0.01, 0, 1)",
         "tests/test_allocation.py -k neither_loss",
     ),
@@ -233,13 +235,13 @@ MUTANTS = (
         "- pairs * turned", "", "tests/test_weightings.py -k finite_differences",
     ),
     Mutant(
-        "a step left out changes the allocation", "_transform",
-        "lambda new, old: jnp.where(apply, new, old)", "lambda new, old: new",
+        "a step left out changes the allocation", "_allocation",
+        "where(apply, decided, previous),", "decided,",
         "tests/test_skipping.py -k as_if",
     ),
     Mutant(
         "a step left out is remembered", "_transform",
-        "wide = [jnp.where(apply, gradient, 0) for gradient in wide]", "pass",
+        "wide = [jnp.where(taken[k], gradient, 0) for k, gradient in enumerate(wide)]", "pass",
         "tests/test_skipping.py -k as_if",
     ),
     Mutant(
@@ -249,17 +251,18 @@ MUTANTS = (
     ),
     Mutant(
         "a step left out advances the schedule", "_optimizers",
-        "lambda after, old: jnp.where(apply, after, old)", "lambda after, old: after",
+        "*where(apply, links, [*state[1:]])", "*links",
         "tests/test_skipping.py -k as_if",
     ),
     Mutant(
-        "a step left out is not counted", "_transform",
-        "jnp.where(apply, state.skipped, more(state.skipped))", "state.skipped",
+        "a step left out is not counted", "_allocation",
+        "jnp.where(apply, previous.skipped, more_skips(previous.skipped))", "previous.skipped",
         "tests/test_skipping.py -k as_if",
     ),
     Mutant(
-        "steps left out are never forgotten", "_transform",
-        "jnp.where(finite, 0, more(state.skipped_in_a_row))", "more(state.skipped_in_a_row)",
+        "steps left out are never forgotten", "_allocation",
+        "jnp.where(finite, 0, more_skips(previous.skipped_in_a_row))",
+        "more_skips(previous.skipped_in_a_row)",
         "tests/test_skipping.py -k in_a_row",
     ),
 )  # fmt: skip

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,6 +19,7 @@ import gdmam_jax as gdmam
 OPTIMIZERS = {
     "gdmam": lambda: gdmam.gdmam(1e-2),
     "gdmam_released": lambda: gdmam.gdmam_released(1e-2),
+    "allocate": lambda: optax.chain(gdmam.allocate(), optax.adamw(1e-2)),
 }
 # Few programs, and those without what makes them fast: compilation is all the time there is.
 compiled = functools.partial(

@@ -260,6 +260,19 @@ def rows(page):
 
 COMPATIBILITY = {
     # Optax
+    "`adamw`, `lion`, `sgd`, `adan`, `contrib.muon`, `contrib.schedule_free_adamw` behind "
+    "`allocate`": (
+        "test_allocate test_in_front_of_an_optimizer "
+        "test_muon_sees_the_matrices_among_the_parameters"
+    ),
+    "`gdmam(rate)`": "test_allocate test_gdmam_is_adam_behind_allocate test_weighed_is_a_chain",
+    "`lbfgs`, `scale_by_zoom_linesearch`, `scale_by_backtracking_linesearch`": (
+        "test_allocate test_line_searches_get_the_function_whose_gradient_they_are_given "
+        "test_the_function_has_the_allocated_gradient test_values_of_something_else_are_refused "
+        "test_first_gdmam_then_lbfgs_with_its_last_weights_reaches_a_stationary_point"
+    ),
+    "`polyak_sgd`": "test_allocate test_polyak_steps_are_of_the_weighed_loss",
+    "`contrib.sam`": "test_allocate test_sam_climbs_along_both_gradients",
     "`chain`, `named_chain`": "test_optax test_chain test_named_chain",
     "`scale`, `clip`, `clip_by_block_rms`, `centralize`, `scale_by_sign` before": (
         "test_optax test_link_before"
@@ -277,6 +290,9 @@ COMPATIBILITY = {
     "`contrib.schedule_free`": "test_optax test_schedule_free",
     "`partition`": "test_optax test_partition",
     "`masked`": "test_optax test_masked test_masked_link_before",
+    "`partition`, `masked`, another optimizer inside `over_pairs`": (
+        "test_allocate test_a_wrapper_that_hands_leaves_to_others_is_refused"
+    ),
     "`inject_hyperparams`": "test_optax test_inject_hyperparams_schedules_every_scalar",
     "`inject_hyperparams` of a weighting's setting": (
         "test_optax test_inject_hyperparams_every_scalar_matters"
@@ -346,6 +362,9 @@ COMPATIBILITY = {
         "test_flax_serialization test_flax_serialization_refuses_another_choice"
     ),
     # Equinox, Haiku
+    "labels of `partition` for an Equinox module": (
+        "test_equinox_haiku test_labels_of_a_module_are_given_by_a_function"
+    ),
     "Equinox modules": (
         "test_equinox_haiku test_equinox test_fields_called_value_keep_their_name "
         "test_equinox_goes_the_way_of_its_list_of_arrays"

@@ -80,22 +80,18 @@ def test_weighed_by_pcgrad_is_pcgrad(x64):
     np.testing.assert_allclose(found, g_p - g_a, rtol=1e-12)
 
 
-def test_weighed_sees_running_means_scopes_and_extra_arguments():
+def test_weighed_sees_running_means_and_scopes():
     seen = []
 
     def weighting(gramian, norms):
         seen.append((gramian.shape, norms.shape))
         return norms
 
-    optimizer = gdmam.weighed(
-        optax.scale_by_backtracking_linesearch(1), weighting, scope=gdmam.leaf_scope
-    )
+    optimizer = gdmam.weighed(optax.scale(-1.0), weighting, scope=gdmam.leaf_scope)
     params = {"a": jnp.array([3.0]), "b": jnp.array([4.0, 0.0])}
     pairs = gdmam.pair_gradients(params, params)
     state = optimizer.init(params)
-    updates, _ = optimizer.update(
-        pairs, state, params, value=1.0, grad=params, value_fn=lambda p: jnp.sum(p["a"])
-    )
+    updates, _ = optimizer.update(pairs, state, params)
     assert seen == [((2, 2, 2), (2, 2))]
     ratio = float(updates["b"][0] / updates["a"][0])
     np.testing.assert_allclose(ratio, (2 * 4 * 4) / (2 * 3 * 3), rtol=1e-6)
@@ -128,7 +124,7 @@ def test_the_preference_can_be_injected_and_scheduled():
         return gdmam.scale_by_gdmam(
             weighting=gdmam.unit_weighting(preference=preference),
             gate=gdmam.open_gate,
-            initial_momentum=0.0,
+            momentum=gdmam.constant_momentum(initial=0.0),
         )
 
     optimizer = optax.inject_hyperparams(make)(preference=optax.linear_schedule(0.5, 1.5, 2))
@@ -139,12 +135,20 @@ def test_the_preference_can_be_injected_and_scheduled():
         np.testing.assert_allclose(update, [1, preference], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("b2", "weights"), [(0.9, [0.5, 0.2]), (None, [1.75, 0.7])])
-def test_the_default_weights_are_unit_with_a_second_moment_and_config_without(b2, weights):
-    optimizer = gdmam.scale_by_gdmam(b2=b2)
+@pytest.mark.parametrize(
+    ("optimizer", "weights"),
+    [
+        (gdmam.gdmam(0.1), [0.5, 0.2]),
+        (gdmam.allocate(), [0.5, 0.2]),
+        (gdmam.scale_by_gdmam(), [1.75, 0.7]),
+    ],
+)
+def test_the_default_weights_are_unit_and_config_without_a_second_moment(optimizer, weights):
     pair = gdmam.GradientPair(jnp.array([2.0, 0.0]), jnp.array([0.0, 5.0]))
-    _, state = optimizer.update(pair, optimizer.init(jnp.zeros(2)))
-    np.testing.assert_allclose(state.allocation.weights, weights, rtol=1e-6)
+    _, state = optimizer.update(pair, optimizer.init(jnp.zeros(2)), jnp.zeros(2))
+    found = gdmam.diagnostics(state)
+    found = [float(found[f"{loss}_weight"]) for loss in ("prediction", "alignment")]
+    np.testing.assert_allclose(found, weights, rtol=1e-6)
 
 
 @pytest.mark.parametrize("preference", [-0.5, [1.0, -1.0]])

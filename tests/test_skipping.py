@@ -49,7 +49,8 @@ def counts(state):
 def kept(state):
     """All of a state but the counts."""
     first, *links = state if type(state) is tuple else (state,)
-    return first.replace(skipped=None, skipped_in_a_row=None), links
+    allocation = first.allocation.replace(skipped=None, skipped_in_a_row=None)
+    return first.replace(allocation=allocation), links
 
 
 SKIPPING = {
@@ -122,7 +123,9 @@ def test_by_default_numbers_that_are_not_finite_spread_as_in_optax():
 
 
 def test_wrong_choices_and_states_of_another_choice_are_named():
-    with pytest.raises(ValueError, match="not_finite must be 'apply' or 'skip', got 'raise'"):
+    with pytest.raises(
+        ValueError, match="not_finite must be 'apply', 'skip' or 'skip_loss', got 'raise'"
+    ):
         gdmam.gdmam(0.1, not_finite="raise")
     with pytest.raises(ValueError, match="max_skips needs not_finite='skip'"):
         gdmam.scale_by_gdmam(max_skips=3)
@@ -165,7 +168,7 @@ def test_all_devices_decide_alike_and_send_nothing_more():
 
         def step(params, pair):
             updates, after = optimizer.update(pair, state_of(params), params)
-            skipped = after[0].skipped if choices else jnp.zeros((), jnp.int32)
+            skipped = after[0].allocation.skipped if choices else jnp.zeros((), jnp.int32)
             return updates, skipped[None]
 
         def state_of(local):
@@ -222,7 +225,7 @@ def test_replicas_leave_out_the_step_that_one_device_spoils(kind):
         left_out = step_once(*taken, batches[1])
     assert np.abs(np.asarray(taken[0] - w)).min() > 0.05
     assert bits((left_out[0], kept(left_out[1]))) == bits((taken[0], kept(taken[1])))
-    skipped = left_out[1][0].skipped
+    skipped = left_out[1][0].allocation.skipped
     assert [int(shard.data.sum()) for shard in skipped.addressable_shards] == [1] * 8
 
 
@@ -240,8 +243,8 @@ def steps_off(optimizer, steps):
         return state, {
             "weights": allocation.weights,
             "norms": allocation.norms,
-            "statistics": allocation.statistics.mean,
-            "coefficients": allocation.statistics.momentum,
+            "statistics": state.statistics.mean,
+            "coefficients": state.statistics.momentum,
             "update": updates,
         }
 

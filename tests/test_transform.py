@@ -139,7 +139,7 @@ def test_updates_and_momenta_have_the_parameters_dtype_and_statistics_are_wider(
     own = state if form == "momentum" else state[0]
     momentum = own.first_moment if form == "released" else own.momenta[-1]
     assert momentum["w"].dtype == dtype
-    assert own.allocation.statistics.mean.dtype == wide
+    assert own.statistics.mean.dtype == wide
     if form != "momentum":
         assert own.second_moment["w"].dtype == wide
 
@@ -245,7 +245,7 @@ def test_momentum_is_unbiased_for_a_constant_gradient():
 
 def test_hyperparameters_can_be_injected_scheduled_and_traced():
     optimizer = optax.inject_hyperparams(gdmam.scale_by_gdmam)(
-        initial_momentum=0.9, minimum_momentum=0.5, b2=optax.linear_schedule(0.9, 0.99, 10)
+        statistics_decay=0.8, b2=optax.linear_schedule(0.9, 0.99, 10)
     )
     state = optimizer.init(PARAMS)
     pairs = gdmam.pair_gradients(PARAMS, PARAMS)
@@ -362,21 +362,28 @@ def test_integer_parameters_are_refused(form):
 
 
 COMMON = [
-    ({"initial_momentum": 1.0}, "initial_momentum"),
-    ({"initial_momentum": -0.1}, "initial_momentum"),
-    ({"minimum_momentum": 0.9, "maximum_momentum": 0.8}, "minimum_momentum.*maximum_momentum"),
-    ({"maximum_momentum": 1.0}, "maximum_momentum"),
-    ({"minimum_momentum": -0.5}, "minimum_momentum"),
     ({"statistics_decay": 1.0}, "statistics_decay"),
-    ({"prediction_sensitivity": -1.0}, "prediction_sensitivity"),
-    ({"parallel_sensitivity": float("nan")}, "parallel_sensitivity"),
-    ({"orthogonal_sensitivity": -1e-9}, "orthogonal_sensitivity"),
     ({"b2": 1.0}, "b2"),
     ({"b2": -0.1}, "b2"),
     ({"eps": 0.0}, "eps"),
 ]
 DECAY = [({"weight_decay": -1e-4}, "weight_decay")]
+MOMENTUM = [
+    ({"initial": 1.0}, "initial"),
+    ({"initial": -0.1}, "initial"),
+    ({"minimum": 0.9, "maximum": 0.8}, "minimum.*maximum"),
+    ({"maximum": 1.0}, "maximum"),
+    ({"minimum": -0.5}, "minimum"),
+    ({"sensitivity": -1.0}, "sensitivity"),
+    ({"sensitivity": (0.1, float("nan"), 0.1)}, "sensitivity"),
+    ({"sensitivity": (0.1, 0.1)}, "a number or three"),
+    ({"sensitivity": {"prediction": 0.1}}, "must name prediction, parallel, orthogonal"),
+]
+RULES = (gdmam.ratcheted_momentum, gdmam.anchored_momentum, gdmam.relative_momentum)
 RELEASED = [
+    ({"initial_momentum": 1.0}, "initial"),
+    ({"minimum_momentum": 0.9, "maximum_momentum": 0.8}, "minimum.*maximum"),
+    ({"prediction_sensitivity": -1.0}, "sensitivity"),
     ({"bias_weight_decay": -0.1}, "bias_weight_decay"),
     ({"clip_factor": 0.0}, "factor"),
     ({"clip_window": 0}, "window"),
@@ -393,6 +400,8 @@ OUT_OF_RANGE = [
     *((gdmam.scale_by_gdmam, *case) for case in COMMON + ALLOCATED),
     *((functools.partial(gdmam.gdmam, 0.1), *case) for case in COMMON + DECAY + ALLOCATED),
     *((gdmam.gdmam_released, *case) for case in COMMON + DECAY + RELEASED),
+    *((rule, *case) for rule in RULES for case in MOMENTUM),
+    (gdmam.constant_momentum, {"initial": 1.0}, "initial"),
     (gdmam.clip_by_recent_norm, {"factor": -1.0}, "factor"),
     (functools.partial(gdmam.summed, optax.sgd(1.0)), {"alignment_weight": -1.0}, "alignment"),
 ]
@@ -405,19 +414,22 @@ def test_hyperparameters_out_of_range_are_refused_by_name(make, arguments, name)
 
 
 def test_both_ready_made_signatures_have_the_same_defaults():
-    """But for the second moment, which `gdmam` has and the link has not."""
+    """But for the second moment, which `gdmam` has and the link has not, and the weights for it."""
     link, chain = (
         inspect.signature(function).parameters for function in (gdmam.scale_by_gdmam, gdmam.gdmam)
     )
-    differing = {name for name in link if link[name].default != chain[name].default}
-    assert differing == {"b2"}
+    differing = {name for name in link if repr(link[name].default) != repr(chain[name].default)}
+    assert differing == {"weighting", "b2"}
     assert set(chain) - set(link) == {"learning_rate", "weight_decay", "mask"}
+
+
+NOTHING = gdmam.constant_momentum(initial=0.0)
 
 
 def test_float16_updates_and_momenta_are_cut_and_not_infinite():
     """Twice the largest number that float16 holds, in the update and in the momentum."""
     optimizer = gdmam.scale_by_gdmam(
-        weighting=gdmam.constant_weighting(1, 1), gate=gdmam.open_gate, initial_momentum=0.0
+        weighting=gdmam.constant_weighting(1, 1), gate=gdmam.open_gate, momentum=NOTHING
     )
     pair = gdmam.GradientPair(jnp.full(2, 6e4, jnp.float16), jnp.full(2, 6e4, jnp.float16))
     update, state = optimizer.update(pair, optimizer.init(jnp.zeros(2, jnp.float16)))

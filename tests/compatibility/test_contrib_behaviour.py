@@ -25,6 +25,7 @@ OPTIMIZERS = {
         ),
         0.05,
     ),
+    "allocate": (lambda rate: optax.chain(gdmam.allocate(), optax.adam(rate)), 0.05),
     "gdmam_released": (
         lambda rate: gdmam.gdmam_released(rate, weight_decay=0.0, bias_weight_decay=0.0),
         0.01,

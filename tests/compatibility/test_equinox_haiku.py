@@ -17,6 +17,7 @@ Y = jnp.sin(X.sum(axis=1, keepdims=True))
 OPTIMIZERS = {
     "gdmam": gdmam.gdmam(0.05, amsgrad=True),
     "gdmam_released": gdmam.gdmam_released(0.005),
+    "allocate": optax.chain(gdmam.allocate(), optax.adamw(0.05)),
     "scopes": gdmam.gdmam(0.05, scope=lambda path: path.split("/")[1]),
     "apply_if_finite": gdmam.over_pairs(lambda tx: optax.apply_if_finite(tx, 3), gdmam.gdmam(0.05)),
 }
@@ -130,3 +131,18 @@ def test_fields_called_value_keep_their_name():
     pairs = jax.tree.map(lambda leaf: gdmam.GradientPair(leaf, leaf[:1]), params)
     with pytest.raises(ValueError, match="gradients at gate/value must agree"):
         gdmam.scale_by_gdmam().update(pairs, state)
+
+
+def test_labels_of_a_module_are_given_by_a_function():
+    """A label tree that is a module can be called, and Optax calls what can be called."""
+    model = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    labels = eqx.tree_at(lambda m: (m.weight, m.bias), params, ("matrix", "rest"))
+    parts = {"matrix": gdmam.gdmam(0.1), "rest": gdmam.summed(optax.sgd(1.0))}
+    optimizer = optax.partition(parts, lambda _: labels)
+    pairs = gdmam.pair_gradients(params, params)
+    updates, _ = optimizer.update(pairs, optimizer.init(params), params)
+    chex.assert_trees_all_close(updates.bias, -2 * params.bias)
+    assert not jnp.allclose(updates.weight, -2 * params.weight)
+    with pytest.raises(TypeError):
+        optax.partition(parts, labels).init(params)

@@ -34,6 +34,7 @@ class State(TrainState):
     [
         gdmam.gdmam(0.05),
         gdmam.gdmam_released(0.05),
+        optax.chain(gdmam.allocate(), optax.adamw(0.05)),
         gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 2), gdmam.gdmam(0.05)),
     ],
 )

@@ -37,6 +37,7 @@ def parts():
 OPTIMIZERS = {
     "gdmam": (gdmam.gdmam(0.1), None),
     "gdmam_released": (gdmam.gdmam_released(0.1), None),
+    "allocate": (optax.chain(gdmam.allocate(), optax.adamw(0.1)), None),
     "scopes": (gdmam.gdmam(0.1, scope=gdmam.leaf_scope), None),
     "multi_steps": (
         gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 2), gdmam.gdmam(0.1)),

@@ -25,6 +25,7 @@ OPTIMIZERS = {
         scope=gdmam.leaf_scope,
     ),
     "gdmam_released": gdmam.gdmam_released(0.1),
+    "allocate": optax.chain(gdmam.allocate(), optax.adamw(0.1)),
     "multi_steps": gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 2), gdmam.gdmam(0.1)),
 }
 
@@ -81,14 +82,12 @@ def hyperparameters_of(name):
         return lambda rate: gdmam.gdmam_released(rate), 0.1
     if name == "initial_momentum":
         return (
-            lambda value: gdmam.gdmam(
-                0.1, initial_momentum=value, momentum=gdmam.anchored_momentum
-            ),
+            lambda value: gdmam.gdmam(0.1, momentum=gdmam.anchored_momentum(initial=value)),
             0.9,
         )
     if name == "orthogonal_sensitivity":
         return lambda value: gdmam.gdmam(
-            0.1, momentum=gdmam.ratcheted_momentum, orthogonal_sensitivity=value
+            0.1, momentum=gdmam.ratcheted_momentum(sensitivity=(0.05, 0.1, value))
         ), 0.3
     return lambda rate: gdmam.gdmam(rate), 0.1
 

@@ -1,7 +1,5 @@
 """Every row of the Optax table in docs/compatibility.md, tested for what it computes."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -337,6 +335,7 @@ HEADS = {
         0.05, gate=gdmam.conflict_gate, momentum=gdmam.relative_momentum, amsgrad=True
     ),
     "released": gdmam.gdmam_released(0.05),
+    "allocate": optax.chain(gdmam.allocate(), optax.adam(0.05)),
 }
 
 
@@ -351,7 +350,7 @@ def test_partition(head):
         final = runs["whole"].after(STEPS)[0]["head"]
         chex.assert_trees_all_equal(final, example_params()["head"])
     report = gdmam.diagnostics(runs["whole"].after(STEPS)[1])
-    several = head in ("another GDMAM", "released")
+    several = head in ("another GDMAM", "released", "allocate")
     assert ("cosine" in report) != several
     assert sum(key.endswith("cosine") for key in report) == 1 + several
 
@@ -397,46 +396,74 @@ def test_labels_by_a_function(function):
 # Numbers that change.
 
 
-RESTLESS = {
-    # On the raw components, with a rule that meets both bounds.
-    "weighting": gdmam.constant_weighting(1, 1),
-    "gate": gdmam.open_gate,
-    "momentum": lambda *given: gdmam.relative_momentum(*given) + 0.05,
-    "momenta": "separate",
-}
+def restless(initial, minimum, maximum, prediction, parallel, orthogonal):
+    """Choices for the raw components, with a rule that meets both bounds."""
+    rule = gdmam.relative_momentum(
+        initial=initial,
+        minimum=minimum,
+        maximum=maximum,
+        sensitivity=(prediction, parallel, orthogonal),
+    )
+    return {
+        "weighting": gdmam.constant_weighting(1, 1),
+        "gate": gdmam.open_gate,
+        "momentum": rule,
+        "momenta": "separate",
+    }
 
 
-SCALARS = {
-    "initial_momentum": 0.93,
-    "minimum_momentum": 0.6,
-    "maximum_momentum": 0.94,
-    "prediction_sensitivity": 0.3,
-    "parallel_sensitivity": 0.02,
-    "orthogonal_sensitivity": 0.3,
-    "statistics_decay": 0.9,
-    "b2": 0.99,
-    "eps": 1e-2,
-}
-SENSITIVE = {
-    "minimum_momentum": 0.9,
-    "prediction_sensitivity": 0.5,
-    "parallel_sensitivity": 0.1,
-    "orthogonal_sensitivity": 0.5,
+def restless_link(
+    initial, minimum, maximum, prediction, parallel, orthogonal, statistics_decay, b2, eps
+):
+    choices = restless(initial, minimum, maximum, prediction, parallel, orthogonal)
+    return gdmam.scale_by_gdmam(**choices, statistics_decay=statistics_decay, b2=b2, eps=eps)
+
+
+def restless_gdmam(
+    learning_rate, weight_decay, initial, minimum, maximum, prediction, parallel, orthogonal,
+    statistics_decay, b2, eps,
+):  # fmt: skip
+    return gdmam.gdmam(
+        learning_rate,
+        **restless(initial, minimum, maximum, prediction, parallel, orthogonal),
+        weight_decay=weight_decay,
+        statistics_decay=statistics_decay,
+        b2=b2,
+        eps=eps,
+    )
+
+
+NUMBERS = {"statistics_decay": 0.9, "b2": 0.99, "eps": 1e-2}
+RULE = {
+    "initial": 0.95,
+    "minimum": 0.9,
+    "maximum": 0.94,
+    "prediction": 0.5,
+    "parallel": 0.1,
+    "orthogonal": 0.5,
 }
 FACTORIES = {
     "scale_by_gdmam": (
-        functools.partial(gdmam.scale_by_gdmam, **RESTLESS),
-        SCALARS | SENSITIVE,
-        ("weighting", "gate", "momentum"),
+        restless_link,
+        NUMBERS | RULE,
+        (),
     ),
     "gdmam": (
-        functools.partial(gdmam.gdmam, **RESTLESS),
-        SCALARS | SENSITIVE | {"learning_rate": 0.1, "weight_decay": 0.1},
-        ("weighting", "gate", "momentum"),
+        restless_gdmam,
+        NUMBERS | RULE | {"learning_rate": 0.1, "weight_decay": 0.1},
+        (),
     ),
     "gdmam_released": (
         gdmam.gdmam_released,
-        SCALARS
+        NUMBERS
+        | {
+            "initial_momentum": 0.93,
+            "minimum_momentum": 0.6,
+            "maximum_momentum": 0.94,
+            "prediction_sensitivity": 0.3,
+            "parallel_sensitivity": 0.02,
+            "orthogonal_sensitivity": 0.3,
+        }
         | {
             "learning_rate": 0.1,
             "weight_decay": 0.1,
@@ -532,7 +559,10 @@ def test_learning_rate_schedule():
 # Wrappers.
 
 
-@pytest.mark.parametrize("optimizer", [base(), gdmam.gdmam_released(0.1)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [base(), gdmam.gdmam_released(0.1), optax.chain(gdmam.allocate(), optax.adamw(0.1))],
+)
 @pytest.mark.parametrize("keywords", [False, True])
 def test_multi_steps(optimizer, keywords):
     """Equal to one step on the averaged pair, and no step in between."""
@@ -546,7 +576,12 @@ def test_multi_steps(optimizer, keywords):
         chex.assert_trees_all_equal(found.after(step)[0], found.after(step - step % 3)[0])
 
 
-OPTIMIZERS = {"gdmam": gdmam.gdmam(0.1), "gdmam_released": gdmam.gdmam_released(0.1)}
+ALLOCATED = optax.chain(gdmam.allocate(), optax.adamw(0.1))
+OPTIMIZERS = {
+    "gdmam": gdmam.gdmam(0.1),
+    "gdmam_released": gdmam.gdmam_released(0.1),
+    "allocate": ALLOCATED,
+}
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
@@ -690,6 +725,7 @@ KEYWORD_OPTIMIZERS = {
     "scale_by_gdmam": base(),
     "gdmam": gdmam.gdmam(0.1),
     "gdmam_released": gdmam.gdmam_released(0.1),
+    "allocate": ALLOCATED,
     "summed": gdmam.summed(optax.adam(0.1)),
     "over_pairs": gdmam.over_pairs(
         lambda tx: optax.chain(optax.clip_by_global_norm(0.5), tx), base()
@@ -765,6 +801,7 @@ MAPPED = {
     "gdmam": (gdmam.gdmam(0.1), 2),
     "amsgrad": (gdmam.gdmam(0.1, amsgrad=True), 3),
     "gdmam_released": (gdmam.gdmam_released(0.1), 3),
+    "allocate": (ALLOCATED, 2),
     "scopes": (gdmam.scale_by_gdmam(scope=gdmam.leaf_scope), 1),
     "partition": (optax.partition({"trunk": base(), "head": base()}, LABELS), 1),
     "multi_steps": (gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 2), base()), 3),

@@ -15,6 +15,7 @@ from tests.compatibility.harness import FAST_COMPILATION, example_pairs, example
 OPTIMIZERS = {
     "gdmam": gdmam.gdmam(optax.cosine_decay_schedule(0.1, 8), amsgrad=True),
     "gdmam_released": gdmam.gdmam_released(0.1),
+    "allocate": optax.chain(gdmam.allocate(not_finite="skip_loss"), optax.adamw(0.1)),
     "scopes": gdmam.gdmam(0.1, scope=gdmam.leaf_scope, b2=None),
     "several losses": gdmam.gdmam(0.1, alignment_losses=("one", "two"), momenta="separate"),
     "skipping": gdmam.gdmam(0.1, not_finite="skip"),

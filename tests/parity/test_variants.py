@@ -135,7 +135,7 @@ def test_without_momentum_the_conflict_gate_is_pcgrad(seed, x64):
     optimizer = gdmam.scale_by_gdmam(
         weighting=gdmam.constant_weighting(1, 1),
         gate=gdmam.conflict_gate,
-        initial_momentum=0,
+        momentum=gdmam.constant_momentum(initial=0),
     )
     params = {"a": jnp.zeros(12), "b": jnp.zeros((2, 4))}
 

@@ -165,7 +165,7 @@ def compare(problem_name: str, form: str) -> dict[str, Any]:
 
 def _observe_released(state: Any, pairs: Any) -> dict[str, jax.Array]:
     released = next(part for part in state if isinstance(part, gdmam.ReleasedState))
-    statistics, weights = released.allocation.statistics, released.allocation.weights
+    statistics, weights = released.statistics, released.allocation.weights
     squares = [
         jnp.sum((weights[0] * pair.prediction + weights[1] * pair.alignment) ** 2)
         for pair in jax.tree.leaves(

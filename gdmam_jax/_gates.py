@@ -1,0 +1,122 @@
+"""Gates: how much of each part of the alignment gradient a step lets through."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gdmam_jax._numerics import divide
+
+Gate = Callable[[jax.Array, jax.Array], tuple[Any, Any]]
+"""A function ``(cosine, ratio) -> (parallel, orthogonal)``: factors of the alignment gradient's
+parts along and across the prediction gradient."""
+
+
+def cosine_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""The better the tasks agree, the more of the parallel part, as released: (gate, 1 - gate).
+
+    $$gate = clip(\cos(g_a, g_p), 0, 1)$$
+
+    Args:
+      cosine: of the angle between the two gradients, shape ``(...)``.
+      ratio: unused.
+
+    Returns:
+      ``(parallel, orthogonal)``, the factors of the alignment gradient's two parts.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> [float(factor) for factor in cosine_gate(jnp.array(0.25), jnp.array(1.0))]
+      [0.25, 0.75]
+
+    References:
+      The gate of the released GDMAM code.
+    """
+    gate = jnp.clip(cosine, 0, 1)
+    return gate, 1 - gate
+
+
+def conflict_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Drops the parallel part where it opposes the prediction gradient, and nothing else.
+
+    For two losses and no momentum the alignment gradient then is projected as PCGrad projects it.
+    The step never raises the prediction loss, but may raise the alignment loss, see
+    `priority_gate`.
+
+    Args:
+      cosine: of the angle between the two gradients, shape ``(...)``.
+      ratio: unused.
+
+    Returns:
+      ``(1 if cosine > 0 else 0, 1)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> [float(factor) for factor in conflict_gate(jnp.array(-0.25), jnp.array(1.0))]
+      [0.0, 1.0]
+
+    References:
+      Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020.
+    """
+    return (cosine > 0).astype(cosine.dtype), jnp.ones_like(cosine)
+
+
+def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""Drops what opposes the prediction just as far as the alignment loss does not rise for it.
+
+    With $k = -\cos(g_a, g_p) > 0$ and $r$ the ratio of the weighted gradients' norms, the parallel
+    part keeps the least factor at which a step along the result does not raise the alignment loss,
+
+    $$v_\parallel = clip\left(\frac{k / r + k^2 - 1}{k^2}, 0, 1\right),$$
+
+    and all of it where the gradients agree. To first order, and before a second moment rescales
+    the elements, a step then is against neither loss, as long as $k \le r$: an alignment gradient
+    that is weaker than that is let through whole, and outvoted. Of several alignment losses, all
+    that is kept against the prediction gradient is shortened together where it is longer than what
+    is for it: with weights of at least 0 a step never is against the prediction loss, but may be
+    against alignment losses.
+
+    Args:
+      cosine: of the angles between prediction and alignment gradients, shape ``(..., J)`` for J
+        alignment losses; ``()`` for one.
+      ratio: $r = w_a |g_a| / (w_p |g_p|)$, the same shape.
+
+    Returns:
+      ``(parallel, orthogonal)``, the factors of the alignment gradient's two parts.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> round(float(priority_gate(jnp.array(-0.8), jnp.array(1.0))[0]), 4)
+      0.6875
+      >>> parallel, _ = priority_gate(jnp.array([-0.8, -0.9, -0.5]), jnp.ones(3))
+      >>> [round(float(factor), 4) for factor in parallel]
+      [0.5135, 0.6547, 0.0]
+    """
+    conflict = jnp.maximum(-cosine, 0)
+    square = jnp.where(conflict > 0, conflict**2, 1)
+    kept = jnp.clip((divide(conflict, ratio) + conflict**2 - 1) / square, 0, 1)
+    if conflict.ndim and conflict.shape[-1] > 1:
+        # In units of the weighed prediction gradient.
+        agreeing = 1 + jnp.sum(ratio * jnp.maximum(cosine, 0), axis=-1, keepdims=True)
+        opposing = jnp.sum(ratio * conflict * kept, axis=-1, keepdims=True)
+        kept = kept * jnp.where(opposing > agreeing, divide(agreeing, opposing), 1)
+    return jnp.where((conflict > 0) & (ratio > 0), kept, 1), jnp.ones_like(cosine)
+
+
+def open_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lets both parts through: ``(1, 1)``.
+
+    Args:
+      cosine: of the angle between the two gradients, shape ``(...)``.
+      ratio: unused.
+
+    Returns:
+      Two ones of its shape.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> [float(factor) for factor in open_gate(jnp.array(-0.25), jnp.array(1.0))]
+      [1.0, 1.0]
+    """
+    return jnp.ones_like(cosine), jnp.ones_like(cosine)

@@ -1,0 +1,317 @@
+"""The allocation as a link: in front of any optimizer, against code written by hand."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+import gdmam_jax as gdmam
+from tests.compatibility.harness import STEPS, example_pairs, example_params, train
+
+
+def allocated_by_hand():
+    """Unit weights and the priority gate, over all leaves together, written apart."""
+
+    def init(params):
+        del params
+        return jnp.zeros(2), jnp.zeros(())
+
+    def update(pairs, state, params=None, **extra):
+        del params, extra
+        sums, count = state
+        prediction, alignment = gdmam.unpair_gradients(pairs)
+        p = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(prediction)])
+        a = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(alignment)])
+        norms = jnp.stack([jnp.sqrt(p @ p), jnp.sqrt(a @ a)])
+        sums, count = 0.9 * sums + norms, 0.9 * count + 1
+        w = 1 / jnp.maximum(norms, sums / count)
+        cosine = p @ a / (norms[0] * norms[1])
+        ratio = w[1] * norms[1] / (w[0] * norms[0])
+        k = jnp.maximum(-cosine, 1e-9)
+        kept = jnp.where(cosine < 0, jnp.clip((k / ratio + k**2 - 1) / k**2, 0, 1), 1)
+        along = p @ a / (p @ p)
+
+        def combine(p, a):
+            return w[0] * p + w[1] * (a - (1 - kept) * along * p)
+
+        return jax.tree.map(combine, prediction, alignment), (sums, count)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def matrices(params):
+    """Muon's labels, by what is a matrix."""
+    return jax.tree.map(
+        lambda leaf: contrib.MuonDimensionNumbers() if leaf.ndim == 2 else None, params
+    )
+
+
+BEHIND = {
+    "adamw": optax.adamw(0.1),
+    "lion": optax.lion(0.02),
+    "muon": contrib.muon(0.1),
+    "muon, labels by a function": contrib.muon(0.1, muon_weight_dimension_numbers=matrices),
+    "adan": optax.adan(0.1),
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "schedule_free": contrib.schedule_free_adamw(0.1),
+    "lookahead's fast weights": optax.chain(optax.adam(0.1), optax.scale(0.5)),
+    "polyak": optax.polyak_sgd(0.1),
+    "reduce_on_plateau": optax.chain(
+        optax.adam(0.1), contrib.reduce_on_plateau(patience=1, cooldown=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_in_front_of_an_optimizer(name):
+    """Each takes the gradient that is written by hand, and the parameters, not pairs."""
+    runs = train(
+        {
+            "found": optax.chain(gdmam.allocate(), BEHIND[name]),
+            "expected": optax.chain(allocated_by_hand(), BEHIND[name]),
+        },
+        example_params(),
+        example_pairs(),
+        extra={"value": jnp.linspace(2, 1, STEPS)},
+    )
+    # Muon's orthogonalisation passes rounding on enlarged.
+    rtol = 2e-3 if "muon" in name else 1e-4
+    chex.assert_trees_all_close(
+        runs["found"].params,
+        runs["expected"].params,
+        rtol=rtol,
+        atol=1e-4 if "muon" in name else 1e-5,
+    )
+    moved = jax.tree.map(jnp.subtract, runs["found"].after(STEPS)[0], example_params())
+    assert optax.tree.norm(moved) > 1e-2
+
+
+def test_muon_sees_the_matrices_among_the_parameters():
+    """Were its labels made of pairs, there would be no matrix for it."""
+    optimizer = optax.chain(gdmam.allocate(), contrib.muon(0.1))
+    state = optimizer.init(example_params())
+    _, inner = state
+    muon = inner.inner_states["muon"].inner_state[0]
+    matrices = [leaf for leaf in jax.tree.leaves(muon.mu) if hasattr(leaf, "ndim")]
+    assert sorted(leaf.shape for leaf in matrices) == [(2, 2), (3, 2)]
+
+
+def test_gdmam_is_adam_behind_allocate(x64):
+    """The shortest answer to what the default does: one constant momentum makes it Adam."""
+    params = example_params(jnp.float64)
+    pairs = example_pairs(params)
+    chain = optax.chain(
+        gdmam.allocate(),
+        optax.scale_by_adam(b1=0.95),
+        optax.add_decayed_weights(1e-4),
+        optax.scale_by_learning_rate(0.1),
+    )
+    runs = train({"gdmam": gdmam.gdmam(0.1), "chain": chain}, params, pairs)
+    chex.assert_trees_all_close(runs["gdmam"].params, runs["chain"].params, rtol=1e-12, atol=1e-13)
+    reports = [gdmam.diagnostics(runs[name].after(STEPS)[1]) for name in ("gdmam", "chain")]
+    for key, value in reports[1].items():
+        np.testing.assert_allclose(reports[0][key], value, rtol=1e-12, err_msg=key)
+
+
+def test_weighed_is_a_chain():
+    inner = optax.adam(0.1)
+    runs = train(
+        {
+            "weighed": gdmam.weighed(inner, gdmam.unit_weighting, gdmam.priority_gate),
+            "chain": optax.chain(gdmam.allocate(), inner),
+        },
+        example_params(),
+        example_pairs(),
+    )
+    chex.assert_trees_all_equal(runs["weighed"].params, runs["chain"].params)
+
+
+def test_sam_climbs_along_both_gradients(x64):
+    """The form that error messages recommend, against the formula."""
+    target = jnp.array([1.0, -2.0, 0.5])
+
+    def losses(w):
+        return jnp.sum((w - target) ** 2), jnp.sum(jnp.cos(w) * w)
+
+    radius, rate = 0.05, 0.1
+    adversary = optax.chain(contrib.normalize(), optax.sgd(radius))
+    optimizer = contrib.sam(
+        gdmam.weighed(optax.sgd(rate), gdmam.sum_weighting),
+        gdmam.summed(adversary),
+        sync_period=2,
+    )
+    w = jnp.array([0.3, 0.7, -0.4])
+    state, expected = optimizer.init(w), w
+    gradient = jax.grad(lambda w: sum(losses(w)))
+    for _ in range(5):
+        for _ in range(2):
+            _, pairs = gdmam.value_and_paired_grad(losses)(w)
+            updates, state = optimizer.update(pairs, state, w)
+            w = optax.apply_updates(w, updates)
+        first = gradient(expected)
+        climbed = expected + radius * first / jnp.linalg.norm(first)
+        expected = expected - rate * gradient(climbed)
+        np.testing.assert_allclose(w, expected, rtol=1e-12)
+
+
+LABELS = {"trunk": {"kernel": "t"}, "head": {"kernel": "h", "bias": "h"}}
+MASK = {"trunk": {"kernel": True}, "head": {"kernel": False, "bias": False}}
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        lambda tx: optax.partition({"t": tx, "h": optax.sgd(1.0)}, LABELS),
+        lambda tx: optax.masked(tx, MASK),
+        lambda tx: optax.adam(0.1),
+        lambda tx: optax.chain(
+            optax.MultiSteps(optax.masked(tx, MASK), 2).gradient_transformation()
+        ),
+    ],
+    ids=["partition", "masked", "another optimizer", "MultiSteps of masked"],
+)
+@pytest.mark.parametrize(
+    "optimizer", [gdmam.gdmam(0.1), optax.chain(gdmam.allocate(), optax.sgd(1.0))]
+)
+def test_a_wrapper_that_hands_leaves_to_others_is_refused(wrapper, optimizer):
+    """They would take the prediction gradient alone."""
+    with pytest.raises(ValueError, match=r"head/.*another optimizer.*write optax\.partition"):
+        gdmam.over_pairs(wrapper, optimizer).init(example_params())
+
+
+# Optimizers that want the loss's value.
+
+
+def fighting(w):
+    """Two losses with a common solution, and another scale each."""
+    return jnp.sum((w - 1) ** 2) + jnp.sum(w**4 - 1) ** 2, 100 * jnp.sum((w[:-1] - w[1:]) ** 2)
+
+
+def minimised(optimizer, steps, with_grad=True):
+    w = jnp.array([1.8, -0.6, 0.4])
+    state = optimizer.init(w)
+
+    @jax.jit
+    def step(w, state):
+        values, pairs = gdmam.value_and_paired_grad(fighting)(w)
+        given = {"grad": pairs, "value_fn": fighting} if with_grad else {}
+        updates, state = optimizer.update(pairs, state, w, value=values, **given)
+        return optax.apply_updates(w, updates), state
+
+    for _ in range(steps):
+        w, state = step(w, state)
+    return w, state
+
+
+@pytest.mark.parametrize("weighting", [gdmam.sum_weighting, gdmam.constant_weighting(3.0, 0.5)])
+@pytest.mark.parametrize("inner", ["lbfgs", "zoom", "backtracking"])
+def test_line_searches_get_the_function_whose_gradient_they_are_given(inner, weighting, x64):
+    make = {
+        "lbfgs": optax.lbfgs,
+        "zoom": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(20)),
+        "backtracking": lambda: optax.chain(
+            optax.sgd(1.0), optax.scale_by_backtracking_linesearch(30)
+        ),
+    }[inner]
+    weights = weighting(jnp.eye(2), jnp.ones(2))
+
+    def total(w):
+        return jnp.dot(weights, jnp.stack(fighting(w)))
+
+    w = jnp.array([1.8, -0.6, 0.4])
+    optimizer, found, expected = make(), minimised(gdmam.weighed(make(), weighting), 8)[0], w
+    state = optimizer.init(expected)
+    for _ in range(8):
+        value, grad = jax.value_and_grad(total)(expected)
+        updates, state = optimizer.update(
+            grad, state, expected, value=value, grad=grad, value_fn=total
+        )
+        expected = optax.apply_updates(expected, updates)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+    summed = gdmam.summed(make(), *weights.tolist())
+    np.testing.assert_allclose(minimised(summed, 8)[0], expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("gate", [gdmam.open_gate, gdmam.priority_gate, gdmam.cosine_gate])
+def test_the_function_has_the_allocated_gradient(gate, x64):
+    """Whatever the gate: what is allocated is a combination of the losses' gradients."""
+    seen = {}
+
+    def update(updates, state, params=None, **extra):
+        seen.update(extra, updates=updates)
+        return updates, state
+
+    spy = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    optimizer = gdmam.weighed(spy, gdmam.unit_weighting, gate)
+    w = jnp.array([1.8, -0.6, 0.4])
+    values, pairs = gdmam.value_and_paired_grad(fighting)(w)
+    optimizer.update(pairs, optimizer.init(w), w, value=values, grad=pairs, value_fn=fighting)
+    np.testing.assert_allclose(jax.grad(seen["value_fn"])(w), seen["updates"], rtol=1e-12)
+    np.testing.assert_allclose(seen["value_fn"](w), seen["value"], rtol=1e-12)
+    np.testing.assert_array_equal(seen["grad"], seen["updates"])
+
+
+def test_polyak_steps_are_of_the_weighed_loss(x64):
+    polyak = gdmam.weighed(optax.polyak_sgd(1.0), gdmam.sum_weighting)
+    w, _ = minimised(polyak, 1, with_grad=False)
+    start = jnp.array([1.8, -0.6, 0.4])
+    value, gradient = jax.value_and_grad(lambda w: sum(fighting(w)))(start)
+    expected = start - min(1, value / jnp.sum(gradient**2)) * gradient
+    np.testing.assert_allclose(w, expected, rtol=1e-12)
+
+
+def test_first_gdmam_then_lbfgs_with_its_last_weights_reaches_a_stationary_point(x64):
+    """The recipe of physics-informed networks."""
+    w, state = minimised(gdmam.weighed(optax.adam(0.05), gdmam.unit_weighting), 60)
+    last = gdmam.diagnostics(state)
+    frozen = gdmam.constant_weighting(last["prediction_weight"], last["alignment_weight"])
+    optimizer = gdmam.weighed(optax.lbfgs(), frozen)
+    state = optimizer.init(w)
+    for _ in range(60):
+        values, pairs = gdmam.value_and_paired_grad(fighting)(w)
+        updates, state = optimizer.update(
+            pairs, state, w, value=values, grad=pairs, value_fn=fighting
+        )
+        w = optax.apply_updates(w, updates)
+    weights = jnp.array([last["prediction_weight"], last["alignment_weight"]])
+    gradient = jax.grad(lambda w: weights @ jnp.stack(fighting(w)))(w)
+    assert jnp.linalg.norm(gradient) < 1e-8
+
+
+W = jnp.array([1.0, 2.0])
+PAIR = gdmam.GradientPair(W, -W)
+SUM = gdmam.weighed(optax.lbfgs(), gdmam.sum_weighting)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "given", "message"),
+    [
+        (
+            optax.chain(gdmam.allocate(), optax.lbfgs()),
+            {"value": 1.0, "grad": W, "value_fn": jnp.sum},
+            r"write weighed\(optax.lbfgs\(\), weighting\) instead",
+        ),
+        (SUM, {"value": 1.0, "grad": PAIR, "value_fn": jnp.sum}, "value must be like the losses"),
+        (
+            gdmam.summed(optax.lbfgs()),
+            {"value": 1.0, "grad": PAIR, "value_fn": jnp.sum},
+            "value must be like the losses",
+        ),
+        (
+            SUM,
+            {"value": (1.0, 1.0), "grad": PAIR, "value_fn": jnp.sum},
+            "what value_fn returns must be like the losses",
+        ),
+        (
+            gdmam.weighed(optax.lbfgs(), gdmam.sum_weighting, scope=lambda path: "all"),
+            {"value": (1.0, 1.0), "grad": PAIR, "value_fn": jnp.sum},
+            "need one scope",
+        ),
+    ],
+)
+def test_values_of_something_else_are_refused(optimizer, given, message):
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(PAIR, optimizer.init(W), W, **given)

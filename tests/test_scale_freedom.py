@@ -1,0 +1,106 @@
+"""No scale of a loss, or of both, changes a step of what claims to be free of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdmam_jax as gdmam
+
+STEPS = 40
+FACTORS = {"float32": (1e-14, 1e-10, 1e10), "float64": (1e-150, 1e-14, 1e10)}
+# What has unit length whatever the gradients': the default's weights, through every gate.
+FREE = {
+    "default": gdmam.gdmam,
+    "conflict_gate": functools.partial(gdmam.gdmam, gate=gdmam.conflict_gate),
+    "open_gate": functools.partial(gdmam.gdmam, gate=gdmam.open_gate),
+    "cosine_gate": functools.partial(gdmam.gdmam, gate=gdmam.cosine_gate),
+    "a preference": functools.partial(gdmam.gdmam, weighting=gdmam.unit_weighting(preference=0.3)),
+    "relative_momentum": functools.partial(
+        gdmam.gdmam, momentum=gdmam.relative_momentum, momenta="separate"
+    ),
+    "allocate": lambda rate: optax.chain(gdmam.allocate(), optax.adamw(rate)),
+}
+
+
+@functools.cache
+def trajectory(name, dtype, factors):
+    """Parameters of a training whose losses come at these scales; every factor is a power of 2."""
+    with jax.enable_x64(dtype == "float64"):
+        optimizer = FREE[name](0.02)
+        scales = [jnp.asarray(factor, dtype) for factor in factors]
+
+        def losses(w):
+            prediction = jnp.sum((w - 1) ** 2 * jnp.arange(1, 6, dtype=dtype))
+            alignment = jnp.sum((w[:-1] + w[1:]) ** 2) + jnp.sum(jnp.cos(3 * w))
+            return scales[0] * prediction, scales[1] * alignment
+
+        def step(carry, _):
+            w, state = carry
+            _, pairs = gdmam.value_and_paired_grad(losses)(w)
+            updates, state = optimizer.update(pairs, state, w)
+            w = optax.apply_updates(w, updates)
+            return (w, state), w
+
+        w = jnp.linspace(-1, 1, 5, dtype=dtype)
+        return np.asarray(jax.lax.scan(step, (w, optimizer.init(w)), length=STEPS)[1])
+
+
+def power_of_two(factor):
+    """The nearest: multiplying by it rounds nothing, so that only the rule is tested."""
+    return 2.0 ** round(np.log2(factor))
+
+
+@pytest.mark.parametrize("which", ["prediction", "alignment", "both"])
+@pytest.mark.parametrize("dtype", FACTORS)
+@pytest.mark.parametrize("name", FREE)
+def test_the_trajectory_is_the_same_at_every_scale(name, dtype, which):
+    expected = trajectory(name, dtype, (1.0, 1.0))
+    tolerance = 400 * np.finfo(dtype).eps
+    for factor in map(power_of_two, FACTORS[dtype]):
+        both = (factor if which != "alignment" else 1.0, factor if which != "prediction" else 1.0)
+        found = trajectory(name, dtype, both)
+        deviation = np.max(np.abs(found - expected)) / np.max(np.abs(expected))
+        print(f"| {name} | {dtype} | {which} x {factor:.0e} | {deviation:.1e} |")
+        assert deviation <= tolerance
+
+
+DIRECTIONS = {
+    "balanced": gdmam.balanced_weighting,
+    "imtl_g": gdmam.imtl_g_weighting,
+    "config": gdmam.config_weighting,
+    "nash_mtl": gdmam.nash_mtl_weighting,
+    "unit": gdmam.unit_weighting,
+}
+
+
+@pytest.mark.parametrize("dtype", FACTORS)
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_the_direction_is_the_same_at_every_scale(name, dtype):
+    """Of the weightings whose sum is along one line whatever the losses' scales."""
+    with jax.enable_x64(dtype == "float64"):
+        rows = np.random.default_rng(0).normal(size=(2, 6))
+        gradients = [jnp.asarray(row, dtype) for row in rows]
+
+        def direction(factors):
+            link = gdmam.allocate(DIRECTIONS[name], gdmam.open_gate)
+            scaled = [jnp.asarray(f, dtype) * g for f, g in zip(factors, gradients, strict=True)]
+            found, _ = link.update(gdmam.GradientPair(*scaled), link.init(scaled[0]))
+            found = np.asarray(found, np.float64)
+            return found / np.max(np.abs(found))
+
+        for factor in map(power_of_two, FACTORS[dtype]):
+            for factors in ((factor, 1.0), (1.0, factor), (factor, factor)):
+                deviation = np.max(np.abs(direction(factors) - direction((1.0, 1.0))))
+                assert deviation <= 100 * np.finfo(dtype).eps
+
+
+def test_geometry_reads_gradients_down_to_the_smallest_squares():
+    tiny = jnp.float32(2.0**-60) * jnp.array([3.0, 4.0])
+    pair = gdmam.GradientPair(tiny, -tiny[::-1])
+    geometry = gdmam.decompose(pair).geometry
+    np.testing.assert_allclose(geometry.cosine, -24 / 25, rtol=1e-6)
+    np.testing.assert_allclose(geometry.prediction_norm, 5 * 2.0**-60, rtol=1e-6)
