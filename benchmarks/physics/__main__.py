@@ -11,7 +11,7 @@ import typer
 from benchmarks import timing
 from benchmarks.__main__ import Output, Rounds, Threads, _name, _names
 from benchmarks.physics import report as reports
-from benchmarks.physics.equations import EQUATIONS, HELD_OUT
+from benchmarks.physics.equations import CHOSEN_ON, EQUATIONS, HELD_OUT
 from benchmarks.physics.methods import ALL_METHODS, CHOICES
 from benchmarks.physics.training import PAPER, SMALL, WARM_UP, Scale, objective, train
 from gdmam_jax.ldl.laboratory import storage
@@ -49,9 +49,7 @@ def run(
     out: Folder = Path("results/physics"),
     equations: Annotated[
         str, typer.Option(help=f"Commas between, or all: {', '.join(EQUATIONS)}.")
-    ] = ",".join(
-        ["burgers,schroedinger,kovasznay,beltrami,helmholtz,klein-gordon,soliton", *HELD_OUT]
-    ),
+    ] = ",".join([*CHOSEN_ON, *HELD_OUT]),
     methods: Methods = DEFAULTS,
     losses: Losses = 2,
     rates: Annotated[str, typer.Option(help="Peak learning rates to tune over.")] = "3e-3,1e-2",

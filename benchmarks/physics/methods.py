@@ -29,10 +29,54 @@ def ours(**choices: Any) -> Method:
     return lambda rate, losses: gdmam.gdmam(rate, alignment_losses=losses, **choices)
 
 
+def common_descent_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""Lets all through, except where a step would raise either loss.
+
+    With $k = -\cos(g_a, g_p) > 0$ and $r$ the ratio of the weighted gradients' norms, a step is
+    against neither loss, to first order and before a second moment rescales the elements, where
+    the factor of the parallel part lies in an interval that is never empty:
+
+    $$v_\parallel = clip\left(1, \frac{k / r + k^2 - 1}{k^2}, \frac{1}{r k}\right)$$
+
+    Neither loss comes first: where the gradients agree, or conflict and neither outvotes the other
+    ($k \le r \le 1 / k$), the step is that of `open_gate`. Of several alignment losses, all that is
+    kept against the prediction gradient is shortened together where it is longer than what is for
+    it, see `priority_gate`.
+
+    Args:
+      cosine: of the angles between prediction and alignment gradients, shape ``(..., J)`` for J
+        alignment losses; ``()`` for one.
+      ratio: $r = w_a |g_a| / (w_p |g_p|)$, the same shape.
+
+    Returns:
+      ``(parallel, orthogonal)``, the factors of the alignment gradient's two parts.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> ratios = jnp.array([0.5, 1.0, 2.0])
+      >>> for ratio in ratios:
+      ...     print(round(float(common_descent_gate(jnp.array(-0.8), ratio)[0]), 4))
+      1.9375
+      1.0
+      0.625
+    """
+    opposed = (cosine < 0) & (ratio > 0)
+    k, r = jnp.where(opposed, -cosine, 1), jnp.where(opposed, ratio, 1)
+    kept = jnp.clip(1, (k / r + k**2 - 1) / k**2, 1 / (r * k))
+    if cosine.ndim and cosine.shape[-1] > 1:
+        # In units of the weighed prediction gradient.
+        agreeing = 1 + jnp.sum(ratio * jnp.maximum(cosine, 0), axis=-1, keepdims=True)
+        opposing = jnp.sum(jnp.where(opposed, r * k * kept, 0), axis=-1, keepdims=True)
+        kept = kept * jnp.minimum(1, agreeing / jnp.where(opposing > 0, opposing, 1))
+    return jnp.where(opposed, kept, 1), jnp.ones_like(cosine)
+
+
 OURS: dict[str, dict[str, Any]] = {
     "gdmam": {},
+    "gdmam priority": {"gate": gdmam.priority_gate},
     "gdmam open": {"gate": gdmam.open_gate},
     "gdmam conflict": {"gate": gdmam.conflict_gate},
+    "gdmam common descent": {"gate": common_descent_gate},
     "gdmam balanced": {"weighting": gdmam.balanced_weighting},
     "gdmam pcgrad": {"weighting": gdmam.pcgrad_weighting, "gate": gdmam.open_gate},
     "gdmam relative": {"momentum": gdmam.relative_momentum, "momenta": "separate"},
@@ -56,13 +100,14 @@ METHODS: dict[str, Method] = {
 }
 """Those that are optimizers of pairs, by name."""
 
-DATA_FIRST = "gdmam data first"
-"""The default with the losses' roles exchanged: the data loss is the prediction."""
+DATA_FIRST = " data first"
+"""The end of a method's name where the losses' roles are exchanged: the data loss is the
+prediction."""
 
 MOMENTUM_CONFIG = "m-config"
 """M-ConFIG, which evaluates one loss a step: see `momentum_config`."""
 
-ALL_METHODS = [*METHODS, DATA_FIRST, MOMENTUM_CONFIG]
+ALL_METHODS = [*METHODS, *(name + DATA_FIRST for name in OURS), MOMENTUM_CONFIG]
 CHOICES = [name for name in ALL_METHODS if name.startswith("gdmam ")]
 """The default with one choice changed."""
 

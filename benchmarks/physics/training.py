@@ -169,7 +169,8 @@ def objective(
 ) -> Callable[[jax.Array, Any], tuple[jax.Array, Any]]:
     """The losses as a method takes them: ``(params, sample) -> (prediction, alignment)``."""
     sizes = layer_sizes(equation, scale)
-    if losses not in (2, 3) or (losses == 3 and (not equation.timed or method == DATA_FIRST)):
+    data_first = method.endswith(DATA_FIRST)
+    if losses not in (2, 3) or (losses == 3 and (not equation.timed or data_first)):
         raise ValueError(
             f"{losses} losses are not to be had of {equation.name} with {method}: there are 2, or "
             "3 where there is time and the residual is the prediction"
@@ -179,7 +180,7 @@ def objective(
         found = equation.losses(network(params, sizes, equation), sample)
         residual = found.pop("residual")
         data = found if losses == 3 else sum(found.values())
-        return (data, residual) if method == DATA_FIRST else (residual, data)
+        return (data, residual) if data_first else (residual, data)
 
     return both
 
@@ -225,7 +226,7 @@ def stepper(
     """
     if method == MOMENTUM_CONFIG:
         return _in_turn(rate, objective, losses)
-    make = METHODS["gdmam" if method == DATA_FIRST else method]
+    make = METHODS[method.removesuffix(DATA_FIRST)]
     optimizer = make(rate, None if losses == 2 else ("boundary", "initial"))
 
     def step(carry: Any, sample: Any) -> tuple[Any, jax.Array]:

@@ -9,7 +9,7 @@ from scipy.integrate import solve_ivp
 from benchmarks.physics import equations
 from benchmarks.physics.equations import EQUATIONS, derivatives, differentiable
 
-EXACT = [name for name in EQUATIONS if name not in ("burgers", "schroedinger")]
+EXACT = [name for name in EQUATIONS if name not in ("burgers", "schroedinger", "allen-cahn")]
 
 
 def sample(equation):
@@ -24,7 +24,7 @@ def test_the_exact_solution_has_no_loss_and_a_wrong_one_has(name, x64):
         return equation.values(points, jnp)
 
     def inexact(points):
-        return exact(points) + 0.1 * jnp.cos(3 * points[:, :1] + 1)
+        return exact(points) + 0.1 * jnp.cos(2.5 * points[:, :1] + 1)
 
     @jax.jit
     def losses(points):
@@ -102,6 +102,47 @@ def test_between_the_grid_the_reference_of_schroedingers_equation_is_smooth():
     np.testing.assert_allclose(
         equation.solution(at_first), equation.values(at_first, np), atol=1e-3
     )
+
+
+def test_the_reference_of_the_allen_cahn_equation_converges():
+    grids = {
+        (points, steps): equations.allen_cahn_grid(points, steps)[2][-1].real
+        for points, steps in ((512, 250), (512, 500), (512, 2000), (1024, 2000))
+    }
+    finest = grids[512, 2000]
+    errors = [np.max(np.abs(grids[512, steps] - finest)) for steps in (250, 500)]
+    assert errors[1] < errors[0] / 3  # second order
+    assert errors[1] < 1e-4
+    assert np.max(np.abs(finest - grids[1024, 2000][::2])) < 1e-3
+
+
+def test_the_reference_of_the_allen_cahn_equation_is_that_of_another_integrator():
+    """Finite differences and an adaptive Runge-Kutta method, on the same positions."""
+    x, moments, rows = equations.allen_cahn_grid(512, 500)
+    spacing = x[1] - x[0]
+
+    def slope(_, u):
+        curvature = (np.roll(u, -1) - 2 * u + np.roll(u, 1)) / spacing**2
+        return equations.DIFFUSION * curvature + 5 * (u - u**3)
+
+    found = solve_ivp(slope, (0, 1), x**2 * np.cos(np.pi * x), rtol=1e-6, atol=1e-8).y[:, -1]
+    assert np.max(np.abs(found - rows[-1])) < 5e-3
+    np.testing.assert_allclose(moments[-1], 1)
+    points = np.stack([x[::16], np.ones(32)], axis=1)
+    np.testing.assert_allclose(
+        EQUATIONS["allen-cahn"].solution(points)[:, 0], rows[-1][::16].real, atol=1e-4
+    )
+
+
+def test_every_equation_with_trivial_solutions_has_them(x64):
+    constants = {"reaction": (0, 1), "allen-cahn": (-1, 0, 1), "fisher": (0, 1), "membrane": (0,)}
+    for name, values in constants.items():
+        equation = EQUATIONS[name]
+        points = sample(equation)
+        for value in values:
+            losses = equation.losses(differentiable(lambda x, v=value: 0 * x[:, :1] + v), points)
+            assert losses["residual"] == 0
+            assert losses["boundary"] + losses.get("initial", 0) > 1e-2
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
