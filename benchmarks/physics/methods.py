@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import gdmam_jax as gdmam
+from benchmarks.physics.soap import scale_by_soap
 
 Rate = Callable[[Any], Any]
 Losses = tuple[str, ...] | None
@@ -71,6 +72,99 @@ def common_descent_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array,
     return jnp.where(opposed, kept, 1), jnp.ones_like(cosine)
 
 
+class NormWeights(NamedTuple):
+    """How many steps there were, and each loss's weight, shape ``(losses,)``."""
+
+    count: jax.Array
+    weights: jax.Array
+
+
+def gradients(pairs: Any) -> list[list[jax.Array]]:
+    """The leaves of each loss's gradient, the prediction's first."""
+    leaves = jax.tree.leaves(pairs, is_leaf=lambda leaf: isinstance(leaf, gdmam.GradientPair))
+    return [list(each) for each in zip(*map(jax.tree.leaves, leaves), strict=True)]
+
+
+def weigh_by_gradient_norms(
+    losses: int, every: int = 25, decay: float = 0.9
+) -> optax.GradientTransformation:
+    r"""Running gradient-norm weights, as physics-informed networks are often trained with.
+
+    Every few steps $w_k \leftarrow decay \, w_k + (1 - decay) \, mean_j(n_j) / n_k$, from weights
+    of 1, with $n_k$ the norm of the gradient of loss $k$. jaxpi renews its weights every 1,000 of
+    200,000 steps; ``every`` is the same share of 5,000.
+
+    Args:
+      losses: how many.
+      every: how many steps weights last.
+      decay: of the running mean.
+
+    Returns:
+      A gradient transformation: pairs in, the weighted sum out.
+
+    References:
+      Wang et al., An Expert's Guide to Training Physics-informed Neural Networks, 2023.
+    """
+
+    def init(params: Any) -> NormWeights:
+        return NormWeights(jnp.zeros((), jnp.int32), jnp.ones(losses))
+
+    def update(pairs: Any, state: NormWeights, params: Any = None) -> tuple[Any, NormWeights]:
+        rows = gradients(pairs)
+        norms = jnp.stack([optax.tree.norm(row) for row in rows])
+        mean = jnp.mean(norms)
+        moved = decay * state.weights + (1 - decay) * mean / (norms + 1e-5 * mean)
+        weights = jnp.where(state.count % every == 0, moved, state.weights)
+        weighted = [
+            sum(w * g for w, g in zip(weights, leaves, strict=True))
+            for leaves in zip(*rows, strict=True)
+        ]
+        structure = jax.tree.structure(
+            pairs, is_leaf=lambda leaf: isinstance(leaf, gdmam.GradientPair)
+        )
+        return structure.unflatten(weighted), NormWeights(state.count + 1, weights)
+
+    return optax.GradientTransformation(init, update)
+
+
+OPTIMIZERS: dict[str, Callable[[Rate], optax.GradientTransformation]] = {
+    "adamw": optax.adamw,
+    # Its elements move by the rate at each step: a tenth of what the others get.
+    "lion": lambda rate: optax.lion(lambda count: 0.1 * rate(count)),
+    "muon": optax.contrib.muon,
+    "soap": lambda rate: optax.chain(scale_by_soap(), optax.scale_by_learning_rate(rate)),
+}
+"""Optimizers of one gradient, by name: functions of the rate."""
+
+
+def _summed(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
+    return gdmam.summed(optimizer)
+
+
+def _weighed_by_norms(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
+    return optax.chain(weigh_by_gradient_norms(2 if losses is None else 1 + len(losses)), optimizer)
+
+
+def _allocated(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
+    # TODO allocate()
+    link = gdmam.scale_by_gdmam(
+        weighting=gdmam.unit_weighting,
+        gate=gdmam.open_gate,
+        initial_momentum=0.0,
+        minimum_momentum=0.0,
+        alignment_losses=losses,
+    )
+    return optax.chain(link, optimizer)
+
+
+FRONTS = {"summed": _summed, "gradient norms": _weighed_by_norms, "allocated": _allocated}
+"""What makes one gradient out of a pair, before an optimizer takes it."""
+
+
+def behind(front: str, optimizer: str) -> Method:
+    return lambda rate, losses: FRONTS[front](OPTIMIZERS[optimizer](rate), losses)
+
+
 OURS: dict[str, dict[str, Any]] = {
     "gdmam": {},
     "gdmam priority": {"gate": gdmam.priority_gate},
@@ -96,6 +190,11 @@ METHODS: dict[str, Method] = {
     "pcgrad": weighed(gdmam.pcgrad_weighting),
     "imtl-g": weighed(gdmam.imtl_g_weighting),
     "config": weighed(gdmam.config_weighting),
+    **{
+        f"{optimizer} {front}": behind(front, optimizer)
+        for optimizer in OPTIMIZERS
+        for front in FRONTS
+    },
     **{name: ours(**choices) for name, choices in OURS.items()},
 }
 """Those that are optimizers of pairs, by name."""

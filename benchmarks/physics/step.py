@@ -71,7 +71,7 @@ def _of_the_summed_loss(both: Callable[..., Any]) -> tuple[Any, Any]:
     return optimizer.init, step
 
 
-def _case(name: str, params: jax.Array, samples: Any, start: Any, step: Any) -> Case:
+def _case(name: str, params: Any, samples: Any, start: Any, step: Any) -> Case:
     def body(carry: Any, sample: Any) -> tuple[Any, None]:
         # The cosine is for the curves: a program that does not return it does not compute it.
         return step(carry, sample)[0], None

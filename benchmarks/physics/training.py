@@ -10,10 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 import gdmam_jax as gdmam
 from benchmarks.physics.equations import Along, Equation, Network
-from benchmarks.physics.methods import DATA_FIRST, METHODS, MOMENTUM_CONFIG, Rate, momentum_config
+from benchmarks.physics.methods import (
+    DATA_FIRST,
+    METHODS,
+    MOMENTUM_CONFIG,
+    Rate,
+    gradients,
+    momentum_config,
+)
 
 WARM_UP = 100
 """Steps over which the learning rate climbs to its peak; after them it follows half a cosine."""
@@ -41,28 +49,25 @@ class Curves(NamedTuple):
     cosines: np.ndarray
 
 
-def init(key: jax.Array, sizes: list[int]) -> jax.Array:
-    """Glorot-normal layers without biases at first, in one vector.
+Layers = list[dict[str, jax.Array]]
+"""Kernels and biases, as optimizers that know of matrices want them."""
 
-    One array is one compiled update, whatever the depth.
-    """
+
+def init(key: jax.Array, sizes: list[int]) -> Layers:
+    """Glorot-normal layers without biases at first."""
     deviations = [
         np.repeat([np.sqrt(2 / (rows + columns)), 0], [rows * columns, columns])
         for rows, columns in itertools.pairwise(sizes)
     ]
     flat = np.concatenate(deviations).astype(np.float32)
-    return flat * jax.random.normal(key, flat.shape)
-
-
-def _layers(params: jax.Array, sizes: list[int]) -> list[tuple[jax.Array, jax.Array]]:
-    """Kernels and biases of a vector of parameters."""
+    flat = flat * jax.random.normal(key, flat.shape)
     shapes = [(rows + 1, columns) for rows, columns in itertools.pairwise(sizes)]
-    parts = jnp.split(params, np.cumsum([np.prod(shape) for shape in shapes])[:-1])
+    parts = jnp.split(flat, np.cumsum([np.prod(shape) for shape in shapes])[:-1])
     layers = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-    return [(layer[:-1], layer[-1]) for layer in layers]
+    return [{"kernel": layer[:-1], "bias": layer[-1]} for layer in layers]
 
 
-def network(params: jax.Array, sizes: list[int], equation: Equation) -> Network:
+def network(params: Layers, equation: Equation) -> Network:
     r"""Hyperbolic tangents over inputs scaled to [-1, 1], with their derivatives.
 
     Derivatives go through the layers beside the values, all axes' of one order in one array. With
@@ -71,13 +76,11 @@ def network(params: jax.Array, sizes: list[int], equation: Equation) -> Network:
 
     Args:
       params: of `init`.
-      sizes: of the layers.
       equation: whose domain the points lie in.
 
     Returns:
       A function ``(points, orders) -> along``.
     """
-    layers = _layers(params, sizes)
     lower, upper = np.array(equation.lower), np.array(equation.upper)
 
     def along(points: jax.Array, orders: tuple[int, ...]) -> Along:
@@ -88,10 +91,10 @@ def network(params: jax.Array, sizes: list[int], equation: Equation) -> Network:
         slopes = np.diag(scale)[axes, None].astype(points.dtype)
         z = [(scale * (points - lower) - 1).astype(points.dtype)]
         z += [slopes[:count] * (k == 0) for k, count in enumerate(counts)]
-        for number, (kernel, bias) in enumerate(layers):
-            z = [each @ kernel for each in z]
-            z[0] += bias
-            if number < len(layers) - 1:
+        for number, layer in enumerate(params):
+            z = [each @ layer["kernel"] for each in z]
+            z[0] += layer["bias"]
+            if number < len(params) - 1:
                 z = _tanh(z, counts)
         return [
             [z[0], *(z[k][axes.index(axis)] for k in range(1, order + 1))]
@@ -150,14 +153,14 @@ def layer_sizes(equation: Equation, scale: Scale) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(sizes: tuple[int, ...], scale: Scale, seeds: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _start(sizes: tuple[int, ...], scale: Scale, seeds: jax.Array) -> tuple[Layers, jax.Array]:
     """Parameters and the keys of all steps, for each seed.
 
     A program of its own: random bits are long to compile, and all methods share these.
     """
     shape = scale.records, scale.steps // scale.records
 
-    def start(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def start(seed: jax.Array) -> tuple[Layers, jax.Array]:
         first, second = jax.random.split(jax.random.key(seed))
         return init(first, list(sizes)), jax.random.split(second, shape)
 
@@ -166,9 +169,8 @@ def _start(sizes: tuple[int, ...], scale: Scale, seeds: jax.Array) -> tuple[jax.
 
 def objective(
     equation: Equation, method: str, scale: Scale, losses: int
-) -> Callable[[jax.Array, Any], tuple[jax.Array, Any]]:
+) -> Callable[[Layers, Any], tuple[jax.Array, Any]]:
     """The losses as a method takes them: ``(params, sample) -> (prediction, alignment)``."""
-    sizes = layer_sizes(equation, scale)
     data_first = method.endswith(DATA_FIRST)
     if losses not in (2, 3) or (losses == 3 and (not equation.timed or data_first)):
         raise ValueError(
@@ -176,8 +178,8 @@ def objective(
             "3 where there is time and the residual is the prediction"
         )
 
-    def both(params: jax.Array, sample: Any) -> tuple[jax.Array, Any]:
-        found = equation.losses(network(params, sizes, equation), sample)
+    def both(params: Layers, sample: Any) -> tuple[jax.Array, Any]:
+        found = equation.losses(network(params, equation), sample)
         residual = found.pop("residual")
         data = found if losses == 3 else sum(found.values())
         return (data, residual) if data_first else (residual, data)
@@ -187,11 +189,10 @@ def objective(
 
 @functools.cache
 def _program(equation: Equation, method: str, scale: Scale, losses: int) -> Any:
-    sizes = layer_sizes(equation, scale)
     points, solution = (jnp.asarray(array, jnp.float32) for array in equation.reference)
     both = objective(equation, method, scale, losses)
 
-    def run(rate: jax.Array, params: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def run(rate: jax.Array, params: Layers, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         peak = optax.schedules.warmup_cosine_decay_schedule(0.0, 1.0, WARM_UP, scale.steps)
         start, step = stepper(method, lambda count: rate * peak(count), both, losses)
 
@@ -201,7 +202,7 @@ def _program(equation: Equation, method: str, scale: Scale, losses: int) -> Any:
 
         def record(carry: Any, keys: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             carry, cosines = jax.lax.scan(advance, carry, keys)
-            learned = network(carry[0], sizes, equation)(points, (0,) * points.shape[1])[0][0]
+            learned = network(carry[0], equation)(points, (0,) * points.shape[1])[0][0]
             error = jnp.linalg.norm(learned - solution) / jnp.linalg.norm(solution)
             return carry, (error, jnp.mean(cosines))
 
@@ -212,7 +213,7 @@ def _program(equation: Equation, method: str, scale: Scale, losses: int) -> Any:
 
 def stepper(
     method: str, rate: Rate, objective: Callable[..., Any], losses: int
-) -> tuple[Callable[[jax.Array], Any], Callable[..., Any]]:
+) -> tuple[Callable[[Layers], Any], Callable[..., Any]]:
     """How a method starts, and its step ``(carry, sample) -> (carry, cosine)``.
 
     Args:
@@ -231,18 +232,19 @@ def stepper(
 
     def step(carry: Any, sample: Any) -> tuple[Any, jax.Array]:
         params, state = carry
-        _, pair = gdmam.value_and_paired_grad(objective)(params, sample)
-        updates, state = optimizer.update(pair, state, params)
-        return (optax.apply_updates(params, updates), state), _cosine(pair)
+        _, pairs = gdmam.value_and_paired_grad(objective)(params, sample)
+        updates, state = optimizer.update(pairs, state, params)
+        return (optax.apply_updates(params, updates), state), _cosine(pairs)
 
     return optimizer.init, step
 
 
-def _cosine(pair: gdmam.GradientPair) -> jax.Array:
+def _cosine(pairs: Any) -> jax.Array:
     """Of the prediction gradient and the sum of the others."""
-    alignment = sum(jax.tree.leaves(pair.alignment))
-    norms = jnp.linalg.norm(pair.prediction) * jnp.linalg.norm(alignment)
-    return jnp.vdot(pair.prediction, alignment) / jnp.maximum(norms, 1e-30)
+    prediction, *others = gradients(pairs)
+    alignment = [sum(each) for each in zip(*others, strict=True)]
+    norms = optax.tree.norm(prediction) * optax.tree.norm(alignment)
+    return optax.tree.vdot(prediction, alignment) / jnp.maximum(norms, 1e-30)
 
 
 def _in_turn(rate: Rate, objective: Callable[..., Any], losses: int) -> tuple[Any, Any]:
@@ -257,8 +259,9 @@ def _in_turn(rate: Rate, objective: Callable[..., Any], losses: int) -> tuple[An
         now = rate(state.seen[-1])
         for which in range(losses):
             one = lambda params, which=which: jax.tree.leaves(objective(params, sample))[which]  # noqa: E731
-            update, state = optimizer.update(jax.grad(one)(params), state, which)
-            params -= now * update
+            gradient, unravel = ravel_pytree(jax.grad(one)(params))
+            update, state = optimizer.update(gradient, state, which)
+            params = optax.apply_updates(params, unravel(-now * update))
         return (params, state), jnp.zeros(())
 
-    return optimizer.init, step
+    return lambda params: optimizer.init(ravel_pytree(params)[0]), step

@@ -1,5 +1,7 @@
 """The network's own derivatives against those that JAX takes."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +14,15 @@ HEAT = EQUATIONS["heat"]
 
 def test_derivatives_are_those_of_nested_forward_mode_and_the_hessian(x64):
     sizes, orders = [2, 5, 4, 3], (1, 3)
-    params = init(jax.random.key(0), sizes).astype(jnp.float64)
-    params += 0.1 * np.random.default_rng(0).normal(size=params.shape)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape), init(jax.random.key(0), sizes)
+    )
     points = jnp.asarray(np.random.default_rng(1).uniform(size=(6, 2)))
 
     @jax.jit
     def found(points):
-        learned = network(params, sizes, HEAT)
+        learned = network(params, HEAT)
 
         def values(x):
             return learned(x, (0, 0))[0][0]
@@ -40,11 +44,13 @@ def test_derivatives_are_those_of_nested_forward_mode_and_the_hessian(x64):
 
 def test_layers_start_as_glorot_says():
     sizes = [2, 300, 100, 1]
-    params = np.asarray(init(jax.random.key(0), sizes))
-    first, second, third = np.split(params, np.cumsum([3 * 300, 301 * 100]))
-    for part, (rows, columns) in ((first, (2, 300)), (second, (300, 100)), (third, (100, 1))):
-        kernel, bias = np.split(part, [rows * columns])
-        assert np.all(bias == 0)
+    for layer, (rows, columns) in zip(
+        init(jax.random.key(0), sizes), itertools.pairwise(sizes), strict=True
+    ):
+        kernel = np.asarray(layer["kernel"])
+        assert kernel.shape == (rows, columns)
+        assert layer["bias"].shape == (columns,)
+        assert np.all(layer["bias"] == 0)
         # The deviation of a sample deviation is about 1 / sqrt(2 n).
         tolerance = 4 / np.sqrt(2 * rows * columns)
         np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (rows + columns)), rtol=tolerance)
