@@ -19,7 +19,13 @@ Method = Callable[[Rate, Losses], optax.GradientTransformation]
 
 
 def summed(data_weight: float = 1.0) -> Method:
-    return lambda rate, losses: gdmam.summed(optax.adam(rate), alignment_weight=data_weight)
+    def make(rate: Rate, losses: Losses) -> optax.GradientTransformation:
+        # The residual comes last.
+        weights = [data_weight] * len(losses or (None,)) + [1.0]
+        weighting = gdmam.constant_weighting(*weights)
+        return gdmam.weighed(optax.adam(rate), weighting, alignment_losses=losses)
+
+    return make
 
 
 def weighed(weighting: gdmam.Weighting) -> Method:
@@ -145,19 +151,23 @@ def _weighed_by_norms(optimizer: optax.GradientTransformation, losses: Losses) -
     return optax.chain(weigh_by_gradient_norms(2 if losses is None else 1 + len(losses)), optimizer)
 
 
-def _allocated(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
-    # TODO allocate()
-    link = gdmam.scale_by_gdmam(
-        weighting=gdmam.unit_weighting,
-        gate=gdmam.open_gate,
-        initial_momentum=0.0,
-        minimum_momentum=0.0,
-        alignment_losses=losses,
-    )
-    return optax.chain(link, optimizer)
+def _allocated(gate: gdmam.Gate) -> Callable[..., Any]:
+    def front(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
+        link = gdmam.scale_by_gdmam(
+            weighting=gdmam.unit_weighting, gate=gate, initial_momentum=0.0,
+            minimum_momentum=0.0, alignment_losses=losses,
+        )  # fmt: skip
+        return optax.chain(link, optimizer)
+
+    return front
 
 
-FRONTS = {"summed": _summed, "gradient norms": _weighed_by_norms, "allocated": _allocated}
+FRONTS = {
+    "summed": _summed,
+    "gradient norms": _weighed_by_norms,
+    "allocated": _allocated(gdmam.priority_gate),
+    "allocated open": _allocated(gdmam.open_gate),
+}
 """What makes one gradient out of a pair, before an optimizer takes it."""
 
 
@@ -199,14 +209,14 @@ METHODS: dict[str, Method] = {
 }
 """Those that are optimizers of pairs, by name."""
 
-DATA_FIRST = " data first"
-"""The end of a method's name where the losses' roles are exchanged: the data loss is the
+RESIDUAL_FIRST = " residual first"
+"""The end of a method's name where the losses' roles are exchanged: the residual is the
 prediction."""
 
 MOMENTUM_CONFIG = "m-config"
 """M-ConFIG, which evaluates one loss a step: see `momentum_config`."""
 
-ALL_METHODS = [*METHODS, *(name + DATA_FIRST for name in OURS), MOMENTUM_CONFIG]
+ALL_METHODS = [*METHODS, *(name + RESIDUAL_FIRST for name in OURS), MOMENTUM_CONFIG]
 CHOICES = [name for name in ALL_METHODS if name.startswith("gdmam ")]
 """The default with one choice changed."""
 

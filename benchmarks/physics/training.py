@@ -15,9 +15,9 @@ from jax.flatten_util import ravel_pytree
 import gdmam_jax as gdmam
 from benchmarks.physics.equations import Along, Equation, Network
 from benchmarks.physics.methods import (
-    DATA_FIRST,
     METHODS,
     MOMENTUM_CONFIG,
+    RESIDUAL_FIRST,
     Rate,
     gradients,
     momentum_config,
@@ -171,20 +171,29 @@ def objective(
     equation: Equation, method: str, scale: Scale, losses: int
 ) -> Callable[[Layers, Any], tuple[jax.Array, Any]]:
     """The losses as a method takes them: ``(params, sample) -> (prediction, alignment)``."""
-    data_first = method.endswith(DATA_FIRST)
-    if losses not in (2, 3) or (losses == 3 and (not equation.timed or data_first)):
+    if losses not in (2, 3) or (losses == 3 and not equation.timed):
         raise ValueError(
-            f"{losses} losses are not to be had of {equation.name} with {method}: there are 2, or "
-            "3 where there is time and the residual is the prediction"
+            f"{losses} losses are not to be had of {equation.name}: there are 2, or 3 where there "
+            "is time"
         )
+    first = _prediction(method, losses)
 
     def both(params: Layers, sample: Any) -> tuple[jax.Array, Any]:
         found = equation.losses(network(params, equation), sample)
-        residual = found.pop("residual")
-        data = found if losses == 3 else sum(found.values())
-        return (data, residual) if data_first else (residual, data)
+        if losses == 2:
+            found = {"residual": found.pop("residual"), "data": sum(found.values())}
+        prediction = found.pop(first)
+        return prediction, found if losses == 3 else sum(found.values())
 
     return both
+
+
+def _prediction(method: str, losses: int) -> str:
+    """The loss that is the prediction; of three the initial condition, which picks a solution."""
+    # M-ConFIG, which takes one loss after the other, begins with the residual.
+    if method == MOMENTUM_CONFIG or method.endswith(RESIDUAL_FIRST):
+        return "residual"
+    return "data" if losses == 2 else "initial"
 
 
 @functools.cache
@@ -227,8 +236,10 @@ def stepper(
     """
     if method == MOMENTUM_CONFIG:
         return _in_turn(rate, objective, losses)
-    make = METHODS[method.removesuffix(DATA_FIRST)]
-    optimizer = make(rate, None if losses == 2 else ("boundary", "initial"))
+    make = METHODS[method.removesuffix(RESIDUAL_FIRST)]
+    parts = ["boundary", "initial", "residual"]
+    parts.remove(_prediction(method, 3))
+    optimizer = make(rate, None if losses == 2 else tuple(parts))
 
     def step(carry: Any, sample: Any) -> tuple[Any, jax.Array]:
         params, state = carry

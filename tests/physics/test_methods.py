@@ -118,14 +118,14 @@ def test_weightings_are_those_of_conflictfree_and_torchjd(name, recorded, x64, f
 @pytest.mark.parametrize("losses", [2, 3])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_pairs(name, losses):
-    names = None if losses == 2 else ("boundary", "initial")
+    names = None if losses == 2 else ("boundary", "residual")
     optimizer = METHODS[name](lambda count: 0.1, names)
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
     random = np.random.default_rng(0)
 
     def pair(leaf):
         prediction, *others = random.normal(size=(3, *leaf.shape)).astype(np.float32)
-        alignment = dict(zip(("boundary", "initial"), others, strict=True))
+        alignment = dict(zip(("boundary", "residual"), others, strict=True))
         return gdmam.GradientPair(prediction, others[0] if losses == 2 else alignment)
 
     pairs, state = jax.tree.map(pair, params), optimizer.init(params)
@@ -154,13 +154,13 @@ def test_gradient_norm_weights_run_and_are_renewed_when_they_should():
 def test_fixed_weights_are_on_each_data_loss(name, weight):
     """Adam's second step; its first knows signs only."""
     gradients = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-    optimizer, adam = METHODS[name](lambda count: 0.1, ("boundary", "initial")), optax.adam(0.1)
+    optimizer, adam = METHODS[name](lambda count: 0.1, ("boundary", "residual")), optax.adam(0.1)
     params = jnp.ones(4)
     state, other = optimizer.init(params), adam.init(params)
-    for p, b, i in gradients:
-        pair = gdmam.GradientPair(jnp.array(p), {"boundary": jnp.array(b), "initial": jnp.array(i)})
-        found, state = optimizer.update(pair, state, params)
-        expected, other = adam.update(jnp.array(p + weight * (b + i)), other)
+    for i, b, r in gradients:
+        alignment = {"boundary": jnp.array(b), "residual": jnp.array(r)}
+        found, state = optimizer.update(gdmam.GradientPair(jnp.array(i), alignment), state, params)
+        expected, other = adam.update(jnp.array(r + weight * (b + i)), other)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -172,15 +172,19 @@ def test_three_losses_are_parts_of_two(x64):
     def found(params):
         return [
             objective(BURGERS, method, SMALLEST, losses)(params, sample)
-            for method, losses in (("gdmam", 2), ("gdmam", 3), ("gdmam data first", 2))
+            for method in ("gdmam", "gdmam residual first")
+            for losses in (2, 3)
         ]
 
-    (residual, data), (first, parts), (other_data, other_residual) = found(params)
-    assert set(parts) == {"boundary", "initial"}
-    np.testing.assert_allclose(sum(parts.values()), data, rtol=1e-12)
-    np.testing.assert_allclose([first, other_data, other_residual], [residual, data, residual])
-    for equation, method, losses in (
-        ("kovasznay", "gdmam", 3), ("burgers", "gdmam data first", 3), ("burgers", "gdmam", 4),
-    ):  # fmt: skip
+    (data, residual), (initial, parts), other, (first, others) = found(params)
+    assert set(parts) == {"boundary", "residual"}
+    assert set(others) == {"boundary", "initial"}
+    np.testing.assert_allclose(parts["residual"], residual)
+    np.testing.assert_allclose(initial + parts["boundary"], data, rtol=1e-12)
+    np.testing.assert_allclose([*other, first], [residual, data, residual])
+    np.testing.assert_allclose(
+        [others["initial"], others["boundary"]], [initial, parts["boundary"]]
+    )
+    for equation, losses in (("kovasznay", 3), ("burgers", 4)):
         with pytest.raises(ValueError, match="losses"):
-            objective(EQUATIONS[equation], method, SMALLEST, losses)
+            objective(EQUATIONS[equation], "gdmam", SMALLEST, losses)
