@@ -78,11 +78,18 @@ def physics(
 def physics_table(
     file: str = "physics", methods: Sequence[str] = PHYSICS, equations: Sequence[str] | None = None
 ) -> str:
-    """Median error in percent, smallest to largest, by equation and method; lowest median bold."""
+    """Median error in percent, smallest to largest, by equation and method; lowest median bold.
+
+    Without ``equations``, those on which all methods were run.
+    """
     errors = physics(file, methods)
+    if equations is None:
+        equations = [
+            name for name in errors[methods[0]] if all(each[name] for each in errors.values())
+        ]
     rows = [["equation", *methods], ["---", *["---:"] * len(methods)]]
     ratios: dict[str, list[float]] = {method: [] for method in methods}
-    for equation in equations or list(errors["gdmam"]):
+    for equation in equations:
         runs = {method: errors[method][equation] for method in methods}
         medians = {method: statistics.median(each) for method, each in runs.items() if each}
         lowest, cells = min(medians.values()), []
@@ -99,7 +106,7 @@ def physics_table(
             ratios[method].append(medians[method] / lowest)
         rows.append([equation, *cells])
     failed = [
-        sum(error > FAILED for equation in equations or each for error in each[equation])
+        sum(error > FAILED for equation in equations for error in each[equation])
         for each in errors.values()
     ]
     rows.append(["failed", *map(str, failed)])

@@ -177,7 +177,6 @@ def behind(front: str, optimizer: str) -> Method:
 
 OURS: dict[str, dict[str, Any]] = {
     "gdmam": {},
-    "gdmam priority": {"gate": gdmam.priority_gate},
     "gdmam open": {"gate": gdmam.open_gate},
     "gdmam conflict": {"gate": gdmam.conflict_gate},
     "gdmam common descent": {"gate": common_descent_gate},
