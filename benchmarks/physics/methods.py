@@ -153,10 +153,7 @@ def _weighed_by_norms(optimizer: optax.GradientTransformation, losses: Losses) -
 
 def _allocated(gate: gdmam.Gate) -> Callable[..., Any]:
     def front(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
-        link = gdmam.scale_by_gdmam(
-            weighting=gdmam.unit_weighting, gate=gate, initial_momentum=0.0,
-            minimum_momentum=0.0, alignment_losses=losses,
-        )  # fmt: skip
+        link = gdmam.allocate(gdmam.unit_weighting, gate, alignment_losses=losses)
         return optax.chain(link, optimizer)
 
     return front
