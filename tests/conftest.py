@@ -2,6 +2,8 @@
 
 import gc
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import jaxlib.version
@@ -21,6 +23,16 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+from hypothesis import settings
+
+PERTURBED = str(Path(__file__).parent / "perturbed")
+if "GDMAM_TEST_PERTURBATION" in os.environ and PERTURBED not in sys.path:
+    sys.path.insert(0, PERTURBED)
+    os.environ["PYTHONPATH"] = os.pathsep.join([PERTURBED, os.environ.get("PYTHONPATH", "")])
+    runpy.run_path(f"{PERTURBED}/sitecustomize.py")
+
+settings.register_profile("fixed", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("fixed")
 
 # Traced functions are millions of small objects, which the collector would go through all the time.
 gc.set_threshold(100_000, 50, 100)

@@ -59,7 +59,7 @@ def two_gradients(angle, ratio):
     return np.array([1.0, 0.0]), ratio * np.array([np.cos(angle), np.sin(angle)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.floats(0, np.pi), st.floats(-3, 3), st.floats(-2, 2), st.sampled_from(["float32", "float64"])
 )
@@ -87,7 +87,7 @@ def test_the_priority_gate_is_against_neither_loss(angle, exponent, preference, 
         assert float(seen["gate"]) > 1 - 1e-5
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-2, 2)), min_size=2, max_size=5))
 @example([(-0.9, 0.0), (-0.9, 0.0), (-0.5, 1.0)])
 def test_several_losses_through_the_priority_gate_are_not_against_the_prediction(losses):

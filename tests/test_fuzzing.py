@@ -28,7 +28,6 @@ def fuzzed(examples):
     return settings(
         max_examples=int(EXAMPLES or examples),
         derandomize=EXAMPLES is None,
-        deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )

@@ -23,7 +23,7 @@ TREES = (
     {"w": (3, 4), "b": ()},
     {"deep": [{"w": (2, 3)}, {"w": (1,)}], "empty": (0,), "b": (5,)},
 )
-PROPERTY = settings(max_examples=30, deadline=None)
+PROPERTY = settings(max_examples=30)
 
 seeds = st.integers(0, 2**32 - 1)
 scales = st.floats(-8, 18).map(lambda exponent: 10.0**exponent)

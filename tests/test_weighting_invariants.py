@@ -34,7 +34,7 @@ WEIGHTINGS = {
 COUNTS = (2, 3)
 ALWAYS_SOLVED = ("cagrad", "nash_mtl", "dual_proj")
 """No closed form for two losses: three say as much, and each compilation of a solver takes time."""
-PROPERTY = settings(max_examples=20, deadline=None)
+PROPERTY = settings(max_examples=20)
 
 
 @functools.cache

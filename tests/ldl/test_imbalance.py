@@ -46,7 +46,7 @@ def test_found_thresholds_keep_as_many_as_asked_for_where_rows_are_alike():
         FoundThresholds(101)(labels)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**32 - 1),
     factor=st.floats(2, 12),
