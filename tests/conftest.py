@@ -25,11 +25,13 @@ import jax
 import pytest
 from hypothesis import settings
 
-PERTURBED = str(Path(__file__).parent / "perturbed")
-if "GDMAM_TEST_PERTURBATION" in os.environ and PERTURBED not in sys.path:
-    sys.path.insert(0, PERTURBED)
-    os.environ["PYTHONPATH"] = os.pathsep.join([PERTURBED, os.environ.get("PYTHONPATH", "")])
-    runpy.run_path(f"{PERTURBED}/sitecustomize.py")
+# Processes that tests start find this checkout, and are perturbed where this one is.
+PATHS = [str(Path(__file__).parents[1])]
+if "GDMAM_TEST_PERTURBATION" in os.environ:
+    PATHS.append(str(Path(__file__).parent / "perturbed"))
+    if PATHS[-1] not in sys.path:
+        runpy.run_path(f"{PATHS[-1]}/sitecustomize.py")
+os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.getenv("PYTHONPATH")])])
 
 settings.register_profile("fixed", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("fixed")

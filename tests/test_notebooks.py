@@ -36,8 +36,8 @@ def first_training(notebook):
     [ours] = numbers(notebook, r"GDMAM: relative error ([\d.]+)")
     summed = numbers(notebook, r"sum, factor \S+: relative error ([\d.]+)")
     assert len(summed) == 6
-    assert ours < 0.2
     assert ours < 2 * min(summed)  # about as good as the best factor
+    assert ours < 0.5 * summed[-1]
     assert summed[-1] > 0.9  # the plain sum learns nothing
 
 
@@ -124,7 +124,6 @@ def test_the_first_cell_installs_what_is_imported_in_colab(conclusion):
 def test_notebooks_run(conclusion, tmp_path, monkeypatch):
     # The kernel is another process: it compiles as quickly as the tests do.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = read(conclusion)
     for old, new in SHORTER[conclusion.__name__].items():
         changed = 0

@@ -28,10 +28,7 @@ def launch(number, *flags, missing=0):
     """Starts ``number`` processes, or all of them but the last ``missing``."""
     environment = {
         name: value for name, value in os.environ.items() if "proxy" not in name.lower()
-    } | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
+    } | {"JAX_PLATFORMS": "cpu"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
