@@ -18,13 +18,16 @@ from gdmam_jax._momenta import anchored_momentum as anchored_momentum
 from gdmam_jax._momenta import constant_momentum as constant_momentum
 from gdmam_jax._momenta import ratcheted_momentum as ratcheted_momentum
 from gdmam_jax._momenta import relative_momentum as relative_momentum
+from gdmam_jax._gradients import Weighing as Weighing
+from gdmam_jax._gradients import value_and_paired_grad as value_and_paired_grad
+from gdmam_jax._gradients import value_and_weighed_grad as value_and_weighed_grad
+from gdmam_jax._optimizers import WeighedState as WeighedState
 from gdmam_jax._optimizers import gdmam as gdmam
 from gdmam_jax._optimizers import summed as summed
 from gdmam_jax._optimizers import weighed as weighed
 from gdmam_jax._pairs import GradientPair as GradientPair
 from gdmam_jax._pairs import pair_gradients as pair_gradients
 from gdmam_jax._pairs import unpair_gradients as unpair_gradients
-from gdmam_jax._pairs import value_and_paired_grad as value_and_paired_grad
 from gdmam_jax._released import RecentNormState as RecentNormState
 from gdmam_jax._released import ReleasedState as ReleasedState
 from gdmam_jax._released import clip_by_recent_norm as clip_by_recent_norm

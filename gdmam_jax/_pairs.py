@@ -1,15 +1,13 @@
 """Paired gradients: where a prediction and an alignment gradient meet."""
 
-import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._checks import check_function, is_numeric
 from gdmam_jax._numerics import pytree_dataclass
 
 FLATTENED = (
@@ -308,148 +306,3 @@ def _first_difference(leaves: list, like: list) -> str:
         for word, names in (("missing", missing), ("unknown", unknown))
         if names
     )
-
-
-def value_and_paired_grad(
-    loss_fn: Callable[..., Any],
-    argnums: int | Sequence[int] = 0,
-    has_aux: bool = False,
-) -> Callable[..., tuple[Any, Any]]:
-    r"""Values and paired gradients of two or more losses, from one forward pass.
-
-    Like `jax.value_and_grad`, for a function that returns several scalars. The losses are evaluated
-    and linearised once, and the linear map is transposed once for each loss. What only one of them
-    depends on is left out of the others' backward passes.
-
-    Args:
-      loss_fn: returns ``(prediction_loss, alignment_loss)``, or
-        ``((prediction_loss, alignment_loss), aux)`` with ``has_aux=True``. Each loss is a
-        floating-point scalar; ``alignment_loss`` may be a tuple or dictionary of them.
-      argnums: which positional argument, or arguments, to differentiate with respect to; trees of
-        floating-point arrays.
-      has_aux: whether ``loss_fn`` returns auxiliary data beside the losses.
-
-    Returns:
-      A function with the arguments of ``loss_fn`` that returns ``(losses, pairs)``, or
-      ``((losses, aux), pairs)`` with ``has_aux=True``. ``pairs`` has the structure of the argument
-      with a `GradientPair` for each leaf; for several ``argnums`` a tuple of such trees.
-
-    Raises:
-      TypeError: ``loss_fn`` does not return floating-point scalars, or an argument to
-        differentiate holds other than floating-point arrays. Raised while tracing.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> def losses(w, x):
-      ...     hidden = w * x
-      ...     return jnp.sum(hidden**2), jnp.sum(hidden)
-      >>> (prediction, alignment), pair = value_and_paired_grad(losses)(jnp.array(2.0), 3.0)
-      >>> float(pair.prediction), float(pair.alignment)
-      (36.0, 3.0)
-    """
-    check_function("loss_fn", loss_fn)
-    check_argnums(argnums)
-
-    @functools.wraps(loss_fn, updated=())  # jax.jit's static_argnames looks at the signature
-    def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        positions = argument_positions(argnums, len(args))
-        for position in positions:
-            _check_argument(args[position], position)
-
-        def losses_of(*differentiated: Any) -> tuple[Any, Any]:
-            full = list(args)
-            for position, value in zip(positions, differentiated, strict=True):
-                full[position] = value
-            result = loss_fn(*full, **kwargs)
-            losses, aux = split_aux(result) if has_aux else (result, None)
-            return _check_losses(losses), aux
-
-        chosen = tuple(args[position] for position in positions)
-        losses, pushforward, aux = jax.linearize(losses_of, *chosen, has_aux=True)
-        structure: Any
-        scalars, structure = jax.tree.flatten(losses)
-
-        def pull_back(index: int) -> Any:
-            pullback = jax.linear_transpose(
-                lambda *tangents: jax.tree.leaves(pushforward(*tangents))[index], *chosen
-            )
-            return pullback(jax.lax.full_like(scalars[index], 1))
-
-        def pair(*gradients: Any) -> GradientPair:
-            return GradientPair(*structure.unflatten(gradients))
-
-        pairs = jax.tree.map(pair, *map(pull_back, range(len(scalars))))
-        return (losses, aux) if has_aux else losses, pairs[0] if isinstance(argnums, int) else pairs
-
-    return paired
-
-
-def _check_argument(argument: Any, position: int) -> None:
-    nnx: Any = sys.modules.get("flax.nnx")
-    if nnx is not None and isinstance(argument, nnx.Module):
-        raise TypeError(
-            f"argument {position} of the loss function is the NNX module "
-            f"{type(argument).__name__}; use gdmam_jax.nnx.value_and_paired_grad for modules"
-        )
-    equinox: Any = sys.modules.get("equinox")
-    is_module = equinox is not None and isinstance(argument, equinox.Module)
-    advice = "eqx.partition(model, eqx.is_inexact_array)" if is_module else ""
-    check_floating(argument, f"argument {position} of the loss function,", advice)
-
-
-def check_argnums(argnums: Any) -> None:
-    """Raise a ``TypeError`` unless ``argnums`` is an integer or a sequence of integers."""
-    several = argnums if isinstance(argnums, Sequence) else (argnums,)
-    if not all(isinstance(position, int) for position in several):
-        raise TypeError(f"argnums must be an integer or a sequence of them, got {argnums!r}")
-
-
-def argument_positions(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """Which of ``count`` positional arguments ``argnums`` means, counted from 0."""
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    for position in positions:
-        if not -count <= position < count:
-            raise TypeError(
-                f"argnums={argnums} needs an argument at position {position}, "
-                f"but {count} positional arguments were given"
-            )
-    return tuple(position % count for position in positions)
-
-
-def split_aux(result: Any) -> tuple[Any, Any]:
-    """The losses and the auxiliary data that a loss function returned."""
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(
-            "with has_aux=True the loss function must return "
-            f"((prediction_loss, alignment_loss), aux), got {type(result).__name__}"
-        )
-    return result
-
-
-def _check_losses(losses: Any) -> tuple[jax.Array, Any]:
-    if not isinstance(losses, tuple | list) or len(losses) != 2:
-        raise TypeError(
-            "the loss function must return two losses, (prediction_loss, alignment_loss), got "
-            + (f"{len(losses)} values" if isinstance(losses, tuple | list) else describe(losses))
-        )
-    prediction, alignment = losses
-    if isinstance(prediction, tuple | list) and len(prediction) == 2:
-        raise TypeError(
-            "the prediction loss is a pair of values: did the loss function return "
-            "((prediction_loss, alignment_loss), aux)? Then give has_aux=True"
-        )
-    named = [("prediction loss", prediction)]
-    named += [
-        ("alignment loss" + (f" {name}" if name != "(root)" else ""), loss)
-        for name, loss in named_leaves(alignment)
-    ]
-    for name, loss in named:
-        if not (
-            is_numeric(loss)
-            and jnp.shape(loss) == ()
-            and jnp.issubdtype(jnp.result_type(loss), jnp.floating)
-        ):
-            raise TypeError(f"the {name} must be a floating-point scalar, got {describe(loss)}")
-    if len(named) == 1:
-        raise TypeError(f"there is no alignment loss: got {alignment!r}")
-    return jnp.asarray(prediction), jax.tree.map(jnp.asarray, alignment)

@@ -1,4 +1,4 @@
-"""Paired gradients of `flax.nnx` modules. The only core module that imports Flax."""
+"""Gradients of several losses of `flax.nnx` modules. The only core module that imports Flax."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,8 +7,10 @@ import jax
 from flax import nnx
 from flax.nnx import filterlib
 
-from gdmam_jax import _pairs
+from gdmam_jax import _gradients
 from gdmam_jax._checks import check_function
+from gdmam_jax._pairs import check_floating
+from gdmam_jax._weightings import Weighting
 
 _CONTEXT = "gdmam_jax"
 
@@ -63,13 +65,87 @@ def value_and_paired_grad(
       (2, 1)
       >>> _ = optimizer.update(model, pairs)
     """
+    return _of_modules(_gradients.value_and_paired_grad, loss_fn, argnums, has_aux, wrt)
+
+
+def value_and_weighed_grad(
+    loss_fn: Callable[..., Any],
+    weighting: Weighting,
+    *,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    chunk: int | None = None,
+    wrt: filterlib.Filter = nnx.Param,
+) -> Callable[..., tuple[Any, Any, _gradients.Weighing]]:
+    """Values and one weighed gradient of many losses of NNX modules.
+
+    As `gdmam_jax.value_and_weighed_grad`, with the reference semantics of
+    `flax.nnx.value_and_grad`: modules, random streams and batch statistics are changed as by one
+    ordinary forward pass.
+
+    Args:
+      loss_fn: a function of modules and other arguments that returns the losses, or
+        ``(losses, aux)`` with ``has_aux=True``: a floating-point array of any shape or a tree of
+        them, each element a loss. The first is the prediction loss.
+      weighting: a function ``(gramian, norms) -> weights``; the norms are those of this step.
+      argnums: which positional argument, or arguments, to differentiate with respect to: modules,
+        or other objects that hold NNX variables.
+      has_aux: whether ``loss_fn`` returns auxiliary data beside the losses.
+      chunk: of how many losses the gradients are held at once; None: of all.
+      wrt: which of their variables to differentiate with respect to, a filter as in
+        `flax.nnx.Optimizer`.
+
+    Returns:
+      A function with the arguments of ``loss_fn`` that returns ``(losses, gradient, weighing)``, or
+      ``((losses, aux), gradient, weighing)`` with ``has_aux=True``. ``gradient`` is an
+      `flax.nnx.State` of the chosen variables; for several ``argnums`` a tuple of them.
+      ``weighing`` is a `gdmam_jax.Weighing`.
+
+    Raises:
+      TypeError: ``loss_fn`` does not return floating-point arrays, an argument to differentiate
+        holds no variable that ``wrt`` chooses, or a chosen variable is not a floating-point array.
+        Raised while tracing.
+      ValueError: as `gdmam_jax.value_and_weighed_grad`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from flax import nnx
+      >>> import gdmam_jax as gdmam
+      >>> import gdmam_jax.nnx
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+      >>> def losses(model, x):
+      ...     return (model(x)[:, 0] - 1) ** 2
+      >>> values, gradient, weighing = gdmam.nnx.value_and_weighed_grad(
+      ...     losses, gdmam.upgrad_weighting)(model, jnp.ones((3, 2)))
+      >>> weighing.gramian.shape
+      (3, 3)
+      >>> _ = optimizer.update(model, gradient)
+    """
+
+    def transformed(pure: Callable[..., Any], **given: Any) -> Callable[..., Any]:
+        return _gradients.value_and_weighed_grad(pure, weighting, chunk=chunk, **given)
+
+    check_function("weighting", weighting)
+    return _of_modules(transformed, loss_fn, argnums, has_aux, wrt)
+
+
+def _of_modules(
+    transform: Callable[..., Any],
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    wrt: filterlib.Filter,
+) -> Callable[..., Any]:
+    """A transformation of functions of trees, such as `value_and_paired_grad`, of modules."""
     check_function("loss_fn", loss_fn)
-    _pairs.check_argnums(argnums)
+    _gradients.check_argnums(argnums)
     predicate = filterlib.to_predicate(wrt)
 
     @nnx.update_context(_CONTEXT)
-    def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        positions = _pairs.argument_positions(argnums, len(args))
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        positions = _gradients.argument_positions(argnums, len(args))
 
         def chosen_in(position: int) -> filterlib.Filter:
             return lambda path, value: path[:2] == (0, position) and predicate(path[2:], value)
@@ -84,7 +160,7 @@ def value_and_paired_grad(
                 raise TypeError(f"argument {position} holds no variable that wrt={wrt} chooses")
         chosen = [state[0][position] for state, position in zip(states, positions, strict=True)]
         for position, state in zip(positions, chosen, strict=True):
-            _pairs.check_floating(state, f"argument {position} of the loss function,")
+            check_floating(state, f"argument {position} of the loss function,")
 
         def pure(*differentiated: Any) -> Any:
             chosen_states: list[nnx.State] = [
@@ -94,16 +170,17 @@ def value_and_paired_grad(
             with nnx.merge_context(_CONTEXT, inner=True) as inside:
                 merged_args, merged_kwargs = inside.merge(graphdef, *chosen_states, rest)
             result = loss_fn(*merged_args, **merged_kwargs)
-            losses, aux = _pairs.split_aux(result) if has_aux else (result, None)
+            losses, aux = _gradients.split_aux(result) if has_aux else (result, None)
             with nnx.split_context(_CONTEXT) as inside:
                 changed = inside.split((merged_args, merged_kwargs))
             return losses, (changed, aux)
 
-        (losses, (changed, aux)), pairs = _pairs.value_and_paired_grad(
+        (losses, (changed, aux)), gradients, *more = transform(
             pure, argnums=range(len(chosen)), has_aux=True
         )(*chosen)
         with nnx.merge_context(_CONTEXT, inner=False) as outside:
             outside.merge(*changed)
-        return (losses, aux) if has_aux else losses, pairs[0] if isinstance(argnums, int) else pairs
+        single = gradients[0] if isinstance(argnums, int) else gradients
+        return (losses, aux) if has_aux else losses, single, *more
 
-    return paired
+    return transformed

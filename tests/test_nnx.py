@@ -279,7 +279,7 @@ def test_ordinary_optimizer_through_summed_is_nnx_grad_of_the_sum(model, batch):
             {"wrt": nnx.RngCount},
             r"argument 0 of the loss function, at dropout/rngs/count.* has dtype uint32",
         ),
-        ({"has_aux": True}, r"must return \(\(prediction_loss, alignment_loss\), aux\)"),
+        ({"has_aux": True}, r"must return \(losses, aux\), got list"),
     ],
 )
 def test_errors_say_what_is_wrong(model, batch, kwargs, message):
