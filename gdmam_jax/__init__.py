@@ -8,6 +8,9 @@ from gdmam_jax._gates import conflict_gate as conflict_gate
 from gdmam_jax._gates import cosine_gate as cosine_gate
 from gdmam_jax._gates import open_gate as open_gate
 from gdmam_jax._gates import priority_gate as priority_gate
+from gdmam_jax._fork import ForkState as ForkState
+from gdmam_jax._fork import fork as fork
+from gdmam_jax._fork import fork_state as fork_state
 from gdmam_jax._geometry import Decomposition as Decomposition
 from gdmam_jax._geometry import Geometry as Geometry
 from gdmam_jax._geometry import decompose as decompose

@@ -1,0 +1,201 @@
+"""Conflicts settled at the features that several losses share: one backward pass of the trunk."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gdmam_jax._allocation import Allocation, Allocator, Gate, Names, constant_momentum, open_gate
+from gdmam_jax._checks import check_state
+from gdmam_jax._numerics import pytree_dataclass, wide_dtype
+from gdmam_jax._optimizers import weighted
+from gdmam_jax._pairs import GradientPair, named_leaves
+from gdmam_jax._weightings import Weighting, config_weighting
+
+
+@pytree_dataclass
+class ForkState:
+    """What a `fork` remembers and reports: the "gradient" of the state that it was given.
+
+    Attributes:
+      allocation: the norms' running means and the last step's weights and gate; see `Allocation`.
+    """
+
+    allocation: Allocation
+
+
+def fork_state(losses: int | Sequence[str], dtype: Any = jnp.float32) -> ForkState:
+    """The state of a `fork` before its first step.
+
+    Args:
+      losses: how many losses there are, the prediction's counted, or their names; as in `fork`.
+      dtype: float32, or float64.
+
+    Returns:
+      A state of zeros.
+
+    Raises:
+      ValueError: there are fewer than two losses, or a name is there twice.
+
+    Examples:
+      >>> fork_state(3).allocation.weights.shape
+      (3,)
+    """
+    others = _others(losses)
+    allocation = _allocator(others).init(jnp.zeros((), dtype))
+    if not isinstance(others, int):
+        allocation = dataclasses.replace(allocation, names=Names(others))
+    return ForkState(allocation=allocation)
+
+
+def fork(
+    features: Any,
+    losses: int | Sequence[str],
+    *,
+    weighting: Weighting = config_weighting,
+    gate: Gate = open_gate,
+    state: ForkState | None = None,
+    statistics_decay: Any = 0.9,
+    axis_name: str | Sequence[str] | None = None,
+) -> Any:
+    r"""Copies of features, one for each loss, at which the losses' conflict is settled.
+
+    Forward the identity. Backward, the cotangents of the copies, $\bar z_k$, meet as gradients meet
+    in an optimizer, and their weighed and gated sum
+
+    $$\bar z = \sum_k f_k \bar z_k, \qquad f \text{ from } \langle \bar z_j, \bar z_k\rangle,$$
+
+    is pulled through the trunk once. So the cost is that of the summed loss, whose ordinary
+    gradient any optimizer takes. What follows a copy, such as a loss's own head, gets the gradient
+    of its own loss, unweighed.
+
+    Args:
+      features: an array, or a tree of arrays, that several losses depend on; its floating-point
+        arrays are settled together, others copied.
+      losses: how many losses there are, the prediction's counted, or their names. The first is the
+        prediction's.
+      weighting: a function ``(gramian, norms) -> weights``.
+      gate: a function ``(cosine, ratio) -> (parallel, orthogonal)``.
+      state: what the fork remembers, from `fork_state`, for running means of the norms and for
+        `diagnostics`; the new state is its *gradient*. None: the norms are those of this step.
+      statistics_decay: decay of the norms' running means, in [0, 1).
+      axis_name: inside `jax.shard_map`, `jax.pmap` or a `jax.vmap` over examples, the axes that
+        the batch lies along. Without it each shard, or example, settles its conflict alone. On a
+        mesh outside of them there is nothing to name.
+
+    Returns:
+      As many copies as losses, in a tuple; for names a dictionary. Each should reach one loss.
+
+    Raises:
+      TypeError: while tracing, no array is floating-point, or one is complex.
+      ValueError: there are fewer than two losses, or ``state`` was made for others; while tracing,
+        the weighting does not return a weight for each loss.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> def loss(w, state):
+      ...     first, second = gdmam.fork(w, 2, state=state)
+      ...     return first[0] + 99 * second[1]
+      >>> gradient, state = jax.grad(loss, argnums=(0, 1))(jnp.zeros(2), gdmam.fork_state(2))
+      >>> [round(element, 3) for element in gradient.tolist()]
+      [50.0, 50.0]
+      >>> float(gdmam.diagnostics(state)["cosine"])
+      0.0
+
+    References:
+      Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, NeurIPS 2018: gradients
+      at the features bound those at the parameters.
+    """
+    others = _others(losses)
+    allocator = _allocator(
+        others,
+        weighting=weighting,
+        gate=gate,
+        statistics_decay=statistics_decay,
+        axis_name=axis_name,
+    )
+    structure: Any
+    leaves, structure = jax.tree.flatten(features)
+    floating = _floating(features)
+    chosen = [jnp.asarray(leaves[number]) for number in floating]
+    if state is None:
+        state = fork_state(losses, wide_dtype(*chosen))
+    check_state(state, ForkState)
+    allocator.check_state(state.allocation, chosen)
+    if state.allocation.names != fork_state(losses).allocation.names:
+        raise ValueError(
+            f"the state was made for losses named {state.allocation.names.values}, got {losses}"
+        )
+
+    def settle(state: ForkState, *cotangents: Any) -> tuple[ForkState, list[jax.Array]]:
+        pairs = [GradientPair(first, rest) for first, *rest in zip(*cotangents, strict=True)]
+        allocation = allocator.step(pairs, state.allocation)
+        factors = jnp.sum(allocation.factors, axis=-2)
+        return ForkState(allocation=allocation), [weighted(pair, factors) for pair in pairs]
+
+    count = 1 + allocator.count
+    # What the choices close over, such as a scheduled preference, has to be handed over in loops.
+    converted, hidden = jax.closure_convert(settle, state, *[chosen] * count)
+    copies = []
+    for own in _forked(converted, count, state, hidden, chosen):
+        copy = dict(enumerate(leaves)) | dict(zip(floating, own, strict=True))
+        copies.append(structure.unflatten(copy.values()))
+    return tuple(copies) if isinstance(losses, int) else dict(zip(losses, copies, strict=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _forked(
+    settle: Callable[..., Any], count: int, state: ForkState, hidden: Any, leaves: Any
+) -> tuple[Any, ...]:
+    return (leaves,) * count
+
+
+def _forward(settle: Any, count: int, state: Any, hidden: Any, leaves: Any) -> tuple[Any, Any]:
+    return (leaves,) * count, (state, hidden)
+
+
+def _backward(settle: Any, count: int, kept: Any, cotangents: Any) -> tuple[Any, Any, Any]:
+    state, hidden = kept
+    new, total = settle(state, *cotangents, *hidden)
+    return new, jax.tree.map(jnp.zeros_like, hidden), total
+
+
+_forked.defvjp(_forward, _backward)
+
+
+def _others(losses: Any) -> int | tuple[str, ...]:
+    """How many losses there are beside the prediction's, or their names."""
+    number = isinstance(losses, int) and losses >= 2
+    names = isinstance(losses, tuple | list) and 2 <= len(losses) == len({*losses})
+    if not (number or names):
+        raise ValueError(
+            "losses must be a number of losses, at least 2, or a sequence of their names, each "
+            f"once; got {losses!r}"
+        )
+    return losses - 1 if number else tuple(map(str, losses[1:]))
+
+
+def _allocator(others: int | tuple[str, ...], **choices: Any) -> Allocator:
+    choices = {"weighting": config_weighting, "gate": open_gate} | choices
+    count = others if isinstance(others, int) else len(others)
+    return Allocator(momentum=constant_momentum, alignment_losses=count, **choices)
+
+
+def _floating(features: Any) -> list[int]:
+    """Which leaves are floating-point arrays."""
+    kinds = [jnp.result_type(leaf) for leaf in jax.tree.leaves(features)]
+    for (name, _), kind in zip(named_leaves(features), kinds, strict=True):
+        if jnp.issubdtype(kind, jnp.complexfloating):
+            raise TypeError(
+                f"features at {name} have dtype {kind}; expected real floating-point arrays: fork "
+                "their real and imaginary parts"
+            )
+    found = [number for number, kind in enumerate(kinds) if jnp.issubdtype(kind, jnp.floating)]
+    if not found:
+        raise TypeError(f"fork needs a floating-point array among the features, got {features}")
+    return found
