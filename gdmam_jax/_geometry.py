@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from gdmam_jax._checks import check_function
-from gdmam_jax._numerics import divide, narrow, pytree_dataclass, safe_sqrt, widen
+from gdmam_jax._numerics import divide, narrow, pytree_dataclass, safe_sqrt, wide_dtype, widen
 from gdmam_jax._pairs import GradientPair, check_pairs, halves, is_pair
 from gdmam_jax._scopes import Scope, Scopes
 from gdmam_jax._sharding import Across, as_axis_names, explicit_mesh
@@ -27,6 +27,9 @@ ALIGNMENT_SCALARS = (
 LARGE = 2**20
 """Elements from which two gradients' inner products are taken in one pass, as measured; of more
 gradients an eighth of it."""
+MANY = 8
+"""Gradients from which their inner products are one matrix product a leaf, in a program whose size
+does not grow with their number squared."""
 BLOCK = 1024
 """Elements whose products such a pass adds up one after the other."""
 
@@ -85,6 +88,8 @@ class Geometry:
 
 def _squares(gramian: jax.Array) -> jax.Array:
     count = gramian.shape[-1]
+    if count >= MANY:
+        return _flat(gramian)[..., :: count + 1]
     return jnp.stack([_flat(gramian)[..., k * (count + 1)] for k in range(count)], axis=-1)
 
 
@@ -140,11 +145,13 @@ def gramian(
             list(leaves)
         )
     across = Across(leaves, names)
-    terms = [jax.tree.map(across.share, _products(halves(pair))) for pair in leaves]
+    count = len(halves(leaves[0]))
+    terms = [_terms(halves(pair), across) for pair in leaves]
     # Apart until they are sent: XLA leaves a group out that nobody asks for.
     totals = [scopes.total(group) for group in zip(*terms, strict=True)]
     products = across.sum(jnp.concatenate(totals, axis=-1))
-    count = len(halves(leaves[0]))
+    if count >= MANY:
+        return products.reshape(*products.shape[:-1], count, count)
     position = {pair: k for k, pair in enumerate(itertools.chain(*_groups(count)))}
     entries = [
         products[..., position[min(i, j), max(i, j)]] for i in range(count) for j in range(count)
@@ -162,6 +169,13 @@ def _groups(count: int) -> list[list[tuple[int, int]]]:
     return [needed, others] if len(others) > 1 else [needed + others]
 
 
+def _terms(gradients: list[Any], across: Across) -> list[jax.Array]:
+    """What one leaf, or a shard of it, adds to the inner products: a vector for each group."""
+    if len(gradients) >= MANY:
+        return [across.share(_matrix(gradients) / across.copies(gradients)).ravel()]
+    return [jnp.stack([*map(across.share, group)]) for group in _products(gradients)]
+
+
 # What is done to each leaf is a compiled function: leaves of one shape are traced once.
 @jax.jit
 def _products(gradients: list[Any]) -> list[list[jax.Array]]:
@@ -173,6 +187,17 @@ def _products(gradients: list[Any]) -> list[list[jax.Array]]:
     if whole and large and jax.default_backend() == "cpu":
         return [list(_in_one_pass(wide, tuple(group))) for group in groups]
     return [[jnp.sum(wide[left] * wide[right]) for left, right in group] for group in groups]
+
+
+@jax.jit
+def _matrix(gradients: list[Any]) -> jax.Array:
+    """The inner products of many gradients: one matrix product."""
+    stacked = jnp.stack(gradients)
+    axes = list(range(1, stacked.ndim))
+    wide = wide_dtype(stacked)
+    return jnp.tensordot(
+        stacked, stacked, (axes, axes), precision="highest", preferred_element_type=wide
+    )
 
 
 # XLA for CPUs makes a loop of each sum, and every loop reads two gradients; a reduction of several
@@ -263,7 +288,7 @@ def _decompose(
         dtype = jnp.result_type(pair.prediction)
         parallel.append(alignments.unflatten([narrow(part, dtype) for part in parts]))
         orthogonal.append(alignments.unflatten([narrow(rest, dtype) for rest in rests]))
-        squares.append([across.share(jnp.sum(rest * rest)) for rest in rests])
+        squares.append(jnp.stack([across.share(jnp.sum(rest * rest)) for rest in rests]))
     lengths = safe_sqrt(across.sum(scopes.total(squares)))
     geometry = dataclasses.replace(geometry, orthogonal_norm=lengths)
     if jax.tree_util.treedef_is_leaf(alignments):

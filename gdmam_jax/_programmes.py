@@ -10,7 +10,7 @@ from gdmam_jax._geometry import norms
 from gdmam_jax._numerics import divide
 
 ITERATIONS = 40
-"""Of the interior-point method: enough for rounding in float64, whatever the programme."""
+"""Of the interior-point method, at most: enough for rounding in float64, whatever the programme."""
 
 
 def minimise(
@@ -20,34 +20,37 @@ def minimise(
 ) -> jax.Array:
     """The minimiser of a convex function over non-negative numbers.
 
-    A primal-dual interior-point method with a fixed number of Newton steps, each of which solves
-    one linear system: no branches, so that it is compiled and batched as it is. Its derivative is
-    that of the conditions that the solution fulfils, and finite where these are degenerate.
+    A primal-dual interior-point method of Newton steps, each of which solves one linear system,
+    until they change nothing but rounding. Its derivative is that of the conditions that the
+    solution fulfils, and finite where these are degenerate.
 
     Args:
       slopes: the function's gradient ``(K,)`` and Hessian ``(K, K)`` at a point.
       start: a positive point, ``(K,)``; with ``side`` one that fulfils it.
       side: $b$ of the condition $b^T x = 1$, at least 0, ``(K,)``; None for no condition.
     """
-    count, dtype = start.shape[0], start.dtype
+    dtype = start.dtype
     tiny, eps = jnp.finfo(dtype).tiny, float(jnp.finfo(dtype).eps)
 
     def towards(x: jax.Array, dual: jax.Array, price: Any, aim: Any) -> tuple[jax.Array, Any]:
         """The change of ``x``, and of ``price`` where there is one, that Newton's method makes."""
         gradient, hessian = slopes(x)
-        # The last part keeps the system regular and moves no solution.
-        lift = 10 * eps * jnp.max(jnp.diagonal(hessian))
-        system = hessian + jnp.diag(dual / x + lift)
-        residual = gradient - aim / x
-        if side is not None:
-            corner = jnp.zeros((1, 1), dtype)
-            system = jnp.block([[system, side[:, None]], [side[None], corner]])
-            residual = jnp.append(residual + price * side, side @ x - 1)
-        change = -jnp.linalg.solve(jax.lax.stop_gradient(system), residual)
-        return change[:count], change[count:].sum()
+        residual, scale = gradient - aim / x, jnp.max(jnp.diagonal(hessian))
+        # The last part keeps the system definite and moves no solution.
+        system = hessian + jnp.diag(dual / x + (10 + x.size) * eps * scale)
+        if side is None:
+            return -_solved(system, residual), jnp.zeros((), dtype)
+        # Nor does what holds the condition, which a function of degree 1 leaves open otherwise.
+        hold = scale * side / (side @ side)
+        missing = side @ x - 1
+        both = jnp.stack([residual + price * side + missing * hold, side], axis=1)
+        change, along = _solved(system + jnp.outer(hold, side), both).T
+        fixed = jax.lax.stop_gradient(side)
+        dprice = (missing - fixed @ change) / jax.lax.stop_gradient(fixed @ along)
+        return -change - jax.lax.stop_gradient(along) * dprice, dprice
 
-    def newton(state: Any, _: None) -> tuple[Any, None]:
-        x, dual, price = state
+    def newton(state: Any) -> Any:
+        x, dual, price, number, _ = state
         aim = jnp.maximum(0.1 * jnp.mean(x * dual), eps**2)
         dx, dprice = jax.lax.stop_gradient(towards(x, dual, price, aim))
         ddual = aim / x - dual - dual * dx / x
@@ -65,14 +68,25 @@ def minimise(
         )
         # Where rounding has the last word, stay: a step that is not finite is none.
         finite = jnp.isfinite(step) & jnp.all(jnp.isfinite(dx))
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), None
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (x, dual, price))
+        moved = jnp.max(jnp.abs(new[0] - x)) > eps * jnp.max(x)
+        return *new, number + 1, finite & (moved | (aim > eps**2))
 
-    initial = (jax.lax.stop_gradient(start), jnp.ones_like(start), jnp.zeros((), dtype))
-    x, dual, price = jax.lax.scan(newton, initial, length=ITERATIONS)[0]
+    def goes_on(state: Any) -> jax.Array:
+        return state[-1] & (state[-2] < ITERATIONS)
+
+    first = (jax.lax.stop_gradient(start), jnp.ones_like(start), jnp.zeros((), dtype))
+    x, dual, price, *_ = jax.lax.while_loop(goes_on, newton, (*first, 0, True))
     # At the solution another step changes nothing, but it carries the solution's derivative.
     change, _ = towards(x, dual, price, x * dual)
     change = jnp.where(jnp.isfinite(change), change, 0)
     return x + (change - jax.lax.stop_gradient(change))
+
+
+def _solved(system: jax.Array, sides: jax.Array) -> jax.Array:
+    """The solution of a definite system, which is taken as constant."""
+    factor = jax.scipy.linalg.cho_factor(jax.lax.stop_gradient(system), lower=True)
+    return jax.scipy.linalg.cho_solve(factor, sides)
 
 
 def quadratic(matrix: jax.Array, linear: jax.Array) -> jax.Array:

@@ -70,9 +70,9 @@ class Scopes:
         """Shape of a scalar of every scope: ``()`` for one scope, else ``(scopes,)``."""
         return (len(self.labels),) if self.labels else ()
 
-    def total(self, terms: Sequence[Sequence[jax.Array]]) -> jax.Array:
-        """Adds the same number of scalars from each leaf up, to one of each for every scope."""
-        groups: list[list[Sequence[jax.Array]]] = [[] for _ in range(max(1, len(self.labels)))]
+    def total(self, terms: Sequence[jax.Array]) -> jax.Array:
+        """Adds a vector of scalars from each leaf up, to one for every scope."""
+        groups: list[list[jax.Array]] = [[] for _ in range(max(1, len(self.labels)))]
         for position, scalars in enumerate(terms):
             groups[self.index[position] if self.index else 0].append(scalars)
         totals = [_sum_in_pairs(group) for group in groups]
@@ -83,9 +83,9 @@ class Scopes:
         return scalars[self.index[leaf]] if self.index else scalars
 
 
-def _sum_in_pairs(rows: Sequence[Sequence[jax.Array]]) -> jax.Array:
-    """Adds rows of scalars in pairs: rounding and the program grow with the logarithm."""
-    total = jnp.stack([scalar for row in rows for scalar in row]).reshape(len(rows), -1)
+def _sum_in_pairs(rows: Sequence[jax.Array]) -> jax.Array:
+    """Adds vectors in pairs: rounding and the program grow with the logarithm."""
+    total = jnp.stack(rows)
     while len(total) > 1:
         half = len(total) // 2
         total = jnp.concatenate([total[:half] + total[half : 2 * half], total[2 * half :]])

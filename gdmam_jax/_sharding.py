@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def as_axis_names(axis_name: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -39,6 +40,20 @@ class Across:
             return term
         copies = math.prod(jax.lax.axis_size(name) for name in whole)
         return jax.lax.pcast(term / copies, whole, to="varying")
+
+    def copies(self, arrays: Sequence[jax.Array]) -> Any:
+        """How often a sum over the axes counts each inner product of arrays; ``(K, K)``, or 1.
+
+        Those of two arrays that both lie whole along an axis where another is sharded.
+        """
+        varied = [_varying(array) & self.known for array in arrays]
+        sharded = frozenset().union(*varied)
+        if all(axes == sharded for axes in varied):
+            return 1
+        rows = [[sharded - one - other for other in varied] for one in varied]
+        return jnp.array(
+            [[math.prod(map(jax.lax.axis_size, axes)) for axes in row] for row in rows]
+        )
 
     def sum(self, totals: jax.Array) -> jax.Array:
         """The sum of all shards' totals: one message."""

@@ -258,12 +258,14 @@ def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -
     own = jnp.eye(count, dtype=gramian.dtype)
 
     def weights(gramian: jax.Array) -> jax.Array:
-        # What is left of each gradient, as a combination of all: a row for each.
-        left = own
-        for others in orders.T:
+        def project(left: jax.Array, others: jax.Array) -> tuple[jax.Array, None]:
             conflicts = jnp.minimum(jnp.sum(left * gramian[others], axis=1), 0)
             removed = divide(conflicts, jnp.diagonal(gramian)[others])
-            left = left - jnp.where(others == jnp.arange(count), 0, removed)[:, None] * own[others]
+            removed = jnp.where(others == jnp.arange(count), 0, removed)
+            return left - removed[:, None] * own[others], None
+
+        # What is left of each gradient, as a combination of all: a row for each.
+        left, _ = jax.lax.scan(project, own, orders.T, unroll=count < _geometry.MANY)
         return jnp.sum(left, axis=0)
 
     return _over_scopes(weights, gramian)

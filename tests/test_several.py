@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import gdmam_jax as gdmam
 import gdmam_jax.nnx
+from gdmam_jax._geometry import gramian
+from gdmam_jax._scopes import Scopes
 from tests.compatibility.harness import example_params, train
 from tests.conftest import skipped_under, skipped_under_strict_promotion
 from tests.test_pairs import count
@@ -265,6 +267,73 @@ def test_shards_send_one_message_of_all_inner_products(x64):
     assert "f64[6]" in messages[0]
 
 
+def test_a_gradient_that_is_whole_where_others_are_sharded_counts_once(x64):
+    """Of many gradients, too, whose inner products are one matrix product."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    random = np.random.default_rng(0)
+    sharded, whole = random.normal(size=(6, 8, 3)), random.normal(size=(6, 2, 3))
+    specs = [P("data")] * 6 + [P()] * 5 + [P("data", None)]
+
+    def gradients(sharded, whole):
+        # What is whole on an axis is held against the shard that each device has.
+        rows = sharded.shape[1]
+        return [*sharded, *(jnp.tile(each, (rows // 2, 1)) for each in whole)]
+
+    def products(*leaves):
+        pair = gdmam.GradientPair(leaves[0], tuple(leaves[1:]))
+        return gramian([pair], Scopes(), ("data", "model"))
+
+    leaves = gradients(sharded, whole)
+    local = [leaf if spec != P() else leaf[:2] for leaf, spec in zip(leaves, specs, strict=True)]
+    found = jax.jit(jax.shard_map(products, mesh=mesh, in_specs=tuple(specs), out_specs=P()))(
+        *local
+    )
+    rows = np.stack([np.ravel(leaf) for leaf in leaves])
+    expected = rows @ rows.T
+    # Two that are whole meet once, and not on every device.
+    both = np.array([spec == P() for spec in specs])
+    expected = np.where(np.outer(both, both), expected / 4, expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def many_pairs(count, seed=0):
+    random = np.random.default_rng(seed)
+    first, *others = (
+        jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape)), PARAMS)
+        for _ in range(count)
+    )
+    return gdmam.pair_gradients(first, tuple(others))
+
+
+@pytest.mark.parametrize("scope", [None, gdmam.leaf_scope])
+@pytest.mark.parametrize("count", [7, 8, 30])
+def test_inner_products_of_few_and_of_many(count, scope, x64):
+    pairs = many_pairs(count)
+    leaves = jax.tree.leaves(pairs, is_leaf=lambda node: isinstance(node, gdmam.GradientPair))
+    scopes = Scopes.of(PARAMS, scope)
+    found = gramian(leaves, scopes)
+    rows = [
+        np.stack([np.ravel(half) for half in (pair.prediction, *pair.alignment)]) for pair in leaves
+    ]
+    each = np.stack([row @ row.T for row in rows])
+    expected = each.sum(axis=0) if scope is None else each
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["upgrad", "mgda", "pcgrad", "dual_proj", "cagrad", "nash_mtl", "config", "unit"]
+)
+def test_the_program_grows_no_faster_than_the_number_of_losses(name):
+    def size(count):
+        weighting = getattr(gdmam, f"{name}_weighting")
+        optimizer = gdmam.weighed(optax.identity(), weighting, alignment_losses=count - 1)
+        pairs = jax.eval_shape(lambda: many_pairs(count))
+        state = jax.eval_shape(optimizer.init, PARAMS)
+        return len(jax.jit(optimizer.update).lower(pairs, state).as_text().splitlines())
+
+    assert size(40) - size(20) <= 1.1 * 2 * (size(20) - size(10))
+
+
 MISTAKES = {
     "more than said": ({}, (PARAMS, PARAMS), r"alignment_losses=1.*hold 2"),
     "fewer than said": ({"alignment_losses": 2}, PARAMS, r"alignment_losses=2.*hold 1"),
@@ -330,7 +399,7 @@ def test_whole_modules_are_pointed_to_what_takes_them():
     def loss_fn(model):
         return 0.0, 0.0
 
-    with pytest.raises(TypeError, match=r"NNX module Linear; use gdmam_jax\.nnx\."):
+    with pytest.raises(TypeError, match=r"NNX module Linear; use the function.*gdmam_jax\.nnx"):
         gdmam.value_and_paired_grad(loss_fn)(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
     with pytest.raises(TypeError, match=r"activation is a .*eqx\.partition\(model"):

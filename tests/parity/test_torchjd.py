@@ -40,7 +40,7 @@ def jacobian(kind, count):
     random = np.random.default_rng(count)
     if kind == "rank-deficient":
         return random.normal(size=(count, 2)) @ random.normal(size=(2, 10))
-    rows = random.normal(size=(count, 10))
+    rows = random.normal(size=(count, 10 if count < 10 else count + 10))
     if kind == "conflicting":
         rows = rows - 1.2 * rows.mean(axis=0)
     if kind == "badly scaled":
@@ -91,6 +91,12 @@ def test_preferences_are_theirs_over_the_predictions(name, x64):
 @pytest.mark.parametrize("name", PROJECTED)
 def test_projections_on_the_dual_cone(name, kind):
     assert max(deviation(name, kind, count) for count in COUNTS) < 1e-8
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("name", [*CLOSED, *PROJECTED])
+def test_fifty_losses(name, kind):
+    assert deviation(name, kind, 50) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
