@@ -102,6 +102,42 @@ def pair(
 
 
 @app.command()
+def fork(
+    models: Annotated[str, typer.Option(help="Commas between.")] = "mlp,resnet,transformer",
+    losses: Losses = "2,3,5",
+    batch: Annotated[int, typer.Option(help="Examples.", min=1)] = 64,
+    width: Annotated[int, typer.Option(help="Features of the layers.", min=8)] = 128,
+    rounds: Rounds = 20,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """Conflicts settled at the features, beside the summed loss, pairs, PyTorch and TorchJD."""
+    timing.use_threads(threads)
+    from benchmarks import fork as module
+
+    chosen = _names(models, list(module.MODELS))
+    rows = module.benchmark(chosen, _losses(losses), batch, width, rounds)
+    timing.report(f"fork, batch {batch}, width {width}", rows, output)
+
+
+@app.command()
+def many(
+    losses: Losses = "8,32,128",
+    parameters: Annotated[float, typer.Option(help="How many, for example 1e6.", min=100)] = 1e6,
+    chunk: Annotated[int, typer.Option(help="Gradients held at once.", min=1)] = 16,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    output: Output = None,
+) -> None:
+    """One weighed gradient of a loss for each example, beside TorchJD's autojac and autogram."""
+    timing.use_threads(threads)
+    from benchmarks import many as module
+
+    rows = module.benchmark(_losses(losses), int(parameters), chunk, rounds)
+    timing.report(f"many, {parameters:g} parameters, UPGrad", rows, output)
+
+
+@app.command()
 def step(
     data: Annotated[str, typer.Option(help="Commas between.")] = "movie,emotion6",
     steps: Annotated[int, typer.Option(help="In one measurement.", min=1)] = 20,

@@ -186,15 +186,22 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return max(itertools.accumulate((change.nbytes() for change in changes), initial=0))
 
 
-def _losses(
-    xp: Any, logits: Any, hidden: Any, labels: Any, targets: Any
-) -> tuple[Any, tuple[Any, ...]]:
+Split = Callable[[Any, int], Sequence[Any]]
+"""A function of the features and of the number of losses: what each loss takes of them."""
+
+
+def _shared(features: Any, count: int) -> Sequence[Any]:
+    return [features] * count
+
+
+def _losses(head: Any, features: Any, labels: Any, targets: Any, split: Split) -> Any:
     """Cross entropy of the prediction, and distances of the representation from targets."""
-    if xp is jnp:
-        prediction = -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels])
-    else:
-        prediction = functional.cross_entropy(logits, labels)
-    return prediction, tuple(((hidden - target) ** 2).mean() for target in targets)
+    first, *others = split(features, 1 + len(targets))
+    logits = jax.nn.log_softmax(first @ head)
+    prediction = -jnp.mean(logits[jnp.arange(len(labels)), labels])
+    return prediction, tuple(
+        ((hidden - target) ** 2).mean() for hidden, target in zip(others, targets, strict=True)
+    )
 
 
 def _random_batch(key: int, *shape: int) -> tuple[jax.Array, jax.Array]:
@@ -217,10 +224,12 @@ def _mlp_jax(batch: int, width: int, count: int) -> tuple[Any, ...]:
     x, labels = _random_batch(0, batch, width)
     targets = jax.random.normal(jax.random.key(5), (count - 1, batch, width))
 
-    def losses(params: Any, x: Any, labels: Any, targets: Any) -> tuple[Any, Any]:
+    def losses(
+        params: Any, x: Any, labels: Any, targets: Any, split: Split = _shared
+    ) -> tuple[Any, Any]:
         for weight in params[:-1]:
             x = jax.nn.relu(x @ weight)
-        return _losses(jnp, x @ params[-1], x, labels, targets)
+        return _losses(params[-1], x, labels, targets, split)
 
     return losses, params, (x, labels, targets)
 
@@ -234,18 +243,28 @@ def _mlp_torch(batch: int, width: int, count: int) -> tuple[Any, ...]:
     return _torch_losses(nn.Sequential(*layers), width, (batch, width), (count - 1, batch, width))
 
 
+class TorchLosses:
+    """The losses of a batch: `trunk` gives features, `of` the losses of these."""
+
+    def __init__(self, trunk: nn.Module, features: int) -> None:
+        self.trunk = trunk
+        self.head = nn.Linear(features, CLASSES, bias=False)
+
+    def __call__(self, x: Any, labels: Any, targets: Any) -> tuple[Any, tuple[Any, ...]]:
+        return self.of(self.trunk(x), labels, targets)
+
+    def of(self, features: Any, labels: Any, targets: Any) -> tuple[Any, tuple[Any, ...]]:
+        prediction = functional.cross_entropy(self.head(features), labels)
+        return prediction, tuple(((features - target) ** 2).mean() for target in targets)
+
+
 def _torch_losses(
     trunk: nn.Module, features: int, inputs: tuple[int, ...], hidden: tuple[int, ...]
 ) -> tuple[Any, ...]:
-    head = nn.Linear(features, CLASSES, bias=False)
+    losses = TorchLosses(trunk, features)
     x, targets = torch.randn(inputs), torch.randn(hidden)
     labels = torch.randint(0, CLASSES, inputs[:1])
-
-    def losses(x: Any, labels: Any, targets: Any) -> tuple[Any, Any]:
-        z = trunk(x)
-        return _losses(torch, head(z), z, labels, targets)
-
-    return losses, [*trunk.parameters(), *head.parameters()], (x, labels, targets)
+    return losses, [*trunk.parameters(), *losses.head.parameters()], (x, labels, targets)
 
 
 BLOCKS = 3
@@ -268,12 +287,14 @@ def _resnet_jax(batch: int, width: int, count: int) -> tuple[Any, ...]:
         dimensions = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", None, None, dimensions)
 
-    def losses(params: Any, x: Any, labels: Any, targets: Any) -> tuple[Any, Any]:
+    def losses(
+        params: Any, x: Any, labels: Any, targets: Any, split: Split = _shared
+    ) -> tuple[Any, Any]:
         x = jax.nn.relu(convolve(x, params["first"]))
         for first, second in params["blocks"]:
             x = x + convolve(jax.nn.relu(convolve(x, first)), second)
         z = jax.nn.relu(x).mean((1, 2))
-        return _losses(jnp, z @ params["head"], z, labels, targets)
+        return _losses(params["head"], z, labels, targets, split)
 
     return losses, params, (x, labels, targets)
 
@@ -330,14 +351,16 @@ def _transformer_jax(batch: int, width: int, count: int) -> tuple[Any, ...]:
     x, labels = _random_batch(0, batch, LENGTH, width)
     targets = jax.random.normal(jax.random.key(5), (count - 1, batch, width))
 
-    def losses(params: Any, x: Any, labels: Any, targets: Any) -> tuple[Any, Any]:
+    def losses(
+        params: Any, x: Any, labels: Any, targets: Any, split: Split = _shared
+    ) -> tuple[Any, Any]:
         for layer in params["layers"]:
             parts = (jax.nn.standardize(x) @ layer["qkv"]).reshape(batch, LENGTH, 3, HEADS, -1)
             attended = jax.nn.dot_product_attention(*(parts[:, :, i] for i in range(3)))
             x = x + attended.reshape(x.shape) @ layer["out"]
             x = x + jax.nn.gelu(jax.nn.standardize(x) @ layer["up"]) @ layer["down"]
         z = x.mean(1)
-        return _losses(jnp, z @ params["head"], z, labels, targets)
+        return _losses(params["head"], z, labels, targets, split)
 
     return losses, params, (x, labels, targets)
 

@@ -89,6 +89,34 @@ def test_pair(tmp_path, model, losses, options):
         assert not row["off by"] > 1e-5
 
 
+def test_fork(tmp_path):
+    rows = run(
+        tmp_path, "fork", "--models", "mlp", "--losses", "2,3", "--batch", "8", "--width", "32",
+        "--rounds", "1",
+    )  # fmt: skip
+    ways = [
+        "JAX summed", "JAX fork, UPGrad", "JAX fork, UPGrad, state", "JAX pairs, UPGrad",
+        "PyTorch summed", "TorchJD mtl_backward, UPGrad", "PyTorch at the features, UPGrad",
+    ]  # fmt: skip
+    assert [(row["losses"], row["way"]) for row in rows] == [(k, w) for k in (2, 3) for w in ways]
+    memory = {row["way"]: row["MiB"] for row in rows[:7]}
+    # Nothing of the parameters' size beside the summed loss's gradient.
+    assert memory["JAX fork, UPGrad, state"] < memory["JAX summed"] + 6 * 32 * 32 * 4 / 2**20 / 2
+
+
+def test_many(tmp_path):
+    rows = run(
+        tmp_path, "many", "--losses", "4,8", "--parameters", "1024", "--chunk", "2", "--rounds", "1"
+    )
+    ways = [
+        "JAX mean loss", "JAX", "JAX, chunks of 2", "JAX, by example",
+        "JAX, by example, chunks of 2", "PyTorch mean loss", "TorchJD autojac",
+        "TorchJD autojac, chunks of 2", "TorchJD autogram",
+    ]  # fmt: skip
+    assert [(row["losses"], row["way"]) for row in rows] == [(k, w) for k in (4, 8) for w in ways]
+    assert all(row["milliseconds"] > 0 for row in rows)
+
+
 def test_peak_memory_is_what_is_held_at_once():
     def run():
         first = torch.ones(1000)
@@ -122,7 +150,7 @@ def test_compile(tmp_path):
     assert all(row["first step s"] >= row["compile s"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("command", ["pair", "update"])
+@pytest.mark.parametrize("command", ["pair", "update", "fork", "many"])
 def test_one_loss_is_no_case(command):
     result = CliRunner().invoke(app, [command, "--losses", "3,1"])
     assert result.exit_code == 2
