@@ -8,26 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gdmam_jax._allocation import Allocation, Allocator, Gate, Names, constant_momentum, open_gate
+from gdmam_jax._allocation import Allocation, Allocator, add_up
 from gdmam_jax._checks import check_state
-from gdmam_jax._numerics import pytree_dataclass, wide_dtype
-from gdmam_jax._optimizers import weighted
+from gdmam_jax._gates import Gate, open_gate
+from gdmam_jax._losses import Names
+from gdmam_jax._numerics import wide_dtype
 from gdmam_jax._pairs import GradientPair, named_leaves
+from gdmam_jax._remembering import RememberingWeighting
+from gdmam_jax._settings import chosen, default
 from gdmam_jax._weightings import Weighting, config_weighting
 
 
-@pytree_dataclass
-class ForkState:
-    """What a `fork` remembers and reports: the "gradient" of the state that it was given.
-
-    Attributes:
-      allocation: the norms' running means and the last step's weights and gate; see `Allocation`.
-    """
-
-    allocation: Allocation
-
-
-def fork_state(losses: int | Sequence[str], dtype: Any = jnp.float32) -> ForkState:
+def fork_state(losses: int | Sequence[str], dtype: Any = jnp.float32) -> Allocation:
     """The state of a `fork` before its first step.
 
     Args:
@@ -41,23 +33,23 @@ def fork_state(losses: int | Sequence[str], dtype: Any = jnp.float32) -> ForkSta
       ValueError: there are fewer than two losses, or a name is there twice.
 
     Examples:
-      >>> fork_state(3).allocation.weights.shape
+      >>> fork_state(3).weights.shape
       (3,)
     """
     others = _others(losses)
     allocation = _allocator(others).init(jnp.zeros((), dtype))
     if not isinstance(others, int):
         allocation = dataclasses.replace(allocation, names=Names(others))
-    return ForkState(allocation=allocation)
+    return allocation
 
 
 def fork(
     features: Any,
     losses: int | Sequence[str],
     *,
-    weighting: Weighting = config_weighting,
-    gate: Gate = open_gate,
-    state: ForkState | None = None,
+    weighting: Weighting | RememberingWeighting = default(config_weighting),
+    gate: Gate = default(open_gate),
+    state: Allocation | None = None,
     statistics_decay: Any = 0.9,
     axis_name: str | Sequence[str] | None = None,
 ) -> Any:
@@ -114,35 +106,34 @@ def fork(
     others = _others(losses)
     allocator = _allocator(
         others,
-        weighting=weighting,
-        gate=gate,
+        weighting=chosen(weighting),
+        gate=chosen(gate),
         statistics_decay=statistics_decay,
         axis_name=axis_name,
     )
     structure: Any
     leaves, structure = jax.tree.flatten(features)
     floating = _floating(features)
-    chosen = [jnp.asarray(leaves[number]) for number in floating]
+    settled = [jnp.asarray(leaves[number]) for number in floating]
     if state is None:
-        state = fork_state(losses, wide_dtype(*chosen))
-    check_state(state, ForkState)
-    allocator.check_state(state.allocation, chosen)
-    if state.allocation.names != fork_state(losses).allocation.names:
+        state = fork_state(losses, wide_dtype(*settled))
+    check_state(state, Allocation)
+    count, names = 1 + allocator.count, fork_state(losses).names
+    if state.weights.shape != (count,) or state.names != names:
         raise ValueError(
-            f"the state was made for losses named {state.allocation.names.values}, got {losses}"
+            f"the state was made for {state.weights.shape[0]} losses, named "
+            f"{state.names.values}; got {losses}"
         )
 
-    def settle(state: ForkState, *cotangents: Any) -> tuple[ForkState, list[jax.Array]]:
+    def settle(state: Allocation, *cotangents: Any) -> tuple[Allocation, list[jax.Array]]:
         pairs = [GradientPair(first, rest) for first, *rest in zip(*cotangents, strict=True)]
-        allocation = allocator.step(pairs, state.allocation)
-        factors = jnp.sum(allocation.factors, axis=-2)
-        return ForkState(allocation=allocation), [weighted(pair, factors) for pair in pairs]
+        allocation, _ = allocator.decide(pairs, state, None, None)
+        return allocation, [add_up(pair, allocation.factors) for pair in pairs]
 
-    count = 1 + allocator.count
     # What the choices close over, such as a scheduled preference, has to be handed over in loops.
-    converted, hidden = jax.closure_convert(settle, state, *[chosen] * count)
+    converted, hidden = jax.closure_convert(settle, state, *[settled] * count)
     copies = []
-    for own in _forked(converted, count, state, hidden, chosen):
+    for own in _forked(converted, count, state, hidden, settled):
         copy = dict(enumerate(leaves)) | dict(zip(floating, own, strict=True))
         copies.append(structure.unflatten(copy.values()))
     return tuple(copies) if isinstance(losses, int) else dict(zip(losses, copies, strict=True))
@@ -150,7 +141,7 @@ def fork(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _forked(
-    settle: Callable[..., Any], count: int, state: ForkState, hidden: Any, leaves: Any
+    settle: Callable[..., Any], count: int, state: Allocation, hidden: Any, leaves: Any
 ) -> tuple[Any, ...]:
     return (leaves,) * count
 
@@ -183,7 +174,7 @@ def _others(losses: Any) -> int | tuple[str, ...]:
 def _allocator(others: int | tuple[str, ...], **choices: Any) -> Allocator:
     choices = {"weighting": config_weighting, "gate": open_gate} | choices
     count = others if isinstance(others, int) else len(others)
-    return Allocator(momentum=constant_momentum, alignment_losses=count, **choices)
+    return Allocator(alignment_losses=count, **choices)
 
 
 def _floating(features: Any) -> list[int]:

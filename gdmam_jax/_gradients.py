@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from gdmam_jax._allocation import _as_array as as_array
+from gdmam_jax._allocation import as_array
 from gdmam_jax._checks import check_function, is_numeric
 from gdmam_jax._geometry import norms
 from gdmam_jax._numerics import pytree_dataclass, wide_dtype
@@ -177,7 +177,7 @@ def value_and_weighed_grad(
       Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
     check_function("loss_fn", loss_fn)
-    check_function("weighting", weighting)
+    check_function("weighting", weighting, "; value_and_weighed_grad has no memory")
     check_argnums(argnums)
     check_argnums(example_argnums, "example_argnums")
     if not (chunk is None or (isinstance(chunk, int) and chunk >= 1)):

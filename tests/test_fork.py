@@ -131,18 +131,13 @@ def linear_losses(w, losses):
     ],
 )
 def test_is_what_pairs_are_where_features_are_the_parameters(name, gate, losses, x64):
-    """Step by step, with the same running means; momentum 0 leaves the allocated gradient."""
+    """Step by step, with the same running means."""
     choices = {
         "weighting": WEIGHTINGS[name],
         "gate": (GATES | {"priority": gdmam.priority_gate})[gate],
         "statistics_decay": 0.8,
     }
-    optimizer = gdmam.scale_by_gdmam(
-        **choices,
-        momentum=gdmam.constant_momentum,
-        initial_momentum=0.0,
-        alignment_losses=losses - 1,
-    )
+    optimizer = gdmam.allocate(**choices, alignment_losses=losses - 1)
 
     def forked(w, state):
         copies = gdmam.fork(w, losses, state=state, **choices)
@@ -206,7 +201,7 @@ def test_the_state_is_its_own_gradient_and_compiles_once():
     assert values[-1] < values[0] / 2
     weights = 0.1 * 0.9 ** np.arange(30)[::-1]
     mean = np.sum(weights * np.array(norms)) / np.sum(weights)
-    np.testing.assert_allclose(state.allocation.norms[1], mean, rtol=1e-5)
+    np.testing.assert_allclose(state.norms[1], mean, rtol=1e-5)
 
 
 def test_the_state_goes_from_microbatch_to_microbatch():
@@ -223,7 +218,7 @@ def test_the_state_goes_from_microbatch_to_microbatch():
     each = [jax.grad(partial(loss, x=x))(params) for x in X.reshape(4, 4, 4)]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / 4, *each)
     chex.assert_trees_all_close(gradient, mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(state.allocation.statistics.remainder, 0.9**4, rtol=1e-6)
+    np.testing.assert_allclose(state.remainder, 0.9**4, rtol=1e-6)
 
 
 def layers(weights, states, preference, x=X):
@@ -515,7 +510,7 @@ def test_names_are_in_the_order_as_written():
         (lambda: gdmam.fork(jnp.arange(2), 2), TypeError, "needs a floating-point array"),
         (lambda: gdmam.fork({"a": 1j * jnp.ones(2)}, 2), TypeError, "features at a have.*complex"),
         (lambda: gdmam.fork(jnp.ones(2), 2, gate=3), TypeError, "gate must be a function"),
-        (lambda: gdmam.fork(jnp.ones(2), 2, state=3), TypeError, "a ForkState, got a int"),
+        (lambda: gdmam.fork(jnp.ones(2), 2, state=3), TypeError, "a Allocation, got a int"),
         (
             lambda: gdmam.fork(jnp.ones(2), 2, state=gdmam.fork_state(3)),
             ValueError,
@@ -524,7 +519,7 @@ def test_names_are_in_the_order_as_written():
         (
             lambda: gdmam.fork(jnp.ones(2), ("a", "b"), state=gdmam.fork_state(("a", "c"))),
             ValueError,
-            "state was made for losses named",
+            "state was made for 2 losses, named",
         ),
         (
             lambda: gdmam.fork(jnp.ones(2), 2, weighting=lambda gramian, norms: jnp.ones(3)),
