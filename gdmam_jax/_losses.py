@@ -96,7 +96,7 @@ def arranged(
     names = tuple(name for name, _ in named_leaves(alignment))
     if isinstance(losses, int):
         if len(names) == losses:
-            return list(leaves), () if names == ("(root)",) else names
+            return list(leaves), () if losses == 1 else names
     elif isinstance(alignment, Mapping) and {*alignment} == {*losses} and len(names) == len(losses):
         ordered = [
             GradientPair(pair.prediction, tuple(pair.alignment[name] for name in losses))
