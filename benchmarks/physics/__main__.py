@@ -120,20 +120,21 @@ def _compare(
     scale: Scale,
     losses: int,
 ) -> dict[str, Any]:
-    """Tuning, then results; one program, whose lanes both have."""
-    lanes = max(seeds, len(grid) * tuning_seeds)
+    """Tuning where there is a choice, then results; one program, whose lanes both have."""
+    lanes = max(seeds, len(grid) * tuning_seeds) if len(grid) > 1 else seeds
 
     def padded(values: Any) -> np.ndarray:
         return np.resize(np.asarray(values), lanes)
 
-    tuned_rates = np.repeat(grid, tuning_seeds)
-    tuned_seeds = np.tile(TUNING_SEEDS + np.arange(tuning_seeds), len(grid))
-    problem = EQUATIONS[equation]
-    tuning = train(problem, method, padded(tuned_rates), padded(tuned_seeds), scale, losses)
-    finals = tuning.errors[: len(tuned_rates), -1].reshape(len(grid), tuning_seeds)
-    # The geometric mean: one failed run does not hide that another rate is far better.
-    scores = np.nan_to_num(np.log(finals), nan=np.inf, posinf=np.inf).mean(axis=1)
-    rate = grid[int(np.argmin(scores))]
+    problem, rate, finals = EQUATIONS[equation], grid[0], np.array([])
+    if len(grid) > 1:
+        rates = padded(np.repeat(grid, tuning_seeds))
+        tuned = padded(np.tile(TUNING_SEEDS + np.arange(tuning_seeds), len(grid)))
+        tuning = train(problem, method, rates, tuned, scale, losses)
+        finals = tuning.errors[: len(grid) * tuning_seeds, -1].reshape(len(grid), tuning_seeds)
+        # The geometric mean: one failed run does not hide that another rate is far better.
+        scores = np.nan_to_num(np.log(finals), nan=np.inf, posinf=np.inf).mean(axis=1)
+        rate = grid[int(np.argmin(scores))]
     start = time.perf_counter()
     curves = train(problem, method, np.full(lanes, rate), padded(range(seeds)), scale, losses)
     seconds = time.perf_counter() - start
