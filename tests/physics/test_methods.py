@@ -8,7 +8,13 @@ import pytest
 
 import gdmam_jax as gdmam
 from benchmarks.physics.equations import EQUATIONS
-from benchmarks.physics.methods import METHODS, gradients, momentum_config, weigh_by_gradient_norms
+from benchmarks.physics.methods import (
+    METHODS,
+    common_descent_gate,
+    gradients,
+    momentum_config,
+    weigh_by_gradient_norms,
+)
 from benchmarks.physics.training import SMALL, init, objective
 
 torch = pytest.importorskip("torch")
@@ -133,6 +139,33 @@ def test_every_method_takes_pairs(name, losses):
         update, state = optimizer.update(pairs, state, params)
     for leaf in jax.tree.leaves(update):
         assert 0.005 < float(jnp.max(jnp.abs(leaf))) < 0.4
+
+
+def test_the_common_descent_gate_is_against_neither_loss_and_open_where_it_can_be(x64):
+    random = np.random.default_rng(0)
+    clipped = 0
+    for _ in range(200):
+        p, a = random.normal(size=(2, 3))
+        a *= 10 ** random.uniform(-1.5, 1.5)
+        cosine = p @ a / np.linalg.norm(p) / np.linalg.norm(a)
+        ratio = np.linalg.norm(a) / np.linalg.norm(p)
+        kept, across = common_descent_gate(jnp.array(cosine), jnp.array(ratio))
+        along = p @ a / (p @ p) * p
+        step = p + float(kept) * along + float(across) * (a - along)
+        for gradient in (p, a):
+            assert step @ gradient >= -1e-12 * np.linalg.norm(step) * np.linalg.norm(gradient)
+        fits = min((p + a) @ p, (p + a) @ a) >= 0
+        clipped += not fits
+        assert not fits or kept == pytest.approx(1)
+    assert 20 < clipped < 180
+
+
+def test_of_several_losses_the_common_descent_gate_is_never_against_the_prediction(x64):
+    random = np.random.default_rng(1)
+    for _ in range(100):
+        cosine, ratio = random.uniform(-1, 1, size=4), 10 ** random.uniform(-1, 1, size=4)
+        kept, _ = common_descent_gate(jnp.array(cosine), jnp.array(ratio))
+        assert 1 + np.sum(ratio * cosine * np.asarray(kept)) >= -1e-12
 
 
 def test_gradient_norm_weights_run_and_are_renewed_when_they_should():
