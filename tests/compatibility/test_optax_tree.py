@@ -68,7 +68,7 @@ def test_states_are_ordinary_trees():
     """Buffers as bfloat16 for storage and back, a running mean over states, and the like."""
     optimizer = gdmam.gdmam(0.1, scope=gdmam.leaf_scope)
     params = example_params()
-    _, state = optimizer.update(one_pair(), optimizer.init(params), params)
+    _, state = jax.jit(optimizer.update)(one_pair(), optimizer.init(params), params)
     stored = optax.tree.map_params(optimizer, lambda leaf: leaf.astype(jnp.bfloat16), state)
     assert jax.tree.structure(stored) == jax.tree.structure(state)
     restored = optax.tree.cast_like(stored, state)

@@ -451,18 +451,18 @@ def test_released_amsgrad_is_pytorchs():
             methods.scale_by_released_amsgrad(), optax.scale_by_learning_rate(0.1)
         )
         params = jnp.ones(4)
-        state = optimizer.init(params)
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
         for gradient in gradients:
             weight.grad = torch.from_numpy(gradient.copy())
             reference.step()
-            updates, state = optimizer.update(jnp.asarray(gradient), state, params)
+            updates, state = update(jnp.asarray(gradient), state, params)
             params = optax.apply_updates(params, updates)
             np.testing.assert_allclose(params, weight.detach().numpy(), rtol=1e-12)
 
 
 def test_a_method_of_ones_own(monkeypatch):
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
-    # The page's example registers one of its own, in whatever process it runs.
+    # Not "mine", which the example of docs/ldl.md registers, perhaps in this process.
     ours = methods.Method("ours", "Ours", lambda rate: gdmam.summed(optax.sgd(rate)))
     assert methods.register(ours) is methods.find("ours")
     with pytest.raises(ValueError, match="there is a method 'ours' already"):
