@@ -1,15 +1,25 @@
-"""Weightings with a memory, or with the losses' values."""
+"""Weightings with a memory, or with the losses' values; and those made of any other weighting.
+
+Each is a function of its settings that returns a `RememberingWeighting`; given to an optimizer
+without a call, it has the settings' defaults.
+"""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
-from gdmam_jax._checks import check_function
+from gdmam_jax import _geometry
+from gdmam_jax._checks import check_function, check_range
 from gdmam_jax._losses import Losses
-from gdmam_jax._settings import Choice
+from gdmam_jax._numerics import divide
+from gdmam_jax._settings import Choice, in_order
 from gdmam_jax._weightings import Weighting
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MADE_BY_CALL: set[Any] = set()
 
 
 class RememberingWeighting(NamedTuple):
@@ -39,6 +49,17 @@ class RememberingWeighting(NamedTuple):
     update: Callable[[Any, Any, Any, Losses], tuple[Any, Any]]
 
 
+def made_by_call(function: F) -> F:
+    """Marks a function of settings that returns a weighting: its name alone is one, too."""
+    _MADE_BY_CALL.add(function)
+    return function
+
+
+def _made(weighting: Any) -> Any:
+    known = inspect.isfunction(weighting) and weighting in _MADE_BY_CALL
+    return weighting() if known else weighting
+
+
 def check_weighting(weighting: Any, advice: str) -> None:
     """Raise a ``TypeError`` unless ``weighting`` is a function or a `RememberingWeighting`."""
     if not isinstance(weighting, RememberingWeighting):
@@ -47,17 +68,19 @@ def check_weighting(weighting: Any, advice: str) -> None:
 
 def first_memory(weighting: Any, zeros: jax.Array) -> Any:
     """The memory before the first step; None of a weighting that has none."""
+    weighting = _made(weighting)
     return weighting.init(zeros) if isinstance(weighting, RememberingWeighting) else None
 
 
 def weigh(
     weighting: Weighting | RememberingWeighting,
-    gramian: jax.Array,
-    norms: jax.Array,
+    gramian: Any,
+    norms: Any,
     memory: Any,
     losses: Losses,
 ) -> tuple[Any, Any]:
     """The weights of either kind of weighting, and its memory."""
+    weighting = _made(weighting)
     if isinstance(weighting, RememberingWeighting):
         return weighting.update(gramian, norms, memory, losses)
     if isinstance(weighting, Choice):
@@ -66,3 +89,162 @@ def weigh(
     if losses.present is not None and "present" in inspect.signature(weighting).parameters:
         known["present"] = losses.present
     return weighting(gramian, norms, **known), memory
+
+
+def values_of(name: str, losses: Losses) -> jax.Array:
+    """The losses' values, 1 for those that are absent.
+
+    Raises:
+      ValueError: they are not known.
+    """
+    if losses.values is None:
+        raise ValueError(
+            f"{name} needs the losses' values: give them to update, value=(prediction, alignment), "
+            "as value_and_paired_grad returns them"
+        )
+    return losses.values if losses.present is None else jnp.where(losses.present, losses.values, 1)
+
+
+def each_loss(what: str, value: Any, losses: Losses, like: jax.Array) -> jax.Array:
+    """A setting in the losses' order, shape ``(K,)``: of a number, one each, or a mapping by name.
+
+    A mapping names the prediction, too.
+    """
+    if isinstance(value, Mapping):
+        if "prediction" not in value:
+            raise ValueError(f"{what} must name 'prediction', too, got {', '.join(value)}")
+        value = in_order(what, value, losses.names)
+    given = jnp.asarray(value, like.dtype)
+    if given.shape not in ((), like.shape[-1:]):
+        raise ValueError(
+            f"{what} must be a number or {like.shape[-1]} of them, one for each loss, got shape "
+            f"{given.shape}"
+        )
+    return jnp.broadcast_to(given, like.shape[-1:])
+
+
+def random_key(key: Any) -> Any:
+    """The key given, or that of 0."""
+    return jax.random.key(0) if key is None else key
+
+
+def kept(present: Any, new: Any, old: Any) -> Any:
+    """The new numbers of what is present, whose axis is the last, else the old ones."""
+    if present is None:
+        return new
+    return jax.tree.map(lambda a, b: jnp.where(present, a, b), new, old)
+
+
+def learned(
+    optimizer: Any, slope: jax.Array, values: jax.Array, state: Any, present: Any
+) -> tuple[jax.Array, Any]:
+    """One step down the slope for the losses that are there: values and optimizer's state."""
+    change, after = optimizer.update(slope, state, values)
+    if present is None:
+        return values + change, after
+    # The count, alone of no loss's, goes on.
+    after = jax.tree.map(
+        lambda new, old: kept(present, new, old) if new.shape == values.shape else new, after, state
+    )
+    return jnp.where(present, values + change, values), after
+
+
+def _stacked(weights: Any, like: jax.Array) -> jax.Array:
+    """What a weighting returned, an array or a sequence over the last axis, as an array."""
+    if isinstance(weights, tuple | list):
+        each = [jnp.broadcast_to(jnp.asarray(w, like.dtype), like.shape[:-1]) for w in weights]
+        return jnp.stack(each, axis=-1)
+    return jnp.broadcast_to(jnp.asarray(weights, like.dtype), like.shape)
+
+
+class _Running(NamedTuple):
+    """The memory of the weighting within, the running weights, and of which losses there are."""
+
+    inner: Any
+    weights: jax.Array
+    seen: jax.Array
+
+
+def running_weighting(
+    weighting: Weighting | RememberingWeighting, *, decay: Any = 0.9
+) -> RememberingWeighting:
+    r"""The running mean of a weighting's weights, as CR-MOGM smooths them.
+
+    $w(t) = \beta w(t - 1) + (1 - \beta) \hat w(t)$, with $\hat w(t)$ the weighting's; a loss's
+    first is its own. Weights of one step depend on its batch, which biases methods such as MGDA and
+    CAGrad; of a running mean there is a proof of convergence. What the weighting promises of a
+    step's direction holds no more.
+
+    Args:
+      weighting: a weighting of either kind.
+      decay: $\beta$, in [0, 1).
+
+    Returns:
+      A weighting with a memory.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> weighting = gdmam.running_weighting(gdmam.mgda_weighting, decay=0.5)
+      >>> memory = weighting.init(jnp.zeros(2))
+      >>> for norms in ([1.0, 1.0], [3.0, 1.0]):
+      ...     gramian = jnp.diag(jnp.array(norms))
+      ...     weights, memory = weighting.update(gramian, None, memory, gdmam.Losses())
+      >>> weights.tolist()
+      [0.375, 0.625]
+
+    References:
+      Zhou et al., On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
+      Beyond, NeurIPS 2022.
+    """
+    check_weighting(weighting, "")
+    check_range("decay", decay, 0, 1, below_maximum=True)
+
+    def init(zeros: jax.Array) -> _Running:
+        seen = jnp.zeros(zeros.shape[-1], bool)
+        return _Running(first_memory(weighting, zeros), zeros, seen)
+
+    def update(gramian: Any, norms: Any, memory: _Running, losses: Losses) -> tuple[Any, Any]:
+        new, inner = weigh(weighting, gramian, norms, memory.inner, losses)
+        new, here = _stacked(new, memory.weights), losses.present
+        mixed = jnp.where(memory.seen, decay * memory.weights + (1 - decay) * new, new)
+        weights = kept(here, mixed, memory.weights)
+        return weights, _Running(inner, weights, memory.seen | (True if here is None else here))
+
+    return RememberingWeighting(init, update)
+
+
+def normalised_weighting(weighting: Weighting | RememberingWeighting) -> RememberingWeighting:
+    r"""Normalise, then weigh: a weighting of the unit gradients.
+
+    $w_k = \hat w_k / n_k$, where $\hat w$ are the weighting's for the Gramian
+    $C_{jk} = G_{jk} / (n_j n_k)$. The result does not change when a loss is rescaled, and does
+    not shrink as gradients do. What the weighting promises of directions still holds. A loss
+    without a gradient is given to it as one.
+
+    Args:
+      weighting: a weighting of either kind; the norms' running means that it sees are in units of
+        the step's norms.
+
+    Returns:
+      A weighting, whose memory is that of the one given.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> weighting = gdmam.normalised_weighting(gdmam.pcgrad_weighting)
+      >>> gramian = jnp.array([[1.0, -2.0], [-2.0, 16.0]])
+      >>> weighting.update(gramian, None, None, gdmam.Losses())[0].tolist()
+      [1.5, 0.375]
+    """
+    check_weighting(weighting, "")
+
+    def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
+        lengths = _geometry.norms(gramian)
+        inverses = divide(jnp.ones_like(lengths), lengths)
+        units = inverses[..., :, None] * gramian * inverses[..., None, :]
+        means = None if norms is None else norms * inverses
+        weights, memory = weigh(weighting, units, means, memory, losses)
+        return _stacked(weights, lengths) * inverses, memory
+
+    return RememberingWeighting(lambda zeros: first_memory(weighting, zeros), update)

@@ -8,7 +8,7 @@ scopes. One with settings, called with the settings alone, is the weighting with
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -268,7 +268,7 @@ def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -
         left, _ = jax.lax.scan(project, own, orders.T, unroll=count < _geometry.MANY)
         return jnp.sum(left, axis=0)
 
-    return _over_scopes(weights, gramian)
+    return over_scopes(weights, gramian)
 
 
 def imtl_g_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
@@ -303,11 +303,11 @@ def imtl_g_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     return divide(solved, jnp.sum(solved, axis=-1, keepdims=True))
 
 
-def _over_scopes(weights: Callable[[jax.Array], jax.Array], gramian: jax.Array) -> jax.Array:
-    """Applies a function of one Gramian to those of all scopes."""
+def over_scopes(function: Callable[..., Any], gramian: jax.Array, *others: jax.Array) -> Any:
+    """Applies a function of one Gramian, and of other arrays by scope, to those of all scopes."""
     for _ in range(gramian.ndim - 2):
-        weights = jax.vmap(weights)
-    return weights(gramian)
+        function = jax.vmap(function)
+    return function(gramian, *others)
 
 
 def mgda_weighting(gramian: jax.Array, norms: jax.Array, *, present: Any = None) -> jax.Array:
@@ -349,7 +349,7 @@ def mgda_weighting(gramian: jax.Array, norms: jax.Array, *, present: Any = None)
         start = jnp.full_like(side, 1 / jnp.sum(side))
         return side * minimise(lambda x: (between @ x, between), start, side)
 
-    return _over_scopes(weights, gramian)
+    return over_scopes(weights, gramian)
 
 
 @with_settings
@@ -404,7 +404,7 @@ def cagrad_weighting(
         x = minimise(slopes, jnp.full_like(side, 1 / jnp.sum(side)), side)
         return equal + c * divide(radius, safe_sqrt(x @ between @ x)) * x * inverses
 
-    return _over_scopes(weights, gramian)
+    return over_scopes(weights, gramian)
 
 
 def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
@@ -449,7 +449,7 @@ def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
         w = jax.lax.scan(newton, w, length=ITERATIONS)[0]
         return w * inverses
 
-    return _over_scopes(weights, gramian)
+    return over_scopes(weights, gramian)
 
 
 @with_settings
@@ -553,7 +553,7 @@ def dual_proj_weighting(
       as in Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
     del norms
-    return _over_scopes(
+    return over_scopes(
         functools.partial(_projected, _shares(preference, gramian, present)), gramian
     )
 
@@ -598,7 +598,7 @@ def upgrad_weighting(
         unit = jnp.eye(wanted.size, dtype=gramian.dtype)
         return wanted @ jax.vmap(_projected, (0, None))(unit, gramian)
 
-    return _over_scopes(weights, gramian)
+    return over_scopes(weights, gramian)
 
 
 @with_settings
@@ -645,3 +645,116 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     square = jnp.sum(combined * projections, axis=-1, keepdims=True)
     length = jnp.sum(lengths * projections, axis=-1, keepdims=True)
     return divide(length, square) * combined * inverses
+
+
+@with_settings
+def fairgrad_weighting(gramian: jax.Array, norms: jax.Array, *, alpha: Any = 2.0) -> jax.Array:
+    r"""FairGrad: gains shared by alpha-fairness, $G w = w^{-1/\alpha}$.
+
+    The minimiser of $\frac12 w^T G w - \sum_k w_k^{1 - 1/\alpha} / (1 - 1/\alpha)$. Each loss
+    gains $w_k^{-1/\alpha}$: with $\alpha = 1$ in proportion, as in `nash_mtl_weighting`; the
+    larger $\alpha$, the more equally.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+      alpha: above 0.
+
+    Returns:
+      The weights, shape ``(..., K)``, above 0; 0 for a task without a gradient. Where gradients
+      oppose each other exactly there is no solution, and the weights are large.
+
+    Raises:
+      ValueError: ``alpha`` is not above 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> gramian = jnp.diag(jnp.array([8.0, 1.0]))
+      >>> [round(w, 4) for w in fairgrad_weighting(gramian, None, alpha=2.0).tolist()]
+      [0.25, 1.0]
+
+    References:
+      Ban and Ji, Fair Resource Allocation in Multi-Task Learning, ICML 2024.
+    """
+    del norms
+    check_range("alpha", alpha, above_minimum=True)
+    power = 1 / jnp.asarray(alpha, gramian.dtype)
+
+    def weights(gramian: jax.Array) -> jax.Array:
+        lengths, _, between = cosines(gramian)
+        eps = float(jnp.finfo(between.dtype).eps)
+        between = between + 10 * eps * jnp.eye(lengths.size, dtype=between.dtype)
+        # In units of the solution for orthogonal gradients: w = y n^(-2 / (1 + 1 / alpha)).
+        active = lengths > 0
+        size = jnp.where(active, lengths, 1) ** ((power - 1) / (power + 1))
+        size = size / jnp.max(size)
+        matrix = size[:, None] * between * size
+        y = jnp.ones_like(lengths)
+
+        def newton(y: jax.Array, _: None) -> tuple[jax.Array, None]:
+            pull = size**2 * y ** (-power)
+            change = jnp.linalg.solve(matrix + jnp.diag(power * pull / y), matrix @ y - pull)
+            # No step takes a weight to 0, or far beyond its double.
+            return y - change / (1 + jnp.max(jnp.abs(change / y))), None
+
+        y = jax.lax.scan(newton, y, length=ITERATIONS)[0]
+        unit = jnp.where(active, lengths, 1) ** (-2 / (1 + power))
+        return jnp.where(active, y * unit, 0)
+
+    return over_scopes(weights, gramian)
+
+
+@with_settings
+def dcgd_weighting(
+    gramian: jax.Array,
+    norms: jax.Array,
+    *,
+    direction: Literal["center", "projection", "average"] = "center",
+) -> jax.Array:
+    r"""DCGD, dual cone gradient descent: a direction in which both losses fall.
+
+    ``"center"``: the sum's projection on the bisector of the two gradients. ``"projection"``: the
+    sum or, where that is against a loss, its projection on what is not. ``"average"``: the sum
+    or, where that is against a loss, half of PCGrad's. For two losses; of more, the published
+    method first adds up all boundary losses. The first is `config_weighting` of two losses, the
+    second twice `dual_proj_weighting`, which are for more, too.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., 2, 2)``.
+      norms: unused.
+      direction: which of the three.
+
+    Returns:
+      The weights, shape ``(..., 2)``.
+
+    Raises:
+      ValueError: the direction is unknown, or there are more than two losses.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> gramian = jnp.array([[1.0, -2.0], [-2.0, 8.0]])
+      >>> for direction in ("projection", "average"):
+      ...     weights = dcgd_weighting(direction=direction)(gramian, None)
+      ...     print([round(w, 3) for w in weights.tolist()])
+      [2.0, 1.0]
+      [1.5, 0.625]
+
+    References:
+      Hwang and Lim, Dual Cone Gradient Descent for Training Physics-Informed Neural Networks,
+      NeurIPS 2024.
+    """
+    if gramian.shape[-1] != 2:
+        raise ValueError(
+            f"dcgd_weighting is for two losses, got {gramian.shape[-1]}; of more take "
+            "config_weighting for 'center', dual_proj_weighting for 'projection'"
+        )
+    if direction == "center":
+        return config_weighting(gramian, norms)
+    if direction == "projection":
+        return 2 * dual_proj_weighting(gramian, norms)
+    if direction != "average":
+        raise ValueError(
+            f"direction must be 'center', 'projection' or 'average', got {direction!r}"
+        )
+    against = jnp.min(jnp.sum(gramian, axis=-1), axis=-1, keepdims=True) < 0
+    return jnp.where(against, pcgrad_weighting(gramian, norms) / 2, 1)

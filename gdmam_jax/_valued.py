@@ -1,0 +1,450 @@
+r"""Weightings by the losses' values: they need no gradients, and so one backward pass is enough.
+
+In an optimizer of pairs they get the values by ``value=``. Without pairs, the weights are taken
+inside the loss, and an ordinary optimizer does the rest:
+
+>>> import jax, jax.numpy as jnp, optax
+>>> import gdmam_jax as gdmam
+>>> def losses(w):
+...     return jnp.sum((w - 1) ** 2), 100 * jnp.sum(w**2)
+>>> weighting, optimizer = gdmam.uncertainty_weighting(), optax.adam(0.1)
+>>> def weighed_loss(w, memory):
+...     values = jnp.stack(losses(w))
+...     known = gdmam.Losses(values=jax.lax.stop_gradient(values))
+...     weights, memory = weighting.update(None, None, memory, known)
+...     return weights @ values, memory
+>>> w, memory = jnp.zeros(2), weighting.init(jnp.zeros(2))
+>>> state = optimizer.init(w)
+>>> gradient, memory = jax.grad(weighed_loss, has_aux=True)(w, memory)
+>>> updates, state = optimizer.update(gradient, state, w)
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gdmam_jax._checks import check_range
+from gdmam_jax._losses import Losses
+from gdmam_jax._numerics import divide
+from gdmam_jax._remembering import (
+    RememberingWeighting,
+    each_loss,
+    kept,
+    learned,
+    made_by_call,
+    random_key,
+    values_of,
+)
+
+
+def _losses_alone(zeros: jax.Array) -> jax.Array:
+    """Zeros of shape ``(K,)``: values have no scopes."""
+    return jnp.zeros(zeros.shape[-1], zeros.dtype)
+
+
+def _softmax(logits: jax.Array, present: Any) -> jax.Array:
+    """Shares of the losses that there are, adding up to 1; all 0 where there is none."""
+    there = jnp.ones(logits.shape, bool) if present is None else present
+    highest = jnp.max(jnp.where(there, logits, -jnp.inf))
+    each = jnp.where(there, jnp.exp(jnp.minimum(logits - highest, 0)), 0)
+    return divide(each, jnp.sum(each))
+
+
+def _logarithms(values: jax.Array, lowest: Any, losses: Losses) -> jax.Array:
+    """Of the values above their lowest, held off 0."""
+    above = values - each_loss("lowest", lowest, losses, values)
+    return jnp.log(jnp.maximum(above, jnp.finfo(values.dtype).tiny))
+
+
+def _count(present: Any, like: jax.Array) -> Any:
+    return like.size if present is None else jnp.sum(present)
+
+
+class _Learned(NamedTuple):
+    """What is learned, one number a loss, and the state of the optimizer that learns it."""
+
+    values: jax.Array
+    optimizer: Any
+
+
+@made_by_call
+def uncertainty_weighting(*, learning_rate: Any = 0.01) -> RememberingWeighting:
+    r"""Uncertainty weighting: each loss is divided by a variance that is learned.
+
+    $w_k = \frac12 e^{-s_k}$, where the log-variances minimise
+    $\sum_k \frac12 (e^{-s_k} \ell_k + s_k)$, one step of Adam at a time; 0 at first. They tend to
+    $\ell_k = e^{s_k}$: each weighed loss to $\frac12$. It promises nothing of directions.
+
+    Args:
+      learning_rate: of the log-variances.
+
+    Returns:
+      A weighting that needs the losses' values, ``update(..., value=)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> weighting = gdmam.uncertainty_weighting(learning_rate=0.1)
+      >>> known, memory = gdmam.Losses(values=jnp.array([4.0, 0.25])), weighting.init(jnp.zeros(2))
+      >>> for _ in range(100):
+      ...     weights, memory = weighting.update(None, None, memory, known)
+      >>> [round(weight, 2) for weight in weights.tolist()]
+      [0.12, 2.0]
+
+    References:
+      Kendall, Gal and Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses, CVPR 2018.
+    """
+    check_range("learning_rate", learning_rate)
+    adam = optax.adam(learning_rate)
+
+    def init(zeros: jax.Array) -> _Learned:
+        start = _losses_alone(zeros)
+        return _Learned(start, adam.init(start))
+
+    def update(gramian: Any, norms: Any, memory: _Learned, losses: Losses) -> tuple[Any, Any]:
+        del gramian, norms
+        values = values_of("uncertainty_weighting", losses)
+        precision = jnp.exp(-memory.values)
+        slope = (1 - precision * values) / 2
+        return precision / 2, _Learned(*learned(adam, slope, *memory, losses.present))
+
+    return RememberingWeighting(init, update)
+
+
+class _Famo(NamedTuple):
+    """Logits, their optimizer's state, the logarithms of the last values, and which there were."""
+
+    logits: jax.Array
+    optimizer: Any
+    logarithms: jax.Array
+    seen: jax.Array
+
+
+@made_by_call
+def famo_weighting(
+    *, learning_rate: Any = 0.025, weight_decay: Any = 1e-3, lowest: Any = 0.0
+) -> RememberingWeighting:
+    r"""FAMO: all losses' logarithms fall at one speed.
+
+    With $z = \operatorname{softmax}(\xi)$, $w_k = c z_k / (\ell_k - b_k)$, where $c$ makes the
+    weights add up to 1: the gradient of $\sum_k z_k \log(\ell_k - b_k)$. The logits follow, by
+    Adam, how much less than the others each logarithm fell from one step to the next. The
+    published method takes both values on one batch, with another forward pass; here it is the
+    next step's value, the same where all data are in every batch.
+
+    Args:
+      learning_rate: of the logits.
+      weight_decay: of the logits.
+      lowest: $b_k$, what each loss is above: a number, one for each loss, or a mapping by name.
+
+    Returns:
+      A weighting that needs the losses' values, ``update(..., value=)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> weighting = gdmam.famo_weighting()
+      >>> known = gdmam.Losses(values=jnp.array([3.0, 1.0]))
+      >>> weights, _ = weighting.update(None, None, weighting.init(jnp.zeros(2)), known)
+      >>> [round(weight, 3) for weight in weights.tolist()]
+      [0.25, 0.75]
+
+    References:
+      Liu et al., FAMO: Fast Adaptive Multitask Optimization, NeurIPS 2023.
+    """
+    check_range("learning_rate", learning_rate)
+    check_range("weight_decay", weight_decay)
+    adam = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+
+    def init(zeros: jax.Array) -> _Famo:
+        start = _losses_alone(zeros)
+        return _Famo(start, adam.init(start), start, jnp.zeros(start.shape, bool))
+
+    def update(gramian: Any, norms: Any, memory: _Famo, losses: Losses) -> tuple[Any, Any]:
+        del gramian, norms
+        here = losses.present
+        logarithms = _logarithms(values_of("famo_weighting", losses), lowest, losses)
+        there = jnp.ones(logarithms.shape, bool) if here is None else here
+        both = memory.seen & there
+        fallen = jnp.where(both, memory.logarithms - logarithms, 0)
+        shares = _softmax(memory.logits, both)
+        slope = shares * (fallen - jnp.sum(shares * fallen))
+        logits, state = learned(adam, slope, memory.logits, memory.optimizer, both)
+        # Before there are two values of any loss there is nothing to learn from.
+        state = kept(jnp.any(both), state, memory.optimizer)
+        weights = _softmax(logits - logarithms, here)
+        last = kept(here, logarithms, memory.logarithms)
+        return weights, _Famo(logits, state, last, memory.seen | there)
+
+    return RememberingWeighting(init, update)
+
+
+class _Epochs(NamedTuple):
+    """Sums and counts of this epoch's values, the last two epochs' means, and counts."""
+
+    totals: jax.Array
+    counts: jax.Array
+    last: jax.Array
+    before: jax.Array
+    epochs: jax.Array
+    steps: jax.Array
+
+
+@made_by_call
+def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeighting:
+    r"""Dynamic weight average: a loss that falls more slowly than the others counts more.
+
+    $w_k = K \operatorname{softmax}_k(L_k(t - 1) / (L_k(t - 2) T))$, with $L_k(t)$ the loss's mean
+    over epoch $t$; 1 in the first two epochs.
+
+    Args:
+      temperature: $T$; the larger, the more equal the weights.
+      every: steps in an epoch.
+
+    Returns:
+      A weighting that needs the losses' values, ``update(..., value=)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> weighting = gdmam.dwa_weighting()
+      >>> memory = weighting.init(jnp.zeros(2))
+      >>> for values in ([2.0, 2.0], [2.0, 1.0], [2.0, 0.5]):
+      ...     known = gdmam.Losses(values=jnp.array(values))
+      ...     weights, memory = weighting.update(None, None, memory, known)
+      >>> [round(weight, 3) for weight in weights.tolist()]
+      [1.124, 0.876]
+
+    References:
+      Liu, Johns and Davison, End-to-End Multi-Task Learning with Attention, CVPR 2019.
+    """
+    check_range("temperature", temperature, above_minimum=True)
+    check_range("every", every, 1)
+
+    def init(zeros: jax.Array) -> _Epochs:
+        start = _losses_alone(zeros)
+        none = jnp.zeros(start.shape, jnp.int32)
+        return _Epochs(start, none, start, start, none, jnp.zeros((), jnp.int32))
+
+    def update(gramian: Any, norms: Any, memory: _Epochs, losses: Losses) -> tuple[Any, Any]:
+        del gramian, norms
+        values, here = values_of("dwa_weighting", losses), losses.present
+        ratio = jnp.where(memory.epochs >= 2, divide(memory.last, memory.before), 1)
+        weights = _count(here, values) * _softmax(ratio / temperature, here)
+        there = 1 if here is None else here.astype(jnp.int32)
+        totals, counts = memory.totals + there * values, memory.counts + there
+        steps = memory.steps + 1
+        ends = steps % every == 0
+        new = ends & (counts > 0)
+        return weights, _Epochs(
+            totals=jnp.where(ends, 0, totals),
+            counts=jnp.where(ends, 0, counts),
+            last=jnp.where(new, divide(totals, counts.astype(totals.dtype)), memory.last),
+            before=jnp.where(new, memory.last, memory.before),
+            epochs=jnp.minimum(memory.epochs + new, 2),
+            steps=jnp.where(ends, 0, steps),
+        )
+
+    return RememberingWeighting(init, update)
+
+
+class _Lookback(NamedTuple):
+    """Weights, each loss's first and last value, which there were, and how many draws."""
+
+    weights: jax.Array
+    first: jax.Array
+    last: jax.Array
+    seen: jax.Array
+    draws: jax.Array
+
+
+@made_by_call
+def relobralo_weighting(
+    *, temperature: Any = 0.1, decay: Any = 0.999, lookback: Any = 0.999, key: Any = None
+) -> RememberingWeighting:
+    r"""ReLoBRaLo: a loss that has fallen less than the others counts more, by running means.
+
+    With $\lambda_k(t, s) = K \operatorname{softmax}_k(\ell_k(t) / (\ell_k(s) T))$ the weights are
+    $w(t) = \alpha (\rho w(t - 1) + (1 - \rho) \lambda(t, 0)) + (1 - \alpha) \lambda(t, t - 1)$,
+    where $\rho$ is 1 with a probability near 1, else 0: then the weights forget all but the
+    start. 1 at first.
+
+    Args:
+      temperature: $T$; the larger, the more equal the weights.
+      decay: $\alpha$, of the running mean, in [0, 1].
+      lookback: the probability that $\rho$ is 1.
+      key: a random key; None for one of 0.
+
+    Returns:
+      A weighting that needs the losses' values, ``update(..., value=)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> weighting = gdmam.relobralo_weighting(temperature=1.0, decay=0.0)
+      >>> memory = weighting.init(jnp.zeros(2))
+      >>> for values in ([1.0, 1.0], [1.0, 0.5]):
+      ...     known = gdmam.Losses(values=jnp.array(values))
+      ...     weights, memory = weighting.update(None, None, memory, known)
+      >>> [round(weight, 3) for weight in weights.tolist()]
+      [1.245, 0.755]
+
+    References:
+      Bischof and Kraus, Multi-Objective Loss Balancing for Physics-Informed Deep Learning, 2021.
+    """
+    check_range("temperature", temperature, above_minimum=True)
+    check_range("decay", decay, 0, 1)
+    check_range("lookback", lookback, 0, 1)
+
+    def init(zeros: jax.Array) -> _Lookback:
+        start = _losses_alone(zeros)
+        return _Lookback(
+            start + 1, start, start, jnp.zeros(start.shape, bool), jnp.zeros((), jnp.int32)
+        )
+
+    def update(gramian: Any, norms: Any, memory: _Lookback, losses: Losses) -> tuple[Any, Any]:
+        del gramian, norms
+        values, here = values_of("relobralo_weighting", losses), losses.present
+        first = jnp.where(memory.seen, memory.first, values)
+        last = jnp.where(memory.seen, memory.last, values)
+
+        def balanced(since: jax.Array) -> jax.Array:
+            return _count(here, values) * _softmax(divide(values, since) / temperature, here)
+
+        drawn = jax.random.fold_in(random_key(key), memory.draws)
+        kept_on = jax.random.bernoulli(drawn, lookback)
+        past = jnp.where(kept_on, memory.weights, balanced(first))
+        mixed = decay * past + (1 - decay) * balanced(last)
+        weights = kept(here, jnp.where(memory.seen, mixed, 1), memory.weights)
+        seen = memory.seen | (True if here is None else here)
+        return weights, _Lookback(
+            weights,
+            kept(here, first, memory.first),
+            kept(here, values, memory.last),
+            seen,
+            memory.draws + 1,
+        )
+
+    return RememberingWeighting(init, update)
+
+
+@made_by_call
+def stch_weighting(
+    *, mu: Any = 0.1, preference: Any = 1.0, lowest: Any = 0.0
+) -> RememberingWeighting:
+    r"""Smooth Tchebycheff: the largest loss counts, softly.
+
+    $w_k = \lambda_k \operatorname{softmax}_k(\lambda_k (\ell_k - z_k) / \mu)$: the gradient of
+    $\mu \log \sum_k e^{\lambda_k (\ell_k - z_k) / \mu}$, which tends to the largest
+    $\lambda_k (\ell_k - z_k)$ as $\mu$ falls. Its minima are Pareto-optimal, and with all
+    $\lambda$ every such point is one.
+
+    Args:
+      mu: $\mu$, above 0.
+      preference: $\lambda_k$, over their sum: a number, one for each loss, or a mapping by name.
+      lowest: $z_k$, the best value of each loss; likewise.
+
+    Returns:
+      A weighting that needs the losses' values, ``update(..., value=)``. It has no memory.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> weighting = gdmam.stch_weighting(mu=1.0)
+      >>> known = gdmam.Losses(values=jnp.array([3.0, 1.0]))
+      >>> weights, _ = weighting.update(None, None, weighting.init(jnp.zeros(2)), known)
+      >>> [round(weight, 3) for weight in weights.tolist()]
+      [0.366, 0.134]
+
+    References:
+      Lin et al., Smooth Tchebycheff Scalarization for Multi-Objective Optimization, ICML 2024.
+    """
+    check_range("mu", mu, above_minimum=True)
+
+    def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
+        del gramian, norms
+        values, here = values_of("stch_weighting", losses), losses.present
+        wanted = each_loss("preference", preference, losses, values)
+        wanted = wanted if here is None else jnp.where(here, wanted, 0)
+        wanted = divide(wanted, jnp.sum(wanted))
+        above = values - each_loss("lowest", lowest, losses, values)
+        return wanted * _softmax(wanted * above / mu, here), memory
+
+    return RememberingWeighting(lambda zeros: (), update)
+
+
+@made_by_call
+def geometric_mean_weighting(*, lowest: Any = 0.0) -> RememberingWeighting:
+    r"""The gradient of the losses' geometric mean: each loss counts by its logarithm.
+
+    $w_k = \frac{1}{K \ell_k} \prod_j \ell_j^{1/K}$, of the losses' values above their lowest. The
+    direction does not change when a loss is rescaled.
+
+    Args:
+      lowest: what each loss is above: a number, one for each loss, or a mapping by name.
+
+    Returns:
+      A weighting that needs the losses' values, ``update(..., value=)``. It has no memory.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> weighting = gdmam.geometric_mean_weighting()
+      >>> known = gdmam.Losses(values=jnp.array([4.0, 1.0]))
+      >>> weights, _ = weighting.update(None, None, weighting.init(jnp.zeros(2)), known)
+      >>> [round(weight, 3) for weight in weights.tolist()]
+      [0.25, 1.0]
+
+    References:
+      Chennupati et al., MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy
+      for Multi-Task Learning, CVPR workshops 2019.
+    """
+
+    def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
+        del gramian, norms
+        values, here = values_of("geometric_mean_weighting", losses), losses.present
+        logarithms = _logarithms(values, lowest, losses)
+        shares = _softmax(jnp.zeros_like(values), here)
+        return shares * jnp.exp(jnp.sum(shares * logarithms) - logarithms), memory
+
+    return RememberingWeighting(lambda zeros: (), update)
+
+
+@made_by_call
+def random_weighting(*, key: Any = None) -> RememberingWeighting:
+    r"""Random weights, new at every step.
+
+    $w = \operatorname{softmax}(\epsilon)$, with normal $\epsilon$. What a method should do better than.
+
+    Args:
+      key: a random key; None for one of 0.
+
+    Returns:
+      A weighting whose memory counts the draws. It needs neither gradients nor values.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> weighting = gdmam.random_weighting()
+      >>> memory = weighting.init(jnp.zeros(2))
+      >>> first, memory = weighting.update(None, None, memory, gdmam.Losses())
+      >>> second, _ = weighting.update(None, None, memory, gdmam.Losses())
+      >>> bool(first[0] != second[0]), round(float(first.sum()), 3)
+      (True, 1.0)
+
+    References:
+      Lin et al., Reasonable Effectiveness of Random Weighting, TMLR 2022.
+    """
+
+    def init(zeros: jax.Array) -> dict[str, jax.Array]:
+        return {"draws": jnp.zeros((), jnp.int32), "like": _losses_alone(zeros)}
+
+    def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
+        del gramian, norms
+        drawn = jax.random.fold_in(random_key(key), memory["draws"])
+        logits = jax.random.normal(drawn, memory["like"].shape, memory["like"].dtype)
+        return _softmax(logits, losses.present), memory | {"draws": memory["draws"] + 1}
+
+    return RememberingWeighting(init, update)
