@@ -222,6 +222,20 @@ def defaults(
 
 
 @app.command()
+def absent(
+    only: Annotated[str, typer.Option(help="Weightings, commas between; all unless given.")] = "",
+    steps: Annotated[int, typer.Option(help="Of each training.", min=1)] = 400,
+    seeds: Annotated[int, typer.Option(help="How many trainings of each.", min=1)] = 5,
+    output: Output = None,
+) -> None:
+    """A task whose labels are often missing: what is left of the other, by weighting."""
+    from benchmarks import absent as module
+
+    rows = module.benchmark(_names(only, list(module.WEIGHTINGS)), steps, seeds)
+    timing.report(f"absent: prediction test loss, {steps} steps, {seeds} seeds", rows, output)
+
+
+@app.command()
 def soak(
     steps: Annotated[float, typer.Option(help="How many, for example 1e6.", min=100)] = 1e6,
     dtypes: Annotated[

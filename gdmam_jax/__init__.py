@@ -34,12 +34,12 @@ from gdmam_jax._released import ReleasedState as ReleasedState
 from gdmam_jax._released import clip_by_recent_norm as clip_by_recent_norm
 from gdmam_jax._released import gdmam_released as gdmam_released
 from gdmam_jax._remembering import RememberingWeighting as RememberingWeighting
+from gdmam_jax._remembering import normalised_weighting as normalised_weighting
+from gdmam_jax._remembering import running_weighting as running_weighting
 from gdmam_jax._running import gradient_norm_weighting as gradient_norm_weighting
 from gdmam_jax._running import gradnorm_weighting as gradnorm_weighting
 from gdmam_jax._running import gradvac_weighting as gradvac_weighting
-from gdmam_jax._remembering import normalised_weighting as normalised_weighting
 from gdmam_jax._running import pcd_weighting as pcd_weighting
-from gdmam_jax._remembering import running_weighting as running_weighting
 from gdmam_jax._scopes import Scope as Scope
 from gdmam_jax._scopes import leaf_scope as leaf_scope
 from gdmam_jax._transform import GDMAMState as GDMAMState

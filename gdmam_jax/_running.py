@@ -166,10 +166,10 @@ def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeigh
     r"""GradVac: gradients less alike than they have been are turned towards each other; the sum.
 
     Where the cosine $\phi$ between a gradient and another, $g_j$, lies below its running mean
-    $\hat\phi$, the gradient gets
-    $|g_i| (\hat\phi s - \phi \hat s) / (|g_j| \hat s)$ times $g_j$, with the sines
-    $s = \sqrt{1 - \phi^2}$ and $\hat s = \sqrt{1 - \hat\phi^2}$; then the cosine is $\hat\phi$. The others are gone through one after the
-    other, and what the gradient has become is compared. With $\hat\phi = 0$ it is PCGrad.
+    $\hat\phi$, the gradient gets $|g_i| (\hat\phi s - \phi \hat s) / (|g_j| \hat s)$ times $g_j$,
+    with the sines $s = \sqrt{1 - \phi^2}$ and $\hat s = \sqrt{1 - \hat\phi^2}$; then the cosine is
+    $\hat\phi$. The others are gone through one after the other, and what the gradient has become
+    is compared. With $\hat\phi = 0$ it is PCGrad.
 
     Args:
       decay: of the running means, in [0, 1]; they start at 0.

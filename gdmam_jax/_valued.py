@@ -416,7 +416,8 @@ def geometric_mean_weighting(*, lowest: Any = 0.0) -> RememberingWeighting:
 def random_weighting(*, key: Any = None) -> RememberingWeighting:
     r"""Random weights, new at every step.
 
-    $w = \operatorname{softmax}(\epsilon)$, with normal $\epsilon$. What a method should do better than.
+    $w = \operatorname{softmax}(\epsilon)$, with normal $\epsilon$: what a method should do better
+    than.
 
     Args:
       key: a random key; None for one of 0.

@@ -1,0 +1,116 @@
+"""Weightings with a memory or with values, in everything that a training may be made of."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import gdmam_jax as gdmam
+from tests.compatibility.harness import FAST_COMPILATION
+from tests.test_remembering import WEIGHTINGS
+
+STEPS = 6
+
+
+def losses(params, target):
+    error = params["w"] @ params["v"] - target
+    shifted = params["w"] + 1
+    return jnp.mean(error**2) + 1, {"ic": jnp.mean(shifted**4), "bc": jnp.sum(params["v"] ** 2) + 1}
+
+
+def pieces(name):
+    """Parameters, targets of every step, and a step of a training with absent losses."""
+    optimizer = gdmam.weighed(
+        optax.sgd(0.01),
+        WEIGHTINGS[name],
+        alignment_losses=("ic", "bc"),
+        not_finite="skip_loss",
+    )
+    params = {"w": jnp.linspace(-1, 1, 32).reshape(8, 4), "v": jnp.linspace(0.1, 1, 4)}
+    targets = jax.random.normal(jax.random.key(0), (STEPS, 8))
+
+    def step(carry, target):
+        params, state = carry
+        values, pairs = gdmam.value_and_paired_grad(losses)(params, target)
+        present = (True, {"ic": target[0] > 0, "bc": True})
+        updates, state = optimizer.update(pairs, state, params, present=present, value=values)
+        return (optax.apply_updates(params, updates), state), None
+
+    return optimizer, params, targets, step
+
+
+def run(step, carry, targets):
+    return jax.jit(lambda c, t: jax.lax.scan(step, c, t)[0], compiler_options=FAST_COMPILATION)(
+        carry, targets
+    )
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_scan_checkpoint_donation_vmap_sharding(name, tmp_path):
+    optimizer, params, targets, step = pieces(name)
+    start = (params, optimizer.init(params))
+    whole = run(step, start, targets)
+    chex.assert_tree_all_finite(whole)
+
+    # Saved in the middle and continued, bit for bit.
+    middle = run(step, start, targets[:3])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", middle)
+    like = jax.eval_shape(lambda: (params, optimizer.init(params)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "checkpoint", like)
+    chex.assert_trees_all_equal(run(step, restored, targets[3:]), run(step, middle, targets[3:]))
+
+    # One step a call, its state donated: compiled once.
+    traces = []
+
+    def counted(carry, target):
+        traces.append(None)
+        return step(carry, target)[0]
+
+    donated = jax.jit(counted, donate_argnums=0, compiler_options=FAST_COMPILATION)
+    carry = jax.tree.map(jnp.copy, start)
+    for target in targets:
+        carry = donated(carry, target)
+    assert len(traces) == 1
+    chex.assert_trees_all_close(carry, whole, rtol=1e-4, atol=1e-6)
+
+    # Two trainings at once.
+    doubled = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), start)
+    both = run(jax.vmap(step, in_axes=(0, None)), doubled, targets)
+    for one in range(2):
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf, one=one: leaf[one], both), whole, rtol=1e-4, atol=1e-6
+        )
+
+    # Parameters over eight devices.
+    mesh = jax.make_mesh((8,), ("x",))
+    over = {"w": jax.NamedSharding(mesh, jax.P("x")), "v": jax.NamedSharding(mesh, jax.P())}
+    placed = jax.device_put(params, over)
+    found = run(step, (placed, optimizer.init(placed)), targets)
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(whole), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_each_scope_remembers_for_itself(name):
+    """And one scope of several gets what it would get alone."""
+    link = gdmam.allocate(WEIGHTINGS[name], gdmam.open_gate, scope=gdmam.leaf_scope)
+    alone = gdmam.allocate(WEIGHTINGS[name], gdmam.open_gate)
+    key = jax.random.key(1)
+    params = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2))}
+    state, single = link.init(params), alone.init(params["b"])
+    for step in range(3):
+        value = (1.0 + step, 2.0 / (1 + step))
+        drawn = iter(jax.random.split(jax.random.fold_in(key, step), 4))
+        pairs = jax.tree.map(
+            lambda leaf, drawn=drawn: gdmam.GradientPair(
+                *(jax.random.normal(next(drawn), leaf.shape) for _ in range(2))
+            ),
+            params,
+        )
+        _, state = jax.jit(link.update)(pairs, state, value=value)
+        _, single = jax.jit(alone.update)(pairs["b"], single, value=value)
+        np.testing.assert_allclose(state.weights[1], single.weights, rtol=1e-4)
