@@ -12,7 +12,7 @@ import optax
 from gdmam_jax._allocation import Allocation, Allocator
 from gdmam_jax._checks import check_learning_rate, check_range, check_state
 from gdmam_jax._gates import cosine_gate
-from gdmam_jax._momenta import NormStatistics, ratcheted_momentum
+from gdmam_jax._momenta import MomentumRule, NormStatistics, ratcheted_momentum
 from gdmam_jax._numerics import (
     floored_sqrt,
     map_leaves,
@@ -220,19 +220,27 @@ def gdmam_released(
     check_learning_rate(learning_rate)
     check_range("weight_decay", weight_decay)
     check_range("bias_weight_decay", bias_weight_decay)
-    return optax.chain(
-        _scale_by_released(
-            initial_momentum=initial_momentum,
-            minimum_momentum=minimum_momentum,
-            maximum_momentum=maximum_momentum,
-            sensitivity=(prediction_sensitivity, parallel_sensitivity, orthogonal_sensitivity),
+    form = _Form(
+        allocator=Allocator(
+            weighting=constant_weighting(1, 1),
             statistics_decay=statistics_decay,
-            b2=b2,
-            eps=eps,
-            clip_factor=clip_factor,
-            clip_window=clip_window,
             axis_name=axis_name,
+            floor=FLOOR,
         ),
+        momentum=ratcheted_momentum(
+            initial=initial_momentum,
+            sensitivity=(prediction_sensitivity, parallel_sensitivity, orthogonal_sensitivity),
+            minimum=minimum_momentum,
+            maximum=maximum_momentum,
+        ),
+        bounds=(minimum_momentum, maximum_momentum),
+        b2=b2,
+        eps=eps,
+        clip_factor=clip_factor,
+        clip_window=clip_window,
+    )
+    return optax.chain(
+        optax.GradientTransformationExtraArgs(form.init, form.update),
         optax.add_decayed_weights(weight_decay, mask=lambda tree: _bias_mask(tree, False)),
         optax.add_decayed_weights(bias_weight_decay, mask=lambda tree: _bias_mask(tree, True)),
         optax.scale_by_learning_rate(learning_rate),
@@ -251,39 +259,27 @@ def _correction(decay: Any, steps: jax.Array) -> jax.Array:
     return -jnp.expm1(steps * jnp.log1p(-jnp.minimum(complement, 1 - jnp.finfo(steps.dtype).eps)))
 
 
-def _scale_by_released(
-    *,
-    initial_momentum: Any,
-    minimum_momentum: Any,
-    maximum_momentum: Any,
-    sensitivity: tuple[Any, Any, Any],
-    statistics_decay: Any,
-    b2: Any,
-    eps: Any,
-    clip_factor: Any,
-    clip_window: int,
-    axis_name: str | Sequence[str] | None,
-) -> optax.GradientTransformationExtraArgs:
+@dataclasses.dataclass(frozen=True)
+class _Form:
     """The released form's direction, before weight decay and learning rate."""
-    # The components' own norms are what the momenta follow: nothing is weighed or gated before.
-    allocator = Allocator(
-        weighting=constant_weighting(1, 1),
-        statistics_decay=statistics_decay,
-        axis_name=axis_name,
-        floor=FLOOR,
-    )
-    momentum = ratcheted_momentum(
-        initial=initial_momentum,
-        sensitivity=sensitivity,
-        minimum=minimum_momentum,
-        maximum=maximum_momentum,
-    )
-    check_range("b2", b2, 0, 1, below_maximum=True)
-    check_range("eps", eps, above_minimum=True)
-    clipping = clip_by_recent_norm(clip_factor, clip_window)
 
-    def init(params: optax.Params) -> ReleasedState:
-        allocation = allocator.init(params)
+    # The components' own norms are what the momenta follow: nothing is weighed or gated before.
+    allocator: Allocator
+    momentum: MomentumRule
+    bounds: tuple[Any, Any]
+    b2: Any
+    eps: Any
+    clip_factor: Any
+    clip_window: int
+
+    def __post_init__(self) -> None:
+        check_range("b2", self.b2, 0, 1, below_maximum=True)
+        check_range("eps", self.eps, above_minimum=True)
+        clip_by_recent_norm(self.clip_factor, self.clip_window)
+
+    def init(self, params: optax.Params) -> ReleasedState:
+        """The state before the first step."""
+        allocation = self.allocator.init(params)
         squares = zeros_like(jax.tree.map(widen, params))
         return ReleasedState(
             count=jnp.zeros((), jnp.int32),
@@ -293,10 +289,27 @@ def _scale_by_released(
             first_moment=zeros_like(params),
             second_moment=squares,
             second_moment_maximum=zeros_like(squares),
-            clipping=clipping.init(params),
+            clipping=clip_by_recent_norm(self.clip_factor, self.clip_window).init(params),
         )
 
+    def steer(self, allocation: Allocation, old: NormStatistics) -> tuple[Any, ...]:
+        """The statistics, the weights, the gate, ``b1``, and the weighted gradient's norm."""
+        statistics = old.after(allocation.sizes, self.allocator.statistics_decay)
+        statistics = dataclasses.replace(statistics, momentum=self.momentum(statistics))
+        geometry = allocation.geometry
+        lengths = jnp.append(geometry.prediction_norm, geometry.alignment_norm)
+        weights = lengths / jnp.sum(lengths)
+        gate = jnp.stack(cosine_gate(geometry.cosine, geometry.cosine))
+        steered = jnp.sum(statistics.momentum * jnp.append(weights[0], gate))
+        b1 = jnp.clip(steered, *self.bounds).astype(weights.dtype)
+        # From its parts along and across the prediction gradient.
+        along = weights[0] + weights[1] * geometry.projection[0]
+        along *= geometry.prediction_norm - FLOOR
+        across = weights[1] * (geometry.orthogonal_norm[0] - FLOOR)
+        return statistics, weights, gate, b1, safe_sqrt(along**2 + across**2)
+
     def update(
+        self,
         updates: optax.Updates,
         state: ReleasedState,
         params: optax.Params | None = None,
@@ -304,47 +317,33 @@ def _scale_by_released(
         alignment: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReleasedState]:
+        """Takes pairs, and returns one update and the new state."""
         del extra_args
         check_state(state, ReleasedState)
-        leaves, structure, previous = allocator.begin(
+        leaves, structure, previous = self.allocator.begin(
             updates, state.allocation, params, alignment, like=state.first_moment
         )
         if not leaves:
             return structure.unflatten([]), state
-        allocation, _ = allocator.decide(leaves, previous, None, None)
-        statistics = state.statistics.after(allocation.sizes, statistics_decay)
-        statistics = dataclasses.replace(statistics, momentum=momentum(statistics))
-        geometry = allocation.geometry
-        lengths = jnp.append(geometry.prediction_norm, geometry.alignment_norm)
-        weights = lengths / jnp.sum(lengths)
-        gate = jnp.stack(cosine_gate(geometry.cosine, geometry.cosine))
-        b1 = jnp.clip(
-            jnp.sum(statistics.momentum * jnp.append(weights[0], gate)),
-            minimum_momentum,
-            maximum_momentum,
-        ).astype(weights.dtype)
-        # The weighted gradient's norm, from its parts along and across the prediction gradient.
-        along = weights[0] + weights[1] * geometry.projection[0]
-        along *= geometry.prediction_norm - FLOOR
-        across = weights[1] * (geometry.orthogonal_norm[0] - FLOOR)
-        scale, clipped = _accept(state.clipping, safe_sqrt(along**2 + across**2), clip_factor)
+        allocation, _ = self.allocator.decide(leaves, previous, None, None)
+        statistics, weights, gate, b1, size = self.steer(allocation, state.statistics)
+        scale, clipped = _accept(state.clipping, size, self.clip_factor)
         count = optax.safe_increment(state.count)
         steps = count.astype(weights.dtype)
         leaf_step = partial(
             _leaf_step,
             b1=b1,
-            b2=jnp.asarray(b2, b1.dtype),
-            corrections=(_correction(b1, steps), jnp.sqrt(_correction(b2, steps))),
-            eps=jnp.asarray(eps, b1.dtype),
+            b2=jnp.asarray(self.b2, b1.dtype),
+            corrections=(_correction(b1, steps), jnp.sqrt(_correction(self.b2, steps))),
+            eps=jnp.asarray(self.eps, b1.dtype),
         )
-        like = state.first_moment if params is None else params
         directions, first, second, largest = map_leaves(
             lambda pair, leaf, *moments: leaf_step(
                 pair, scale * weights, *moments, dtype=jnp.result_type(leaf)
             ),
             structure,
             structure.unflatten(leaves),
-            like,
+            state.first_moment if params is None else params,
             state.first_moment,
             state.second_moment,
             state.second_moment_maximum,
@@ -359,8 +358,6 @@ def _scale_by_released(
             second_moment_maximum=largest,
             clipping=clipped,
         )
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 # One compiled function for a leaf's step: leaves of one shape are traced once.

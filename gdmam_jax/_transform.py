@@ -149,25 +149,65 @@ def scale_by_gdmam(
       The method's public description, made precise; see the project's documentation for what of it
       is released code and what is this library's reading.
     """
-    momentum = chosen(momentum)
-    allocator = Allocator(
-        weighting=chosen(weighting),
-        gate=chosen(gate),
-        scope=scope,
-        alignment_losses=alignment_losses,
-        statistics_decay=statistics_decay,
-        not_finite=not_finite,
-        max_skips=max_skips,
-        axis_name=axis_name,
+    form = _Form(
+        allocator=Allocator(
+            weighting=chosen(weighting),
+            gate=chosen(gate),
+            scope=scope,
+            alignment_losses=alignment_losses,
+            statistics_decay=statistics_decay,
+            not_finite=not_finite,
+            max_skips=max_skips,
+            axis_name=axis_name,
+        ),
+        momentum=chosen(momentum),
+        momenta=momenta,
+        b2=b2,
+        eps=eps,
+        amsgrad=amsgrad,
+        momentum_dtype=momentum_dtype,
     )
-    check_function("momentum", momentum, STATIC)
-    _check_numbers(momenta, b2, eps, amsgrad, momentum_dtype)
-    steered = momenta == "steered"
+    return optax.GradientTransformationExtraArgs(form.init, form.update)
 
-    def init(params: optax.Params) -> GDMAMState:
-        allocation = allocator.init(params)
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """The allocated form with its choices: what `scale_by_gdmam` makes of its arguments."""
+
+    allocator: Allocator
+    momentum: MomentumRule
+    momenta: str
+    b2: Any
+    eps: Any
+    amsgrad: bool
+    momentum_dtype: Any
+
+    def __post_init__(self) -> None:
+        check_function("momentum", self.momentum, STATIC)
+        check_range("b2", 0 if self.b2 is None else self.b2, 0, 1, below_maximum=True)
+        check_range("eps", self.eps, above_minimum=True)
+        if self.momenta not in ("steered", "separate"):
+            raise ValueError(f"momenta must be 'steered' or 'separate', got {self.momenta!r}")
+        if self.amsgrad and self.b2 is None:
+            raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
+        if self.momentum_dtype is not None and not _is_floating(self.momentum_dtype):
+            raise ValueError(
+                f"momentum_dtype must be a floating-point dtype, got {self.momentum_dtype}; "
+                "optax.inject_hyperparams takes a dtype for a schedule: give it "
+                "static_args=('momentum_dtype',)"
+            )
+
+    @property
+    def steered(self) -> bool:
+        """Whether there is one momentum for all components."""
+        return self.momenta == "steered"
+
+    def init(self, params: optax.Params) -> GDMAMState:
+        """The state before the first step."""
+        allocation = self.allocator.init(params)
         statistics = NormStatistics.start(allocation.sizes.shape, allocation.norms.dtype)
-        decays = statistics.mean[..., : 1 if steered else None]
+        decays = statistics.mean[..., : 1 if self.steered else None]
+        has_second = self.b2 is not None
 
         def second_moment() -> optax.Params:
             return zeros_like(jax.tree.map(widen, params))
@@ -177,18 +217,19 @@ def scale_by_gdmam(
             allocation=allocation,
             statistics=statistics,
             momentum_correction=jnp.zeros_like(decays),
-            momenta=tuple(zeros_like(params, momentum_dtype) for _ in range(decays.shape[-1])),
-            second_moment=None if b2 is None else second_moment(),
-            second_moment_maximum=second_moment() if amsgrad else None,
-            second_moment_correction=None if b2 is None else jnp.zeros((), decays.dtype),
+            momenta=tuple(zeros_like(params, self.momentum_dtype) for _ in range(decays.shape[-1])),
+            second_moment=second_moment() if has_second else None,
+            second_moment_maximum=second_moment() if self.amsgrad else None,
+            second_moment_correction=jnp.zeros((), decays.dtype) if has_second else None,
         )
 
-    def check_choices(state: GDMAMState) -> None:
-        buffers = 1 if steered else state.statistics.momentum.shape[-1]
+    def check_choices(self, state: GDMAMState) -> None:
+        """Raise a ``ValueError`` where a state was made by an optimizer of other choices."""
+        buffers = 1 if self.steered else state.statistics.momentum.shape[-1]
         for name, found, expected in (
             ("momenta", len(state.momenta), buffers),
-            ("b2", state.second_moment is not None, b2 is not None),
-            ("amsgrad", state.second_moment_maximum is not None, amsgrad),
+            ("b2", state.second_moment is not None, self.b2 is not None),
+            ("amsgrad", state.second_moment_maximum is not None, self.amsgrad),
         ):
             if found != expected:
                 raise ValueError(
@@ -197,6 +238,7 @@ def scale_by_gdmam(
                 )
 
     def update(
+        self,
         updates: optax.Updates,
         state: GDMAMState,
         params: optax.Params | None = None,
@@ -206,42 +248,37 @@ def scale_by_gdmam(
         present: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GDMAMState]:
+        """Takes pairs, and returns one update and the new state."""
         del extra_args
         check_state(state, GDMAMState)
-        leaves, structure, previous = allocator.begin(
+        leaves, structure, previous = self.allocator.begin(
             updates, state.allocation, params, alignment, like=state.momenta[0]
         )
-        check_choices(state)
+        self.check_choices(state)
         if not leaves:
             return structure.unflatten([]), state
-        allocation, present = allocator.decide(leaves, previous, value, present)
-        statistics = _measured(state.statistics, allocation, present, statistics_decay, momentum)
-        small, per_scope, second = _remember(state, allocation, statistics, b2, eps, steered)
-        allocation, apply = allocator.keep(previous, allocation, present, statistics)
+        allocation, present = self.allocator.decide(leaves, previous, value, present)
+        statistics = self.measured(state.statistics, allocation, present)
+        small, per_scope, second = self.remember(state, allocation, statistics)
+        allocation, apply = self.allocator.keep(previous, allocation, present, statistics)
         if apply is not None:
             small = where(apply, small, {name: getattr(state, name) for name in small})
             # With these the loops over the arrays leave them as they are.
             per_scope = jax.tree.map(lambda scalar: jnp.where(apply, scalar, 0), per_scope)
             second = second and (jnp.where(apply, second[0], 1), *second[1:])
-        taken = taken_losses(apply, present, 1 + allocator.count)
+        taken = taken_losses(apply, present, 1 + self.allocator.count)
         dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
 
         def leaf_step(number: int, pair: GradientPair, moment: Any, largest: Any, *old: Any) -> Any:
             with jax.numpy_dtype_promotion("standard"):
                 dtype = dtypes[number] if dtypes else jnp.result_type(pair.prediction, old[0])
+            scalars = tuple(allocation.scopes.at(each, number) for each in per_scope)
             return _leaf_step(
-                halves(pair),
-                tuple(allocation.scopes.at(scalars, number) for scalars in per_scope),
-                old,
-                moment,
-                largest,
-                second,
-                taken,
-                apply,
+                halves(pair), scalars, old, moment, largest, second, taken, apply,
                 dtype=jnp.dtype(dtype),
-            )
+            )  # fmt: skip
 
-        direction, new_momenta, moment, largest = map_leaves(
+        direction, momenta, moment, largest = map_leaves(
             leaf_step,
             structure,
             structure.unflatten(range(len(leaves))),
@@ -250,81 +287,50 @@ def scale_by_gdmam(
             state.second_moment_maximum,
             *state.momenta,
         )
-        return direction, GDMAMState(
-            allocation=allocation,
-            momenta=new_momenta,
-            second_moment=moment,
-            second_moment_maximum=largest,
-            **small,
+        new = {"second_moment": moment, "second_moment_maximum": largest, "momenta": momenta}
+        return direction, GDMAMState(allocation=allocation, **new, **small)
+
+    def measured(self, old: NormStatistics, allocation: Allocation, present: Any) -> NormStatistics:
+        """The statistics after this step's components, and the momentum the rule makes of them."""
+        if present is not None:
+            present = jnp.concatenate([present[:1], present[1:], present[1:]])
+        statistics = old.after(allocation.sizes, self.allocator.statistics_decay, present)
+        coefficients = as_array(
+            "momentum", self.momentum(statistics), old.mean.shape, old.mean.dtype, "coefficients"
         )
+        return dataclasses.replace(statistics, momentum=coefficients)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def remember(
+        self, state: GDMAMState, allocation: Allocation, statistics: NormStatistics
+    ) -> tuple[dict[str, Any], tuple[jax.Array, ...], Any]:
+        """What a step does with its momenta, as scalars: of the state, and of the leaves.
 
-
-def _check_numbers(momenta: Any, b2: Any, eps: Any, amsgrad: Any, momentum_dtype: Any) -> None:
-    check_range("b2", 0 if b2 is None else b2, 0, 1, below_maximum=True)
-    check_range("eps", eps, above_minimum=True)
-    if momenta not in ("steered", "separate"):
-        raise ValueError(f"momenta must be 'steered' or 'separate', got {momenta!r}")
-    if amsgrad and b2 is None:
-        raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
-    if momentum_dtype is not None and not _is_floating(momentum_dtype):
-        raise ValueError(
-            f"momentum_dtype must be a floating-point dtype, got {momentum_dtype}; "
-            "optax.inject_hyperparams takes a dtype for a schedule: give it "
-            "static_args=('momentum_dtype',)"
-        )
-
-
-def _measured(
-    old: NormStatistics, allocation: Allocation, present: Any, decay: Any, momentum: MomentumRule
-) -> NormStatistics:
-    """The statistics after this step's components, and the momentum that the rule makes of them."""
-    if present is not None:
-        present = jnp.concatenate([present[:1], present[1:], present[1:]])
-    statistics = old.after(allocation.sizes, decay, present)
-    coefficients = as_array(
-        "momentum", momentum(statistics), old.mean.shape, old.mean.dtype, "coefficients"
-    )
-    return dataclasses.replace(statistics, momentum=coefficients)
-
-
-def _remember(
-    state: GDMAMState,
-    allocation: Allocation,
-    statistics: NormStatistics,
-    b2: Any,
-    eps: Any,
-    steered: bool,
-) -> tuple[dict[str, Any], tuple[jax.Array, ...], Any]:
-    """What a step does with its momenta, as scalars: those of the state, and those of the leaves.
-
-    Returns:
-      The state's new scalars by name; `_leaf_step`'s ``scalars`` and ``second_scalars``.
-    """
-    decays, factors = statistics.momentum, allocation.components
-    if steered:
-        sizes = allocation.sizes
-        total = jnp.sum(sizes, axis=-1, keepdims=True)
-        sizes = jnp.where(total > 0, divide(sizes, total), 1 / sizes.shape[-1])
-        decays = jnp.sum(sizes * decays, axis=-1, keepdims=True)
-        factors = jnp.sum(factors, axis=-2, keepdims=True)
-    correction = decays * state.momentum_correction + (1 - decays)
-    # The newest gradient's share of a bias-corrected momentum.
-    share = (1 - decays) / correction
-    second, second_correction = None, None
-    if b2 is not None:
-        decay = jnp.asarray(b2, share.dtype)
-        second_correction = decay * state.second_moment_correction + (1 - decay)
-        root = jnp.sqrt(second_correction)
-        second = (decay, root, root * jnp.asarray(eps, root.dtype))
-    small = {
-        "count": optax.safe_increment(state.count),
-        "statistics": statistics,
-        "momentum_correction": correction,
-        "second_moment_correction": second_correction,
-    }
-    return small, (share, share[..., None] * factors, jnp.sum(factors, axis=-2)), second
+        Returns:
+          The state's new scalars by name; `_leaf_step`'s ``scalars`` and ``second_scalars``.
+        """
+        decays, factors = statistics.momentum, allocation.components
+        if self.steered:
+            sizes = allocation.sizes
+            total = jnp.sum(sizes, axis=-1, keepdims=True)
+            sizes = jnp.where(total > 0, divide(sizes, total), 1 / sizes.shape[-1])
+            decays = jnp.sum(sizes * decays, axis=-1, keepdims=True)
+            factors = jnp.sum(factors, axis=-2, keepdims=True)
+        correction = decays * state.momentum_correction + (1 - decays)
+        # The newest gradient's share of a bias-corrected momentum.
+        share = (1 - decays) / correction
+        second, second_correction = None, None
+        if self.b2 is not None:
+            decay = jnp.asarray(self.b2, share.dtype)
+            second_correction = decay * state.second_moment_correction + (1 - decay)
+            root = jnp.sqrt(second_correction)
+            second = (decay, root, root * jnp.asarray(self.eps, root.dtype))
+        small = {
+            "count": optax.safe_increment(state.count),
+            "statistics": statistics,
+            "momentum_correction": correction,
+            "second_moment_correction": second_correction,
+        }
+        return small, (share, share[..., None] * factors, jnp.sum(factors, axis=-2)), second
 
 
 def _is_floating(dtype: Any) -> bool:

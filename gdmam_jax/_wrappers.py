@@ -106,16 +106,7 @@ def over_pairs(
         check_floating(params, "parameter")
         taken.clear()
         state = wrapped.init(doubled(params))
-        left = [name for name, _ in named_leaves(params) if name not in taken]
-        if left and taken == ["(root)"]:
-            raise ValueError("the wrapper makes one leaf of all" + FLATTENED)
-        if left:
-            raise ValueError(
-                f"the wrapper hands {', '.join(left[:3])}{', ...' if len(left) > 3 else ''} to "
-                "another optimizer than the one that takes pairs, and it would take the prediction "
-                "gradient alone. optax.partition and optax.masked need no over_pairs: write "
-                'optax.partition({"a": gdmam(rate), "b": summed(optax.sgd(rate))}, labels)'
-            )
+        _check_taken(taken, params)
         # What it keeps of both halves gets buffers of their own: the state can be donated.
         return jax.tree.map(_apart, state, is_leaf=is_pair)
 
@@ -139,6 +130,20 @@ def over_pairs(
         return _first_half(results), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_taken(taken: list[str], params: optax.Params) -> None:
+    """Raise a ``ValueError`` unless the optimizer that takes pairs was handed every leaf."""
+    left = [name for name, _ in named_leaves(params) if name not in taken]
+    if left and taken == ["(root)"]:
+        raise ValueError("the wrapper makes one leaf of all" + FLATTENED)
+    if left:
+        raise ValueError(
+            f"the wrapper hands {', '.join(left[:3])}{', ...' if len(left) > 3 else ''} to another "
+            "optimizer than the one that takes pairs, and it would take the prediction gradient "
+            "alone. optax.partition and optax.masked need no over_pairs: write "
+            'optax.partition({"a": gdmam(rate), "b": summed(optax.sgd(rate))}, labels)'
+        )
 
 
 def _alignment(leaf: Any, losses: int | Sequence[str] | None) -> Any:
