@@ -6,46 +6,22 @@ from typing import Annotated
 import typer
 
 from benchmarks import timing
+from benchmarks.options import (
+    Losses,
+    Output,
+    Rounds,
+    Threads,
+    known_name,
+    known_names,
+    loss_counts,
+    numbers,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help="Ratios of things measured in turn in one run; medians with quartiles.",
 )
-
-Rounds = Annotated[int, typer.Option(help="How often each case runs.", min=1)]
-Threads = Annotated[int | None, typer.Option(help="Processors to use; all unless given.", min=1)]
-Losses = Annotated[str, typer.Option(help="How many, the prediction loss counted; commas between.")]
-Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(float(part)) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"expected numbers with commas between, got {text!r}") from None
-
-
-def _losses(text: str) -> list[int]:
-    counts = _numbers(text)
-    if min(counts) < 2:
-        raise typer.BadParameter(f"--losses must be at least 2, got {text}")
-    return counts
-
-
-def _names(text: str, known: list[str]) -> list[str]:
-    names = [name for name in text.split(",") if name]
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"unknown name {name!r}; expected some of {', '.join(known)}")
-    return names
-
-
-def _name(text: str, option: str, known: list[str]) -> str:
-    names = _names(text, known)
-    if len(names) != 1:
-        raise typer.BadParameter(f"{option} takes one name, got {text!r}")
-    return names[0]
 
 
 @app.command()
@@ -66,11 +42,11 @@ def update(
     timing.use_threads(threads)
     from benchmarks import update as module
 
-    counts = _numbers(leaves)
+    counts = numbers(leaves)
     if min(counts) < 1 or max(counts) > parameters:
         raise typer.BadParameter(f"leaves must be from 1 to {int(parameters)}, got {leaves}")
-    chosen = _names(only, list(module.OPTIMIZERS))
-    number = _losses(losses)
+    chosen = known_names(only, list(module.OPTIMIZERS))
+    number = loss_counts(losses)
     rows = module.benchmark(
         int(parameters), counts, dtype, momentum_dtype, rounds, chosen, steps, number, torch
     )
@@ -95,8 +71,8 @@ def pair(
     timing.use_threads(threads)
     from benchmarks import pair as module
 
-    chosen = _names(models, list(module.MODELS))
-    rows = module.benchmark(chosen, _losses(losses), batch, width, rounds, rematerialise)
+    chosen = known_names(models, list(module.MODELS))
+    rows = module.benchmark(chosen, loss_counts(losses), batch, width, rounds, rematerialise)
     title = f"pair, batch {batch}, width {width}" + rematerialise * ", rematerialised"
     timing.report(title, rows, output)
 
@@ -115,8 +91,8 @@ def fork(
     timing.use_threads(threads)
     from benchmarks import fork as module
 
-    chosen = _names(models, list(module.MODELS))
-    rows = module.benchmark(chosen, _losses(losses), batch, width, rounds)
+    chosen = known_names(models, list(module.MODELS))
+    rows = module.benchmark(chosen, loss_counts(losses), batch, width, rounds)
     timing.report(f"fork, batch {batch}, width {width}", rows, output)
 
 
@@ -133,7 +109,7 @@ def many(
     timing.use_threads(threads)
     from benchmarks import many as module
 
-    rows = module.benchmark(_losses(losses), int(parameters), chunk, rounds)
+    rows = module.benchmark(loss_counts(losses), int(parameters), chunk, rounds)
     timing.report(f"many, {parameters:g} parameters, UPGrad", rows, output)
 
 
@@ -149,7 +125,7 @@ def step(
     timing.use_threads(threads)
     from benchmarks import step as module
 
-    rows = module.step(_names(data, list(module.SHAPES)), steps, rounds)
+    rows = module.step(known_names(data, list(module.SHAPES)), steps, rounds)
     timing.report("step, batch 50, float32", rows, output)
 
 
@@ -170,8 +146,8 @@ def experiment(
     timing.use_threads(threads)
     from benchmarks import step as module
 
-    name = _name(data, "--data", list(module.SHAPES))
-    method = _name(method, "--method", list(module.rda_torch.TRAINERS))
+    name = known_name(data, "--data", list(module.SHAPES))
+    method = known_name(method, "--method", list(module.rda_torch.TRAINERS))
     rows = module.whole(name, method, folds, epochs, rounds, log_variance_bound or None)
     timing.report(f"experiment, {folds} folds, {epochs} epochs", rows, output)
 
@@ -188,8 +164,8 @@ def compile_time(
     timing.use_threads(threads)
     from benchmarks import compilation as module
 
-    chosen = _names(only, list(module.OPTIMIZERS))
-    rows = module.benchmark(_numbers(leaves), _numbers(shape), chosen)
+    chosen = known_names(only, list(module.OPTIMIZERS))
+    rows = module.benchmark(numbers(leaves), numbers(shape), chosen)
     timing.report(f"compile, leaves of {shape}", rows, output)
 
 
@@ -231,7 +207,7 @@ def absent(
     """A task whose labels are often missing: what is left of the other, by weighting."""
     from benchmarks import absent as module
 
-    rows = module.benchmark(_names(only, list(module.WEIGHTINGS)), steps, seeds)
+    rows = module.benchmark(known_names(only, list(module.WEIGHTINGS)), steps, seeds)
     timing.report(f"absent: prediction test loss, {steps} steps, {seeds} seeds", rows, output)
 
 
@@ -250,8 +226,8 @@ def soak(
     from benchmarks import soak as module
 
     count = int(steps) // module.CALLS * module.CALLS
-    chosen = _names(dtypes, ["float32", "bfloat16", "float16"])
-    rows = module.benchmark(count, chosen, _names(only, list(module.OPTIMIZERS)))
+    chosen = known_names(dtypes, ["float32", "bfloat16", "float16"])
+    rows = module.benchmark(count, chosen, known_names(only, list(module.OPTIMIZERS)))
     timing.report(f"soak, {count:,} steps", rows, output)
     if any(row["held"] == "NO" for row in rows):
         raise typer.Exit(1)

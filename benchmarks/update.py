@@ -26,6 +26,15 @@ OPTIMIZERS = {
     "gdmam(not_finite=skip)": lambda dtype, others=1: gdmam.gdmam(
         1e-3, momentum_dtype=dtype, alignment_losses=others, not_finite="skip"
     ),
+    "gdmam(not_finite=skip_loss)": lambda dtype, others=1: gdmam.gdmam(
+        1e-3, momentum_dtype=dtype, alignment_losses=others, not_finite="skip_loss"
+    ),
+    "gdmam(present=)": lambda dtype, others=1: _all_present(
+        gdmam.gdmam(1e-3, momentum_dtype=dtype, alignment_losses=others), others
+    ),
+    "allocate, adamw": lambda dtype, others=1: optax.chain(
+        gdmam.allocate(alignment_losses=others), optax.adamw(1e-3, mu_dtype=dtype)
+    ),
     "scale_by_gdmam": lambda dtype, others=1: optax.chain(
         gdmam.scale_by_gdmam(momentum_dtype=dtype, alignment_losses=others),
         optax.scale_by_learning_rate(1e-3),
@@ -115,6 +124,18 @@ def benchmark(
             row[f"over {leaves[0]} leaves"] = ratio(case, cases[number, leaves[0], name])
         rows.append(row | {"compile s": case.first})
     return rows
+
+
+def _all_present(
+    optimizer: optax.GradientTransformationExtraArgs, others: int
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with all losses present, which only the running program knows."""
+
+    def update(pairs: Any, state: Any, params: Any = None) -> Any:
+        here = state[0].count >= 0
+        return optimizer.update(pairs, state, params, present=(here, (here,) * others))
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def _random(seed: int, parameters: int, leaves: int, dtype: str) -> dict[str, jax.Array]:

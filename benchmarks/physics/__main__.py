@@ -9,7 +9,7 @@ import numpy as np
 import typer
 
 from benchmarks import timing
-from benchmarks.__main__ import Output, Rounds, Threads, _name, _names
+from benchmarks.options import Output, Rounds, Threads, known_name, known_names
 from benchmarks.physics import report as reports
 from benchmarks.physics.equations import CHOSEN_ON, EQUATIONS, HELD_OUT
 from benchmarks.physics.methods import ALL_METHODS, CHOICES
@@ -41,7 +41,7 @@ Folder = Annotated[
 
 
 def _chosen(text: str, known: list[str]) -> list[str]:
-    return known if text == "all" else _names(text, known)
+    return known if text == "all" else known_names(text, known)
 
 
 @app.command()
@@ -181,7 +181,7 @@ def step(
     timing.use_threads(threads)
     from benchmarks.physics import step as module
 
-    problem = _name(equation, "--equation", list(EQUATIONS))
+    problem = known_name(equation, "--equation", list(EQUATIONS))
     chosen = _chosen(methods, ALL_METHODS)
     for method in chosen:
         _check(problem, method, losses)

@@ -1,0 +1,40 @@
+"""Options that the benchmarks' command lines share, and how they are read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Rounds = Annotated[int, typer.Option(help="How often each case runs.", min=1)]
+Threads = Annotated[int | None, typer.Option(help="Processors to use; all unless given.", min=1)]
+Losses = Annotated[str, typer.Option(help="How many, the prediction loss counted; commas between.")]
+Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(float(part)) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas between, got {text!r}") from None
+
+
+def loss_counts(text: str) -> list[int]:
+    counts = numbers(text)
+    if min(counts) < 2:
+        raise typer.BadParameter(f"--losses must be at least 2, got {text}")
+    return counts
+
+
+def known_names(text: str, known: list[str]) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"unknown name {name!r}; expected some of {', '.join(known)}")
+    return names
+
+
+def known_name(text: str, option: str, known: list[str]) -> str:
+    names = known_names(text, known)
+    if len(names) != 1:
+        raise typer.BadParameter(f"{option} takes one name, got {text!r}")
+    return names[0]
