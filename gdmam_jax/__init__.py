@@ -2,6 +2,7 @@
 
 from gdmam_jax._allocation import Allocation as Allocation
 from gdmam_jax._allocation import allocate as allocate
+from gdmam_jax._carrying import carry_over as carry_over
 from gdmam_jax._diagnostics import diagnostics as diagnostics
 from gdmam_jax._fork import fork as fork
 from gdmam_jax._fork import fork_state as fork_state

@@ -1,0 +1,192 @@
+"""A training that goes on with more losses, fewer, or other ones."""
+
+import functools
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import gdmam_jax as gdmam
+
+PARAMS = {"w": jnp.linspace(-1.0, 1, 6).reshape(3, 2), "b": jnp.ones(2)}
+OPTIMIZERS = {
+    "gdmam": lambda **given: gdmam.gdmam(optax.cosine_decay_schedule(0.1, 20), **given),
+    "separate": functools.partial(
+        gdmam.gdmam, 0.1, momenta="separate", momentum=gdmam.relative_momentum
+    ),
+    "scopes": functools.partial(gdmam.gdmam, 0.1, scope=gdmam.leaf_scope, not_finite="skip_loss"),
+    "weighed": lambda **given: gdmam.weighed(
+        optax.adam(0.1), gdmam.running_weighting(gdmam.unit_weighting), **given
+    ),
+    "gradvac": lambda **given: optax.chain(
+        gdmam.allocate(gdmam.gradvac_weighting(decay=0.5), **given), optax.adam(0.1)
+    ),
+    "uncertainty": lambda **given: gdmam.weighed(
+        optax.adam(0.1), gdmam.uncertainty_weighting, **given
+    ),
+}
+
+
+def pairs_of(step, names):
+    """Each loss's gradients go with its name, whatever the others are."""
+
+    def tree(name):
+        key = jax.random.fold_in(jax.random.key(step), sum(map(ord, name)))
+        return jax.tree.map(
+            lambda leaf: jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape), PARAMS
+        )
+
+    return gdmam.pair_gradients(tree("prediction"), {name: tree(name) for name in names})
+
+
+def run(optimizer, params, state, steps, names, absent=()):
+    update = jax.jit(optimizer.update)
+    for step in steps:
+        present = (True, {name: name not in absent for name in names})
+        value = (1.0, {name: float(len(name)) for name in names})
+        updates, state = update(pairs_of(step, names), state, params, present=present, value=value)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_close(found, expected):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_new_loss_is_one_that_was_absent_so_far(name):
+    """With names in another order, too."""
+    few, many = ("ic",), ("bc", "ic")
+    old, new = (OPTIMIZERS[name](alignment_losses=names) for names in (few, many))
+    params, state = run(old, PARAMS, old.init(PARAMS), range(3), few)
+    before, state = state, gdmam.carry_over(state, new.init(PARAMS))
+    if name == "separate":
+        # Its momenta start at 0, and are corrected for it; an absent loss's have been 0 for long.
+        places, parts = (0, None, 1, None, 2), before[0].momenta
+        for place, correction, momentum in zip(
+            places, state[0].momentum_correction, state[0].momenta, strict=True
+        ):
+            expected = before[0].momentum_correction[place] if place is not None else 0
+            assert correction == expected
+            other = jax.tree.map(jnp.zeros_like, PARAMS) if place is None else parts[place]
+            jax.tree.map(np.testing.assert_array_equal, momentum, other)
+        return
+    found, _ = run(new, params, state, range(3, 6), many)
+    params, state = run(new, PARAMS, new.init(PARAMS), range(3), many, absent=("bc",))
+    expected, _ = run(new, params, state, range(3, 6), many)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loss_less_is_one_that_is_absent_from_now_on(name):
+    many, few = ("bc", "ic"), ("ic",)
+    old, new = (OPTIMIZERS[name](alignment_losses=names) for names in (many, few))
+    params, middle = run(old, PARAMS, old.init(PARAMS), range(3), many)
+    found, state = run(new, params, gdmam.carry_over(middle, new.init(PARAMS)), range(3, 6), few)
+    expected, after = run(old, params, middle, range(3, 6), many, absent=("bc",))
+    if name == "separate":
+        # The momenta of a loss that is absent fade away; those of one that is gone are gone.
+        report, beside = gdmam.diagnostics(state), gdmam.diagnostics(after)
+        np.testing.assert_allclose(
+            report["parallel_momentum/ic"], beside["parallel_momentum/ic"], rtol=1e-4
+        )
+        return
+    assert_close(found, expected)
+
+
+def test_nothing_is_compiled_anew_and_the_same_losses_keep_everything():
+    optimizer = OPTIMIZERS["separate"](alignment_losses=("ic", "bc"))
+    _, state = run(optimizer, PARAMS, optimizer.init(PARAMS), range(3), ("ic", "bc"))
+    carried = gdmam.carry_over(state, optimizer.init(PARAMS))
+    assert jax.tree.structure(carried) == jax.tree.structure(state)
+    for field in ("count", "momenta", "second_moment", "statistics", "momentum_correction"):
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(carried[0], field), getattr(state[0], field)
+        )
+    np.testing.assert_array_equal(carried[0].allocation.norms, state[0].allocation.norms)
+
+
+@pytest.mark.parametrize("how", ["orbax", "flax"])
+def test_from_a_checkpoint(how, tmp_path):
+    few, many = ("ic",), ("bc", "ic")
+    old, new = (OPTIMIZERS["gdmam"](alignment_losses=names) for names in (few, many))
+    params, state = run(old, PARAMS, old.init(PARAMS), range(3), few)
+    if how == "orbax":
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "checkpoint", state)
+        with ocp.StandardCheckpointer() as checkpointer:
+            like = jax.eval_shape(old.init, PARAMS)
+            restored = checkpointer.restore(tmp_path / "checkpoint", like)
+    else:
+        restored = flax.serialization.from_bytes(
+            old.init(PARAMS), flax.serialization.to_bytes(state)
+        )
+    found, expected = (
+        run(new, params, gdmam.carry_over(each, new.init(PARAMS)), range(3, 6), many)
+        for each in (restored, state)
+    )
+    assert_close(found[0], expected[0])
+
+
+def test_losses_without_names_go_by_their_place():
+    old, new = (gdmam.gdmam(0.1, alignment_losses=count) for count in (1, 3))
+    w = jnp.zeros(2)
+    pair = gdmam.GradientPair(jnp.array([3.0, 0.0]), jnp.array([0.0, 4.0]))
+    _, state = old.update(pair, old.init(w), w)
+    norms = gdmam.carry_over(state, new.init(w))[0].allocation.norms
+    assert norms.tolist() == [3, 4, 0, 0]
+
+
+def test_another_weighting_starts_afresh():
+    old = gdmam.weighed(optax.sgd(0.1), gdmam.pcd_weighting, alignment_losses=("ic",))
+    new = gdmam.weighed(optax.sgd(0.1), gdmam.gradvac_weighting, alignment_losses=("ic", "bc"))
+    _, state = run(old, PARAMS, old.init(PARAMS), range(2), ("ic",))
+    fresh = new.init(PARAMS)
+    carried = gdmam.carry_over(state, fresh)
+    jax.tree.map(np.testing.assert_array_equal, carried[0].memory, fresh[0].memory)
+    assert (carried[0].norms[:2] > 0).all()
+
+
+def test_accumulated_pairs_of_other_losses_are_dropped():
+    old, new = (
+        gdmam.over_pairs(
+            lambda tx: optax.MultiSteps(tx, 2),
+            gdmam.gdmam(0.1, alignment_losses=names),
+            alignment_losses=names,
+        )
+        for names in (("ic",), ("ic", "bc"))
+    )
+    update = jax.jit(old.update)
+    state = old.init(PARAMS)
+    for step in range(3):
+        _, state = update(pairs_of(step, ("ic",)), state, PARAMS)
+    carried = gdmam.carry_over(state, new.init(PARAMS))
+    _, after = new.update(pairs_of(3, ("ic", "bc")), carried, PARAMS)
+    assert jax.tree.structure(after) == jax.tree.structure(new.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (gdmam.gdmam(0.1), gdmam.weighed(optax.sgd(0.1), gdmam.sum_weighting), "differ in more"),
+        (gdmam.gdmam(0.1), gdmam.gdmam(0.1, alignment_losses=("a",)), "alignment_losses=names"),
+        (gdmam.gdmam(0.1), gdmam.gdmam(0.1, not_finite="skip"), "choice of not_finite"),
+        (gdmam.gdmam(0.1), gdmam.gdmam(0.1, momenta="separate"), "choice of momenta"),
+        (gdmam.gdmam(0.1), gdmam.gdmam(0.1, scope=gdmam.leaf_scope), "another scope"),
+    ],
+)
+def test_states_that_differ_in_more_are_refused(old, new, message):
+    with pytest.raises(ValueError, match=message):
+        gdmam.carry_over(old.init(PARAMS), new.init(PARAMS))
+
+
+def test_other_parameters_are_refused():
+    optimizer = gdmam.weighed(optax.adam(0.1), gdmam.sum_weighting)
+    with pytest.raises(ValueError, match=r"shapes \(2,\), \(3,\)"):
+        gdmam.carry_over(optimizer.init(jnp.ones(2)), optimizer.init(jnp.ones(3)))
