@@ -103,9 +103,8 @@ def _sources(where: str, old: Allocation, new: Allocation) -> list[int | None]:
 
 def _allocation(where: str, old: Allocation, new: Allocation) -> Allocation:
     """The new allocation with what the old one knows; of the last step nothing."""
-    if old.scopes.labels != new.scopes.labels or (old.skipped is None, old.skipped_losses is None) != (
-        new.skipped is None, new.skipped_losses is None
-    ):  # fmt: skip
+    skips = [(each.skipped is None, each.skipped_losses is None) for each in (old, new)]
+    if old.scopes.labels != new.scopes.labels or skips[0] != skips[1]:
         raise ValueError(f"at {where} the states are of another scope or choice of not_finite")
     places = [0, *(None if place is None else 1 + place for place in _sources(where, old, new))]
     axes = len(new.scopes.shape)

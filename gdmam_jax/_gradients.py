@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,18 @@ from gdmam_jax._allocation import as_array
 from gdmam_jax._checks import check_function, is_numeric
 from gdmam_jax._geometry import norms
 from gdmam_jax._numerics import pytree_dataclass, wide_dtype
-from gdmam_jax._pairs import GradientPair, check_floating, describe, named_leaves
+from gdmam_jax._pairs import (
+    GradientPair,
+    check_floating,
+    describe,
+    halves,
+    is_pair,
+    named_leaves,
+)
 from gdmam_jax._weightings import Weighting
+
+OVERWRITTEN = "_overwrite_with_gradient"
+"""Flax's collection of variables whose new values come as their gradients."""
 
 
 def value_and_paired_grad(
@@ -86,6 +96,7 @@ def value_and_paired_grad(
             return GradientPair(*structure.unflatten(gradients))
 
         pairs = jax.tree.map(pair, *map(pull_back, range(len(scalars))))
+        pairs = tuple(map(_overwriting_merged, pairs))
         return (losses, aux) if has_aux else losses, pairs[0] if isinstance(argnums, int) else pairs
 
     return paired
@@ -264,6 +275,22 @@ def _products(gradients: jax.Array) -> jax.Array:
     )
 
 
+def _overwriting_merged(pairs: Any) -> Any:
+    """Of what Flax overwrites with the gradient, one value instead of a pair.
+
+    FP8 layers have their scales and largest absolute values there: the largest serves all losses.
+    """
+    if not isinstance(pairs, Mapping) or OVERWRITTEN not in pairs:
+        return pairs
+    merged = jax.tree.map(
+        lambda pair: functools.reduce(jnp.maximum, halves(pair)),
+        pairs[OVERWRITTEN],
+        is_leaf=is_pair,
+    )
+    make: Any = type(pairs)
+    return make({**pairs, OVERWRITTEN: merged})
+
+
 def _check_argument(argument: Any, position: int) -> None:
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(argument, nnx.Module):
@@ -313,6 +340,8 @@ def _check_losses(losses: Any) -> tuple[jax.Array, Any]:
         raise TypeError(
             "the loss function must return two losses, (prediction_loss, alignment_loss), got "
             + (f"{len(losses)} values" if isinstance(losses, tuple | list) else describe(losses))
+            + "; with several alignment losses return prediction, (second, third), and give the "
+            "optimizer alignment_losses=2"
         )
     prediction, alignment = losses
     if isinstance(prediction, tuple | list) and len(prediction) == 2:

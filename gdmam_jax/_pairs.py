@@ -16,8 +16,15 @@ FLATTENED = (
 )
 
 
+class _Explained(type):
+    """JAX's message of trees that differ shows this, where a plain optimizer is given pairs."""
+
+    def __repr__(cls) -> str:
+        return f"{cls.__name__}, which an ordinary optimizer takes through summed or weighed"
+
+
 @pytree_dataclass
-class GradientPair:
+class GradientPair(metaclass=_Explained):
     """The gradients of one parameter.
 
     A tree of pairs has the shape of the parameters, each leaf replaced by a pair. That is what
@@ -178,6 +185,12 @@ def check_floating(tree: Any, what: str, advice: str = "", where: str = "") -> N
             raise ValueError(
                 f"{what} at {where or name} has been deleted: was it donated to an earlier "
                 "compiled step (donate_argnums)?"
+            )
+        if kind is not None and jnp.issubdtype(kind, jnp.complexfloating):
+            raise TypeError(
+                f"{what} at {where or name} has dtype {kind}; expected a real floating-point "
+                "array: keep its real and imaginary part as two arrays, and let the loss function "
+                "join them with jax.lax.complex(real, imaginary)"
             )
         if kind is None or not jnp.issubdtype(kind, jnp.floating):
             has = f"is a {type(leaf).__name__}" if kind is None else f"has dtype {kind}"

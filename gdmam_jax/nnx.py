@@ -140,6 +140,12 @@ def _of_modules(
 ) -> Callable[..., Any]:
     """A transformation of functions of trees, such as `value_and_paired_grad`, of modules."""
     check_function("loss_fn", loss_fn)
+    for each in argnums if isinstance(argnums, Sequence) else (argnums,):
+        if isinstance(each, nnx.DiffState):
+            raise TypeError(
+                f"argnums must be integers, got {each}; write argnums={each.argnum}, "
+                "wrt=the same filter"
+            )
     _gradients.check_argnums(argnums)
     predicate = filterlib.to_predicate(wrt)
 
