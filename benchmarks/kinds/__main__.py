@@ -1,0 +1,110 @@
+"""Command line of the benchmark of kinds of problems."""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks.__main__ import _names
+from benchmarks.kinds import images, others
+from benchmarks.kinds import report as reports
+from benchmarks.kinds.kind import Kind
+from benchmarks.kinds.methods import METHODS, PROGRAMS
+from benchmarks.kinds.training import train
+from gdmam_jax.ldl.laboratory import storage
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Train a small problem of each kind by several methods, and compare what people measure.",
+)
+KINDS: dict[str, Callable[[], Kind]] = {
+    "vae": images.vae,
+    "beta-vae": functools.partial(images.vae, 4.0),
+    "shared-trunk": images.shared_trunk,
+    "scales": others.scales,
+    "distillation": images.distillation,
+    "forces": others.forces,
+    "actor-critic": others.actor_critic,
+    "language-model": others.language_model,
+    "robustness": images.robustness,
+    "contrastive": images.contrastive,
+}
+Folder = Annotated[
+    Path, typer.Option(help="Where the results lie; what is there is not run again.")
+]
+
+
+@app.command()
+def run(
+    out: Folder = Path("results/kinds"),
+    kinds: Annotated[str, typer.Option(help="Commas between.")] = ",".join(KINDS),
+    seeds: Annotated[int, typer.Option(help="Of the results.", min=1)] = 5,
+    tuning_seeds: Annotated[
+        int, typer.Option(help="Others, by which rates and factors are chosen.", min=1)
+    ] = 2,
+    steps: Annotated[
+        int | None, typer.Option(help="Fewer or more than the kind's.", min=1)
+    ] = None,
+) -> None:
+    """Train each kind by each method, with every rate and seed; resumes where it was stopped."""
+    settings = {"seeds": seeds, "tuning_seeds": tuning_seeds, "steps": steps}
+    out.mkdir(parents=True, exist_ok=True)
+    for name in _names(kinds, list(KINDS)):
+        kind = KINDS[name]()
+        if steps is not None:
+            kind = kind._replace(steps=steps)
+        for program in PROGRAMS:
+            path = out / f"{name}-{program}.json"
+            if path.exists():
+                found = json.loads(path.read_text())
+                if found["settings"] != settings:
+                    raise typer.BadParameter(
+                        f"{path} was made with other settings, {found['settings']}; "
+                        "give the same again, or another --out"
+                    )
+                continue
+            started = time.perf_counter()
+            record = _every_run(kind, program, seeds + tuning_seeds)
+            seconds = time.perf_counter() - started
+            storage.write_json(path, record | {"settings": settings, "seconds": seconds})
+            typer.echo(f"{name}, {program}: {seconds:.0f} s", err=True)
+    report(out)
+
+
+def _every_run(kind: Kind, program: str, seeds: int) -> dict[str, Any]:
+    """All methods of a program, with all rates and seeds: lists in this order."""
+    methods = {name: m.setting for name, m in METHODS.items() if m.program == program}
+    axes = [list(methods.values()), kind.rates, range(seeds)]
+    settings, rates, numbers = (axis.ravel() for axis in np.meshgrid(*axes, indexing="ij"))
+    found = train(kind, program, rates, settings, numbers)
+    shape = [len(axis) for axis in axes]
+    return {
+        "methods": list(methods),
+        "rates": kind.rates,
+        **{name: each.reshape(shape).tolist() for name, each in found._asdict().items()},
+    }
+
+
+@app.command()
+def report(
+    out: Folder = Path("results/kinds"),
+    csv: Annotated[Path | None, typer.Option(help="Where to write every score.")] = None,
+) -> None:
+    """Print the table of what has been run."""
+    kinds = {name: make() for name, make in KINDS.items() if any(out.glob(f"{name}-*.json"))}
+    if not kinds:
+        raise typer.BadParameter(f"no results in {out}; run the benchmark first")
+    rows = reports.rows(kinds, out)
+    typer.echo(reports.table(rows))
+    if csv is not None:
+        reports.write_csv(rows, csv)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks.kinds")

@@ -1,0 +1,43 @@
+"""What a kind of problem is made of."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Kind(NamedTuple):
+    """Two losses, data and what people of the field measure.
+
+    Attributes:
+      title: in words.
+      losses: what the prediction and the alignment loss are, in words.
+      measure: what `score` is, in words.
+      higher: whether a higher score is better.
+      init: ``key -> params``.
+      sample: ``(params, key) -> batch``, of the training data or of what a policy does.
+      features: ``(params, batch) -> features``, what both losses share.
+      prediction: ``(params, features, batch) -> loss``.
+      alignment: likewise.
+      score: ``(params, key, part) -> score`` on held-out data; ``part`` is 0, which rates and
+        factors are chosen by, or 1, which is reported.
+      steps: how many batches.
+      rates: of Adam, to choose from.
+      trunk: whether the features are those of a shared trunk with a head for each loss.
+      epochs: updates on one batch.
+    """
+
+    title: str
+    losses: tuple[str, str]
+    measure: str
+    higher: bool
+    init: Callable[[jax.Array], Any]
+    sample: Callable[[Any, jax.Array], Any]
+    features: Callable[[Any, Any], Any]
+    prediction: Callable[[Any, Any, Any], jax.Array]
+    alignment: Callable[[Any, Any, Any], jax.Array]
+    score: Callable[[Any, jax.Array, int], jax.Array]
+    steps: int = 1000
+    rates: tuple[float, ...] = (1e-3, 1e-2)
+    trunk: bool = False
+    epochs: int = 1

@@ -1,0 +1,86 @@
+"""Training every method of a program, with every rate and seed, all at once."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gdmam_jax as gdmam
+from benchmarks.kinds.kind import Kind
+from benchmarks.kinds.methods import optimizer
+
+
+class Runs(NamedTuple):
+    """What each run came to, shape ``(runs,)``.
+
+    Attributes:
+      chosen_by: the score on the part that rates and factors are chosen by.
+      score: the score that is reported.
+      cosine: of the two gradients, the mean over the steps.
+      ratio: norm of the alignment gradient over that of the prediction gradient, the geometric
+        mean over the steps.
+    """
+
+    chosen_by: np.ndarray
+    score: np.ndarray
+    cosine: np.ndarray
+    ratio: np.ndarray
+
+
+def train(kind: Kind, program: str, rates: Any, settings: Any, seeds: Any) -> Runs:
+    """Trains one model for each triple of rate, setting and seed.
+
+    Args:
+      kind: of problem.
+      program: see `Method`.
+      rates: learning rates at the start, which fall along half a cosine; shape ``(runs,)``.
+      settings: see `Method`.
+      seeds: of parameters and batches.
+    """
+    given = (jnp.asarray(rates, jnp.float32), jnp.asarray(settings, jnp.float32))
+    found = _program(kind, program)(*given, jnp.asarray(seeds, jnp.uint32))
+    return Runs(*(np.asarray(each, np.float64) for each in found))
+
+
+@functools.cache
+def _program(kind: Kind, program: str) -> Any:
+    def run(rate: jax.Array, setting: jax.Array, seed: jax.Array) -> tuple[jax.Array, ...]:
+        first, second, *held_out = jax.random.split(jax.random.key(seed), 4)
+        falling = optax.schedules.cosine_decay_schedule(1.0, kind.steps * kind.epochs)
+        start, update = stepper(kind, program, lambda count: rate * falling(count), setting)
+
+        def step(carry: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+            batch = kind.sample(carry[0], key)
+            return jax.lax.scan(lambda carry, _: update(carry, batch), carry, length=kind.epochs)
+
+        params = kind.init(first)
+        keys = jax.random.split(second, kind.steps)
+        (params, _), (cosines, ratios) = jax.lax.scan(step, (params, start(params)), keys)
+        scores = [kind.score(params, key, part) for part, key in enumerate(held_out)]
+        return *scores, jnp.mean(cosines), jnp.exp(jnp.mean(ratios))
+
+    return jax.jit(jax.vmap(run))
+
+
+def stepper(kind: Kind, program: str, rate: Any, setting: jax.Array) -> tuple[Any, Any]:
+    """How the optimizer starts, and an update ``(carry, batch) -> (carry, (cosine, log ratio))``."""
+
+    def losses(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        found = kind.features(params, batch)
+        return kind.prediction(params, found, batch), kind.alignment(params, found, batch)
+
+    chosen = optimizer(program, rate, setting)
+
+    def update(carry: Any, batch: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        params, state = carry
+        values, pairs = gdmam.value_and_paired_grad(losses)(params, batch)
+        updates, state = chosen.update(pairs, state, params, value=values)
+        seen = gdmam.diagnostics(state)
+        norms = (seen["alignment_norm"], seen["prediction_norm"])
+        longer, shorter = (jnp.log(jnp.maximum(norm, 1e-12)) for norm in norms)
+        return (optax.apply_updates(params, updates), state), (seen["cosine"], longer - shorter)
+
+    return chosen.init, update
