@@ -1,6 +1,7 @@
 """The main example: it runs, says who won, draws its picture, and lowers for accelerators."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -73,13 +74,18 @@ def test_movie_ratings_lowers_for(movie_ratings, platform):
 def test_burgers_trains_concludes_and_draws(tmp_path, monkeypatch, capsys):
     example = load_example("burgers")
     picture = tmp_path / "new" / "burgers.png"
-    arguments = ["--steps", "200", "--width", "8", "--picture", str(picture)]
+    output = tmp_path / "errors.json"
+    arguments = ["--steps", "200", "--width", "8", "--seeds", "2"]
+    arguments += ["--picture", str(picture), "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["burgers.py", *arguments])
     example.main()
     printed = capsys.readouterr().out
-    assert "Relative error: summed Adam" in printed
+    assert "GDMAM, Muon: relative error" in printed
     assert "opposed each other" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
+    errors = json.loads(output.read_text())
+    assert list(errors) == list(example.METHODS)
+    assert all(len({*found}) == 2 for found in errors.values())
 
 
 def test_burgers_residual_of_the_solution_vanishes(x64):
