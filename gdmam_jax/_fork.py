@@ -19,12 +19,18 @@ from gdmam_jax._settings import chosen, default
 from gdmam_jax._weightings import Weighting, config_weighting
 
 
-def fork_state(losses: int | Sequence[str], dtype: Any = jnp.float32) -> Allocation:
+def fork_state(
+    losses: int | Sequence[str],
+    dtype: Any = jnp.float32,
+    *,
+    weighting: Weighting | RememberingWeighting = default(config_weighting),
+) -> Allocation:
     """The state of a `fork` before its first step.
 
     Args:
       losses: how many losses there are, the prediction's counted, or their names; as in `fork`.
       dtype: float32, or float64.
+      weighting: that of the fork, where it is a `RememberingWeighting`.
 
     Returns:
       A state of zeros.
@@ -37,10 +43,24 @@ def fork_state(losses: int | Sequence[str], dtype: Any = jnp.float32) -> Allocat
       (3,)
     """
     others = _others(losses)
-    allocation = _allocator(others).init(jnp.zeros((), dtype))
+    return _first(_allocator(others, weighting=chosen(weighting)), others, dtype)
+
+
+def _first(allocator: Allocator, others: int | tuple[str, ...], dtype: Any) -> Allocation:
+    allocation = allocator.init(jnp.zeros((), dtype))
     if not isinstance(others, int):
         allocation = dataclasses.replace(allocation, names=Names(others))
-    return allocation
+    return _floats(allocation)
+
+
+def _floats(allocation: Allocation) -> Allocation:
+    """With counters and flags as floating-point numbers, since gradients are no others."""
+
+    def as_float(leaf: jax.Array) -> jax.Array:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf if floating else leaf.astype(allocation.norms.dtype)
+
+    return jax.tree.map(as_float, allocation)
 
 
 def fork(
@@ -69,7 +89,7 @@ def fork(
         arrays are settled together, others copied.
       losses: how many losses there are, the prediction's counted, or their names. The first is the
         prediction's.
-      weighting: a function ``(gramian, norms) -> weights``.
+      weighting: a function ``(gramian, norms) -> weights``, or a `RememberingWeighting`.
       gate: a function ``(cosine, ratio) -> (parallel, orthogonal)``.
       state: what the fork remembers, from `fork_state`, for running means of the norms and for
         `diagnostics`; the new state is its *gradient*. None: the norms are those of this step.
@@ -115,20 +135,23 @@ def fork(
     leaves, structure = jax.tree.flatten(features)
     floating = _floating(features)
     settled = [jnp.asarray(leaves[number]) for number in floating]
+    first = _first(allocator, others, wide_dtype(*settled))
     if state is None:
-        state = fork_state(losses, wide_dtype(*settled))
+        state = first
     check_state(state, Allocation)
-    count, names = 1 + allocator.count, fork_state(losses).names
-    if state.weights.shape != (count,) or state.names != names:
+    if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, first):
         raise ValueError(
-            f"the state was made for {state.weights.shape[0]} losses, named "
-            f"{state.names.values}; got {losses}"
+            f"the state was made for {state.weights.shape[0]} losses named {state.names.values} "
+            f"or for another weighting; make one with fork_state for {losses!r} and this weighting"
         )
+    count = 1 + allocator.count
+    kinds = dataclasses.replace(allocator.init(state.norms), names=state.names)
 
     def settle(state: Allocation, *cotangents: Any) -> tuple[Allocation, list[jax.Array]]:
         pairs = [GradientPair(first, rest) for first, *rest in zip(*cotangents, strict=True)]
-        allocation, _ = allocator.decide(pairs, state, None, None)
-        return allocation, [add_up(pair, allocation.factors) for pair in pairs]
+        previous = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, kinds)
+        allocation, _ = allocator.decide(pairs, previous, None, None)
+        return _floats(allocation), [add_up(pair, allocation.factors) for pair in pairs]
 
     # What the choices close over, such as a scheduled preference, has to be handed over in loops.
     converted, hidden = jax.closure_convert(settle, state, *[settled] * count)
@@ -171,10 +194,11 @@ def _others(losses: Any) -> int | tuple[str, ...]:
     return losses - 1 if number else tuple(map(str, losses[1:]))
 
 
-def _allocator(others: int | tuple[str, ...], **choices: Any) -> Allocator:
-    choices = {"weighting": config_weighting, "gate": open_gate} | choices
+def _allocator(
+    others: int | tuple[str, ...], weighting: Any, gate: Gate = open_gate, **choices: Any
+) -> Allocator:
     count = others if isinstance(others, int) else len(others)
-    return Allocator(alignment_losses=count, **choices)
+    return Allocator(weighting=weighting, gate=gate, alignment_losses=count, **choices)
 
 
 def _floating(features: Any) -> list[int]:

@@ -410,6 +410,35 @@ COMPATIBILITY = {
         "test_shards_send_one_message_of_all_inner_products"
     ),
     "`gdmam_released`": "test_several test_the_released_form_takes_one_alignment_loss",
+    # `fork` and `value_and_weighed_grad`
+    "`fork` in modules of Flax NNX, Linen, Equinox": (
+        "test_fork test_in_a_module_of_flax_nnx test_in_a_module_of_flax_linen "
+        "test_in_a_module_of_equinox"
+    ),
+    "`fork` under `jit` with donated buffers, in `scan`, under `jax.checkpoint`": (
+        "test_fork test_the_state_is_its_own_gradient_and_compiles_once "
+        "test_a_fork_in_every_layer_of_a_scan_with_a_scheduled_preference"
+    ),
+    "`fork` on a mesh, in `shard_map`, `pmap`, `vmap` over examples": (
+        "test_fork test_data_parallelism_costs_one_message_of_the_products "
+        "test_inside_shard_map_the_axis_is_named test_inside_pmap_the_axis_is_named "
+        "test_inside_a_vmap_over_examples_the_axis_is_named"
+    ),
+    "`fork` of half-precision features": (
+        "test_fork test_sums_of_half_precision_are_taken_in_float32"
+    ),
+    "`fork` of trees with integers, masks, random keys": "test_fork test_forward_the_identity",
+    "several forks, microbatches": (
+        "test_fork test_several_forks_settle_apart "
+        "test_the_state_goes_from_microbatch_to_microbatch"
+    ),
+    "`value_and_weighed_grad` with `jax.checkpoint`, `custom_vjp`, loops": (
+        "test_gradients test_checkpointed_custom_and_looped_functions"
+    ),
+    "`gdmam_jax.nnx.value_and_weighed_grad`": (
+        "test_gradients test_modules_of_flax_nnx_advance_once"
+    ),
+    "`jax.jvp` through a `fork`": "test_fork test_forward_mode_is_refused",
 }
 """The rows of docs/compatibility.md, and for each the file and the tests that hold it."""
 

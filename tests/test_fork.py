@@ -309,6 +309,32 @@ def test_heads_without_a_gradient(name, gate):
     assert not only[2].any()
 
 
+def test_weightings_with_a_memory():
+    """Step by step as in an optimizer, counters and flags too."""
+    weighting = gdmam.gradvac_weighting(decay=0.5)
+    link = gdmam.allocate(weighting, gdmam.open_gate, alignment_losses=2)
+
+    def losses(w):
+        return jnp.sum((w - 1) ** 2), (jnp.sum((w + 1) ** 2), 3 * jnp.sum(w**4))
+
+    def forked(w, state):
+        copies = gdmam.fork(w, 3, weighting=weighting, state=state)
+        parts = [jax.tree.leaves(losses(copy))[k] for k, copy in enumerate(copies)]
+        return sum(parts)
+
+    w = jnp.array([0.5, -0.3, 0.2])
+    state, opt_state = gdmam.fork_state(3, weighting=weighting), link.init(w)
+    for _ in range(3):
+        gradient, state = jax.jit(jax.grad(forked, argnums=(0, 1)))(w, state)
+        _, pairs = gdmam.value_and_paired_grad(losses)(w)
+        update, opt_state = link.update(pairs, opt_state, w)
+        np.testing.assert_allclose(gradient, update, rtol=1e-5)
+        w = w - 0.05 * gradient
+    memories = zip(*map(jax.tree.leaves, (state.memory, opt_state.memory)), strict=True)
+    for found, expected in memories:
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_several_forks_settle_apart():
     def loss(params, states):
         first, second = gdmam.fork(params["a"], 2, state=states["a"])
@@ -487,6 +513,11 @@ def test_in_a_module_of_equinox():
     assert jnp.abs(eqx.filter_jit(gradient)(model).trunk.weight).max() > 0
 
 
+def test_forward_mode_is_refused():
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda z: gdmam.fork(z, 2), (jnp.ones(2),), (jnp.ones(2),))
+
+
 def test_names_are_in_the_order_as_written():
     names = ("z_main", "b", "a")
 
@@ -519,7 +550,14 @@ def test_names_are_in_the_order_as_written():
         (
             lambda: gdmam.fork(jnp.ones(2), ("a", "b"), state=gdmam.fork_state(("a", "c"))),
             ValueError,
-            "state was made for 2 losses, named",
+            "state was made for 2 losses named",
+        ),
+        (
+            lambda: gdmam.fork(
+                jnp.ones(2), 2, weighting=gdmam.gradvac_weighting(), state=gdmam.fork_state(2)
+            ),
+            ValueError,
+            "for another weighting; make one with fork_state",
         ),
         (
             lambda: gdmam.fork(jnp.ones(2), 2, weighting=lambda gramian, norms: jnp.ones(3)),
