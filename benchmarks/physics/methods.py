@@ -28,7 +28,7 @@ def summed(data_weight: float = 1.0) -> Method:
     return make
 
 
-def weighed(weighting: gdmam.Weighting) -> Method:
+def weighed(weighting: gdmam.Weighting | gdmam.RememberingWeighting) -> Method:
     return lambda rate, losses: gdmam.weighed(optax.adam(rate), weighting, alignment_losses=losses)
 
 
@@ -194,6 +194,8 @@ METHODS: dict[str, Method] = {
     "data x 10": summed(10.0),
     "data x 100": summed(100.0),
     "pcgrad": weighed(gdmam.pcgrad_weighting),
+    "pcd": weighed(gdmam.pcd_weighting),
+    "pcd share 0.3": weighed(gdmam.pcd_weighting(tau=0.3)),
     "imtl-g": weighed(gdmam.imtl_g_weighting),
     "config": weighed(gdmam.config_weighting),
     **{
