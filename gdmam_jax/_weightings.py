@@ -429,25 +429,62 @@ def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     References:
       Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022.
     """
+    return fairgrad_weighting(gramian, norms, alpha=1.0)
+
+
+@with_settings
+def fairgrad_weighting(gramian: jax.Array, norms: jax.Array, *, alpha: Any = 2.0) -> jax.Array:
+    r"""FairGrad: gains shared by alpha-fairness, $G w = w^{-1/\alpha}$.
+
+    The minimiser of $\frac12 w^T G w - \sum_k w_k^{1 - 1/\alpha} / (1 - 1/\alpha)$. Each loss
+    gains $w_k^{-1/\alpha}$: with $\alpha = 1$ in proportion, as in `nash_mtl_weighting`; the
+    larger $\alpha$, the more equally.
+
+    Args:
+      gramian: inner products of the gradients, shape ``(..., K, K)``.
+      norms: unused.
+      alpha: above 0.
+
+    Returns:
+      The weights, shape ``(..., K)``, above 0; 0 for a task without a gradient. Where gradients
+      oppose each other exactly there is no solution, and the weights are large.
+
+    Raises:
+      ValueError: ``alpha`` is not above 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> gramian = jnp.diag(jnp.array([8.0, 1.0]))
+      >>> [round(w, 4) for w in fairgrad_weighting(gramian, None, alpha=2.0).tolist()]
+      [0.25, 1.0]
+
+    References:
+      Ban and Ji, Fair Resource Allocation in Multi-Task Learning, ICML 2024.
+    """
     del norms
+    check_range("alpha", alpha, above_minimum=True)
+    power = 1 / jnp.asarray(alpha, gramian.dtype)
 
     def weights(gramian: jax.Array) -> jax.Array:
-        # In units of each gradient's length, where all weights are of order one.
-        lengths, inverses, matrix = cosines(gramian)
-        matrix = matrix + 10 * float(jnp.finfo(matrix.dtype).eps) * jnp.eye(
-            lengths.size, dtype=matrix.dtype
-        )
-        w = jnp.ones_like(lengths)
+        lengths, _, between = cosines(gramian)
+        eps = float(jnp.finfo(between.dtype).eps)
+        between = between + 10 * eps * jnp.eye(lengths.size, dtype=between.dtype)
+        # In units of the solution for orthogonal gradients: w = y n^(-2 / (1 + 1 / alpha)).
+        active = lengths > 0
+        size = jnp.where(active, lengths, 1) ** ((power - 1) / (power + 1))
+        size = size / jnp.max(size)
+        matrix = size[:, None] * between * size
+        y = jnp.ones_like(lengths)
 
-        def newton(w: jax.Array, _: None) -> tuple[jax.Array, None]:
-            slope = matrix @ w - 1 / w
-            change = jnp.linalg.solve(matrix + jnp.diag(1 / w**2), slope)
-            # Damped by the decrement, as suits a self-concordant function.
-            decrement = safe_sqrt(jnp.sum(slope * change))
-            return w - change / (1 + decrement), None
+        def newton(y: jax.Array, _: None) -> tuple[jax.Array, None]:
+            pull = size**2 * y ** (-power)
+            change = jnp.linalg.solve(matrix + jnp.diag(power * pull / y), matrix @ y - pull)
+            # No step takes a weight to 0, or far beyond its double.
+            return y - change / (1 + jnp.max(jnp.abs(change / y))), None
 
-        w = jax.lax.scan(newton, w, length=ITERATIONS)[0]
-        return w * inverses
+        y = jax.lax.scan(newton, y, length=ITERATIONS)[0]
+        unit = jnp.where(active, lengths, 1) ** (-2 / (1 + power))
+        return jnp.where(active, y * unit, 0)
 
     return over_scopes(weights, gramian)
 
@@ -645,63 +682,6 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     square = jnp.sum(combined * projections, axis=-1, keepdims=True)
     length = jnp.sum(lengths * projections, axis=-1, keepdims=True)
     return divide(length, square) * combined * inverses
-
-
-@with_settings
-def fairgrad_weighting(gramian: jax.Array, norms: jax.Array, *, alpha: Any = 2.0) -> jax.Array:
-    r"""FairGrad: gains shared by alpha-fairness, $G w = w^{-1/\alpha}$.
-
-    The minimiser of $\frac12 w^T G w - \sum_k w_k^{1 - 1/\alpha} / (1 - 1/\alpha)$. Each loss
-    gains $w_k^{-1/\alpha}$: with $\alpha = 1$ in proportion, as in `nash_mtl_weighting`; the
-    larger $\alpha$, the more equally.
-
-    Args:
-      gramian: inner products of the gradients, shape ``(..., K, K)``.
-      norms: unused.
-      alpha: above 0.
-
-    Returns:
-      The weights, shape ``(..., K)``, above 0; 0 for a task without a gradient. Where gradients
-      oppose each other exactly there is no solution, and the weights are large.
-
-    Raises:
-      ValueError: ``alpha`` is not above 0.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> gramian = jnp.diag(jnp.array([8.0, 1.0]))
-      >>> [round(w, 4) for w in fairgrad_weighting(gramian, None, alpha=2.0).tolist()]
-      [0.25, 1.0]
-
-    References:
-      Ban and Ji, Fair Resource Allocation in Multi-Task Learning, ICML 2024.
-    """
-    del norms
-    check_range("alpha", alpha, above_minimum=True)
-    power = 1 / jnp.asarray(alpha, gramian.dtype)
-
-    def weights(gramian: jax.Array) -> jax.Array:
-        lengths, _, between = cosines(gramian)
-        eps = float(jnp.finfo(between.dtype).eps)
-        between = between + 10 * eps * jnp.eye(lengths.size, dtype=between.dtype)
-        # In units of the solution for orthogonal gradients: w = y n^(-2 / (1 + 1 / alpha)).
-        active = lengths > 0
-        size = jnp.where(active, lengths, 1) ** ((power - 1) / (power + 1))
-        size = size / jnp.max(size)
-        matrix = size[:, None] * between * size
-        y = jnp.ones_like(lengths)
-
-        def newton(y: jax.Array, _: None) -> tuple[jax.Array, None]:
-            pull = size**2 * y ** (-power)
-            change = jnp.linalg.solve(matrix + jnp.diag(power * pull / y), matrix @ y - pull)
-            # No step takes a weight to 0, or far beyond its double.
-            return y - change / (1 + jnp.max(jnp.abs(change / y))), None
-
-        y = jax.lax.scan(newton, y, length=ITERATIONS)[0]
-        unit = jnp.where(active, lengths, 1) ** (-2 / (1 + power))
-        return jnp.where(active, y * unit, 0)
-
-    return over_scopes(weights, gramian)
 
 
 @with_settings

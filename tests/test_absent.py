@@ -92,6 +92,7 @@ WEIGHTINGS = (
     gdmam.unit_weighting, gdmam.pcgrad_weighting, gdmam.imtl_g_weighting, gdmam.mgda_weighting,
     gdmam.cagrad_weighting, gdmam.nash_mtl_weighting, gdmam.aligned_mtl_weighting,
     gdmam.dual_proj_weighting, gdmam.upgrad_weighting, gdmam.config_weighting,
+    gdmam.fairgrad_weighting,
     gdmam.aligned_mtl_weighting(preference=0.3), gdmam.upgrad_weighting(preference=0.3),
 )  # fmt: skip
 

@@ -30,9 +30,11 @@ WEIGHTINGS = {
     "config": gdmam.config_weighting,
     "upgrad": gdmam.upgrad_weighting,
     "dual_proj": gdmam.dual_proj_weighting,
+    "fairgrad": gdmam.fairgrad_weighting,
+    "dcgd": gdmam.dcgd_weighting(direction="average"),
 }
 COUNTS = (2, 3)
-ALWAYS_SOLVED = ("cagrad", "nash_mtl", "dual_proj")
+ALWAYS_SOLVED = ("cagrad", "nash_mtl", "dual_proj", "fairgrad")
 """No closed form for two losses: three say as much, and each compilation of a solver takes time."""
 PROPERTY = settings(max_examples=20)
 
@@ -50,7 +52,7 @@ def weights_of(name, gradients):
 
 
 def counts(name):
-    return (3,) if name in ALWAYS_SOLVED else COUNTS
+    return (3,) if name in ALWAYS_SOLVED else (2,) if name == "dcgd" else COUNTS
 
 
 def result_of(name, gradients):
@@ -95,7 +97,8 @@ def test_the_result_scales_as_all_gradients_do(name, data, exponent):
     scale = 10.0**exponent
     expected = result_of(name, gradients)
     if name not in ("unit", "nash_mtl"):  # These two are free of all scales.
-        expected = scale * expected
+        # FairGrad's gains are the inverse roots of its weights.
+        expected = scale ** (-1 / 3 if name == "fairgrad" else 1) * expected
     assert_close(result_of(name, scale * gradients), expected, scale * gradients)
 
 
@@ -139,14 +142,14 @@ def test_against_no_loss_whatever_the_gradients(name, data):
     assert_against_none(name, data.draw(gradient_sets(counts(name), independent=False)))
 
 
-@pytest.mark.parametrize("name", ["nash_mtl", "config"])
+@pytest.mark.parametrize("name", ["nash_mtl", "config", "fairgrad"])
 @PROPERTY
 @given(data=st.data())
 def test_against_no_loss_of_independent_gradients(name, data):
     assert_against_none(name, data.draw(gradient_sets(counts(name))))
 
 
-@pytest.mark.parametrize("name", ["balanced", "unit", "pcgrad", "imtl_g"])
+@pytest.mark.parametrize("name", ["balanced", "unit", "pcgrad", "imtl_g", "dcgd"])
 @PROPERTY
 @given(gradients=gradient_sets((2,)))
 def test_against_neither_of_two_losses(name, gradients):
