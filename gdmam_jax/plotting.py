@@ -28,6 +28,10 @@ PANELS = {
 KNOWN = {*ALIGNMENT_SCALARS, *itertools.chain(*PANELS.values()), "decay"}
 """Names of scalars that each scope has its own of."""
 LOGARITHMIC = ("norms of the gradients", "weights")
+MATTERS = 0.2
+"""The share of the losses' decrease, or of the steps, from which a conflict is said to matter."""
+DROWNS = 10
+"""The ratio of two gradients' norms from which the longer is said to drown the other."""
 
 
 def plot_diagnostics(history: History, *, steps: ArrayLike | None = None) -> "Figure":
@@ -132,6 +136,142 @@ def plot_scopes(history: History, name: str = "cosine", *, axes: "Axes | None" =
     axes.set(title=f"{name} by scope", xlabel="step", yticks=range(len(rows)), yticklabels=[*rows])
     axes.figure.colorbar(image, ax=axes)
     return axes.figure  # type: ignore[return-value]
+
+
+class ConflictReport(NamedTuple):
+    r"""What `conflict_report` found.
+
+    Attributes:
+      verdict: in words.
+      cosine: of the two gradients over the whole training,
+        $\sum_t \langle g_p, g_a\rangle / \sqrt{\sum_t |g_p|^2 \sum_t |g_a|^2}$.
+      cancelled: which share of the losses' decrease the sum's conflict cancels, from 0 to 1.
+      raised: on which share of the steps the sum goes up the prediction loss.
+      ratio: the weighed alignment gradient's norm over that of the prediction gradient, the median.
+      figure: smoothed cosines, norms and cancelled shares over the steps; a matplotlib figure.
+    """
+
+    verdict: str
+    cosine: float
+    cancelled: float
+    raised: float
+    ratio: float
+    figure: "Figure"
+
+
+def conflict_report(
+    history: History,
+    *,
+    alignment_weight: float = 1.0,
+    loss: str | None = None,
+    window: int | None = None,
+) -> ConflictReport:
+    r"""Is there conflict between two losses, and does it matter?
+
+    Looks at the sum $l_p + w l_a$, whose gradient is $d = g_p + w g_a$. A small step along it
+    lowers the sum by $|d|^2 = |g_p|^2 + w^2 |g_a|^2 + 2 w \langle g_p, g_a\rangle$, of which a
+    negative last term is cancelled. Cosines of single batches are noise for the most part, so
+    inner products and squared norms are averaged over steps first. The verdict is of gradients
+    only: where the sum is itself the objective, such as an ELBO, it stays right to add them.
+
+    Args:
+      history: see `History`, of one scope; of any method, such as Adam on the sum,
+        ``weighed(optax.adam(rate), sum_weighting)``.
+      alignment_weight: $w$, at least 0.
+      loss: the alignment loss's name, where there are several.
+      window: over how many steps to average; None: a twentieth of them.
+
+    Returns:
+      A `ConflictReport`.
+
+    Raises:
+      ValueError: the history is empty or lacks the cosines or norms of the losses, the window is
+        less than 1, or the weight negative.
+
+    Examples:
+      >>> cosines = {"cosine": [-0.5, -0.7, -0.6, -0.6]}
+      >>> norms = {"prediction_norm": [1.0] * 4, "alignment_norm": [1.2, 1.0, 1.1, 0.9]}
+      >>> print(conflict_report(cosines | norms).verdict)
+      Conflict, and it matters: the sum cancels 59% of the decrease.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if not alignment_weight >= 0:
+        raise ValueError(f"alignment_weight must be at least 0, got {alignment_weight}")
+    ending = "" if loss is None else f"/{loss}"
+    keys = (f"cosine{ending}", "prediction_norm", f"alignment_norm{ending}")
+    found = {
+        scalar.key: scalar.values for scalar in _read(history, [k.split("/")[0] for k in keys])
+    }
+    if lacking := [key for key in keys if key not in found]:
+        raise ValueError(
+            f"the history lacks {', '.join(lacking)}; of several losses name one with loss=, and "
+            f"of several scopes report none. It has {', '.join(found)}"
+        )
+    cosines, prediction, alignment = (found[key] for key in keys)
+    alignment = alignment_weight * alignment
+    terms = np.stack([prediction * alignment * cosines, prediction**2, alignment**2])
+    smooth = np.stack([_smooth(term, window or max(1, cosines.size // 20)) for term in terms])
+    total = np.sum(terms, axis=1, keepdims=True)
+    cosine, cancelled = (float(each[0]) for each in _cosine_and_cancelled(total))
+    raised = float(np.mean(smooth[0] + smooth[1] < 0))
+    ratio = float(np.median(np.sqrt(smooth[2] / np.maximum(smooth[1], 1e-300))))
+    verdict = _verdict(cancelled, raised, ratio)
+    figure = _draw_conflict(cosines, smooth, verdict)
+    return ConflictReport(verdict, cosine, cancelled, raised, ratio, figure)
+
+
+def _smooth(values: NDArray[Any], window: int) -> NDArray[Any]:
+    """Means over a window, which is shorter at the ends."""
+    window = min(window, values.size)
+    ones = np.ones(window)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
+
+
+def _cosine_and_cancelled(terms: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Of mean inner products and squared norms, shape ``(3, ...)``."""
+    product, first, second = terms
+    cosine = product / np.maximum(np.sqrt(first * second), 1e-300)
+    return cosine, np.maximum(-2 * product, 0) / np.maximum(first + second, 1e-300)
+
+
+def _verdict(cancelled: float, raised: float, ratio: float) -> str:
+    if cancelled >= MATTERS or raised >= MATTERS:
+        climbs = f", and raises the prediction loss on {raised:.0%} of the steps" * (raised > 0)
+        return f"Conflict, and it matters: the sum cancels {cancelled:.0%} of the decrease{climbs}."
+    if not 1 / DROWNS <= ratio <= DROWNS:
+        longer, shorter = ("alignment", "prediction")[:: 1 if ratio > 1 else -1]
+        times = max(ratio, 1 / max(ratio, 1e-300))
+        return (
+            f"Not the angle, the lengths matter: the {longer} gradient is {times:.3g} times as "
+            f"long, and drowns the {shorter} gradient in the sum."
+        )
+    if cancelled >= MATTERS / 4:
+        return f"Some conflict: the sum cancels {cancelled:.0%} of the decrease. Try both."
+    return f"No conflict that matters: the sum cancels {cancelled:.0%} of the decrease. Keep it."
+
+
+def _draw_conflict(cosines: NDArray[Any], smooth: NDArray[Any], verdict: str) -> "Figure":
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(3, sharex=True, figsize=(8, 6.5), layout="constrained")
+    of_angle, of_norms, of_shares = grid
+    cosine, cancelled = _cosine_and_cancelled(smooth)
+    of_angle.plot(cosines, ".", color="C0", alpha=0.2, markersize=3, label="of single batches")
+    of_angle.plot(cosine, color="C0", label="smoothed")
+    of_angle.axhline(0, color="black", linewidth=0.5)
+    of_angle.set(title="cosine of the angle", ylim=(-1.05, 1.05))
+    for square, name in zip(smooth[1:], ("prediction", "alignment, weighed"), strict=True):
+        of_norms.plot(np.sqrt(square), label=name)
+    of_norms.set_title("norms of the gradients")
+    if (smooth[1:] > 0).any(axis=1).all():
+        of_norms.set_yscale("log")
+    of_shares.fill_between(np.arange(cosines.size), 100 * cancelled, color="C3", alpha=0.5)
+    of_shares.set(title="cancelled by the sum, % of the decrease", ylim=(0, 100), xlabel="step")
+    for axes in (of_angle, of_norms):
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(verdict, fontsize="medium", wrap=True)
+    return figure
 
 
 class _Scalar(NamedTuple):

@@ -1,5 +1,7 @@
 """The pictures hold the numbers that `diagnostics` gave."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -178,3 +180,78 @@ def test_what_cannot_be_drawn_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
     assert plt.get_fignums() == before
+
+
+def of_two(cosine, prediction=1.0, alignment=1.0, steps=40):
+    values = (cosine, prediction, alignment)
+    keys = ("cosine", "prediction_norm", "alignment_norm")
+    return {k: np.broadcast_to(np.array(v), steps) for k, v in zip(keys, values, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        (of_two(0.3), "No conflict that matters: the sum cancels 0%"),
+        (of_two(-0.1), "Some conflict: the sum cancels 10%"),
+        (of_two(-0.5), "Conflict, and it matters: the sum cancels 50% of the decrease."),
+        (of_two(-0.5, 1.0, 3.0), "cancels 30% of the decrease, and raises .* on 100%"),
+        (of_two(0.0, 1.0, 40.0), "the alignment gradient is 40 times as long, and drowns the pred"),
+        (of_two(0.0, 40.0, 1.0), "the prediction gradient is 40 times as long, and drowns the ali"),
+        (of_two(0.0, 1.0, 0.0), "the prediction gradient is .* times as long"),
+    ],
+)
+def test_the_verdict_on_two_losses(history, words):
+    report = plotting.conflict_report(history)
+    assert re.search(words, report.verdict)
+    assert report.figure.get_suptitle() == report.verdict
+
+
+def test_what_a_sum_cancels_is_what_its_step_lacks():
+    first, second = np.random.default_rng(0).normal(size=(2, 50, 2))
+    first[:, 0] += 2
+    second[:, 0] -= 2
+    weight = 0.7
+    norms = [np.linalg.norm(each, axis=1) for each in (first, second)]
+    history = of_two(np.sum(first * second, axis=1) / np.prod(norms, axis=0), *norms, steps=50)
+    report = plotting.conflict_report(history, alignment_weight=weight)
+    decrease = np.sum((first + weight * second) ** 2)
+    alone = np.sum(first**2) + weight**2 * np.sum(second**2)
+    assert report.cancelled == pytest.approx(1 - decrease / alone)
+    assert report.cosine == pytest.approx(
+        np.sum(first * second) / np.sqrt(np.sum(first**2) * np.sum(second**2))
+    )
+    single = plotting.conflict_report(history, alignment_weight=weight, window=1)
+    assert single.raised == np.mean(np.sum(first * (first + weight * second), axis=1) < 0)
+    assert single.ratio == pytest.approx(np.median(weight * norms[1] / norms[0]))
+
+
+def test_noise_of_single_batches_is_no_conflict():
+    cosines = np.where(np.arange(400) % 2, 0.6, -0.6)
+    assert plotting.conflict_report(of_two(cosines, steps=400)).cancelled < 0.01
+    raised = [
+        plotting.conflict_report(of_two(cosines, 1, 2, 400), window=w).raised for w in (1, 20)
+    ]
+    assert raised == [0.5, 0]
+
+
+def test_one_of_several_losses_is_reported():
+    history = of_two(-0.5)
+    named = {f"{key}/smooth": history[key] for key in ("cosine", "alignment_norm")}
+    named |= {"cosine/other": -history["cosine"], "alignment_norm/other": history["cosine"]}
+    named["prediction_norm"] = history["prediction_norm"]
+    assert plotting.conflict_report(named, loss="smooth").cancelled == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r"lacks cosine, alignment_norm; .*cosine/smooth"):
+        plotting.conflict_report(named)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"alignment_weight": -1.0}, "alignment_weight must be at least 0, got -1"),
+        ({"alignment_weight": float("nan")}, "alignment_weight .* got nan"),
+    ],
+)
+def test_reports_refuse_bad_choices(choices, message):
+    with pytest.raises(ValueError, match=message):
+        plotting.conflict_report(of_two(0.5), **choices)

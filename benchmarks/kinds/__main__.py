@@ -48,9 +48,7 @@ def run(
     tuning_seeds: Annotated[
         int, typer.Option(help="Others, by which rates and factors are chosen.", min=1)
     ] = 2,
-    steps: Annotated[
-        int | None, typer.Option(help="Fewer or more than the kind's.", min=1)
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Fewer or more than the kind's.", min=1)] = None,
 ) -> None:
     """Train each kind by each method, with every rate and seed; resumes where it was stopped."""
     settings = {"seeds": seeds, "tuning_seeds": tuning_seeds, "steps": steps}
@@ -60,6 +58,8 @@ def run(
         if steps is not None:
             kind = kind._replace(steps=steps)
         for program in PROGRAMS:
+            if program == "fork" and not kind.trunk:
+                continue
             path = out / f"{name}-{program}.json"
             if path.exists():
                 found = json.loads(path.read_text())

@@ -86,7 +86,6 @@ def vae(beta: float = 1.0) -> Kind:
         prediction=reconstruction,
         alignment=divergence,
         score=score,
-        steps=2000,
     )
 
 
@@ -134,7 +133,6 @@ def shared_trunk() -> Kind:
         prediction=head("first", 1),
         alignment=head("second", 2),
         score=score,
-        steps=2000,
         trunk=True,
     )
 
@@ -224,7 +222,6 @@ def robustness() -> Kind:
         ),
         alignment=lambda params, _, batch: divergence(params, *batch),
         score=score,
-        steps=1500,
     )
 
 

@@ -26,42 +26,46 @@ class Method(NamedTuple):
     setting: float = 1.0
 
 
-def norm_ratio(gramian: jax.Array, norms: jax.Array) -> jax.Array:
-    """The alignment gradient as long as the prediction's, by running means of their norms."""
-    ratio = norms[..., :1] / jnp.maximum(norms[..., 1:], 1e-12)
-    return jnp.concatenate([jnp.ones_like(ratio), ratio], axis=-1)
-
-
 WEIGHTINGS = {
     **{f"sum x {factor:g}": gdmam.constant_weighting(1.0, factor) for factor in FACTORS},
     "pcgrad": gdmam.pcgrad_weighting,
-    "norm ratio": norm_ratio,
+    "gradient norm": gdmam.gradient_norm_weighting(every=1),
+    "uncertainty": gdmam.uncertainty_weighting(),
 }
-UNCERTAINTY = "uncertainty"
-"""Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, CVPR 2018."""
+"""In front of Adam. Of two losses UPGrad's weights are half of PCGrad's, which Adam cannot tell."""
 
 
 def one_of_all(number: jax.Array) -> gdmam.RememberingWeighting:
-    """The weighting in one place of `WEIGHTINGS`, or behind them uncertainty weighting.
+    """The weighting in one place of `WEIGHTINGS`.
 
-    All are cheap beside a gradient, and one compiled program serves them all. The memory are
-    uncertainty weighting's log-variances $s$ of $e^{-s} l + s$.
+    All are cheap beside a gradient, and one compiled program serves them all.
     """
+    within = {
+        name: weighting
+        for name, weighting in WEIGHTINGS.items()
+        if isinstance(weighting, gdmam.RememberingWeighting)
+    }
+
+    def init(zeros: jax.Array) -> dict[str, Any]:
+        return {name: weighting.init(zeros) for name, weighting in within.items()}
 
     def update(gramian: Any, norms: Any, memory: Any, losses: Any) -> tuple[Any, Any]:
-        uncertain = jnp.exp(-memory)
-        found = [weighting(gramian, norms) for weighting in WEIGHTINGS.values()]
-        slope = 1 - uncertain * losses.values
-        return jnp.stack([*found, uncertain])[number], memory - 0.01 * jnp.clip(slope, -1, 1)
+        after, found = {}, []
+        for name, weighting in WEIGHTINGS.items():
+            if name in within:
+                weights, after[name] = weighting.update(gramian, norms, memory[name], losses)
+            else:
+                weights = weighting(gramian, norms)
+            found.append(weights)
+        return jnp.stack(found)[number], after
 
-    return gdmam.RememberingWeighting(init=lambda zeros: zeros, update=update)
+    return gdmam.RememberingWeighting(init, update)
 
 
 METHODS = {
-    **{
-        name: Method("weighed", number) for number, name in enumerate([*WEIGHTINGS, UNCERTAINTY])
-    },
+    **{name: Method("weighed", number) for number, name in enumerate(WEIGHTINGS)},
     **{f"gdmam {preference:g}": Method("gdmam", preference) for preference in PREFERENCES},
+    "fork": Method("fork"),
 }
 PROGRAMS = list(dict.fromkeys(method.program for method in METHODS.values()))
 TUNED = {

@@ -46,9 +46,7 @@ def scales() -> Kind:
     def score(params: Any, key: jax.Array, part: int) -> jax.Array:
         batch = inputs[parts[part]], targets[parts[part]]
         found = features(params, batch)
-        each = [
-            jnp.sqrt(loss(params, found, batch)) / deviation[k] for k, loss in enumerate(heads)
-        ]
+        each = [jnp.sqrt(loss(params, found, batch)) / deviation[k] for k, loss in enumerate(heads)]
         return 100 * sum(each) / 2
 
     return Kind(
@@ -56,15 +54,12 @@ def scales() -> Kind:
         losses=("impedance", "phase"),
         measure="mean relative error of both, %",
         higher=False,
-        init=lambda key: networks.several(
-            key, trunk=(4, 32, 32), impedance=(32, 1), phase=(32, 1)
-        ),
+        init=lambda key: networks.several(key, trunk=(4, 32, 32), impedance=(32, 1), phase=(32, 1)),
         sample=sample,
         features=features,
         prediction=heads[0],
         alignment=heads[1],
         score=score,
-        steps=2000,
         trunk=True,
     )
 
@@ -133,7 +128,6 @@ def forces() -> Kind:
         prediction=of_energies,
         alignment=of_forces,
         score=score,
-        steps=2000,
     )
 
 
@@ -297,6 +291,5 @@ def language_model() -> Kind:
         prediction=next_letter,
         alignment=head("after", 1),
         score=score,
-        steps=2000,
         trunk=True,
     )

@@ -71,7 +71,7 @@ def _chosen(name: str, higher: bool, folder: Path) -> dict[str, Found]:
         best = np.argmin(costs, axis=1)
         for number, method in enumerate(record["methods"]):
             at = number, best[number]
-            results = (np.array(record[each], float)[at][:seeds] for each in ("score", "cosine", "ratio"))
+            results = (np.array(record[k], float)[at][:seeds] for k in ("score", "cosine", "ratio"))
             found[method] = Found(method, record["rates"][best[number]], costs[at], *results)
     return found
 
@@ -82,8 +82,9 @@ def table(rows: list[Row]) -> str:
     lines = [f"| kind | {' | '.join(methods)} |", "| --- |" + " ---: |" * len(methods)]
     for kind in dict.fromkeys(row.kind for row in rows):
         runs = {m: [r for r in rows if (r.kind, r.method) == (kind, m)] for m in methods}
+        higher = next(row for row in rows if row.kind == kind).better == "higher"
         medians = {m: np.median([r.score for r in each]) for m, each in runs.items() if each}
-        best = (max if rows_better(runs) else min)(medians.values())
+        best = (max if higher else min)(medians.values())
         cells: list[Any] = []
         for method, each in runs.items():
             if not each:
@@ -94,11 +95,6 @@ def table(rows: list[Row]) -> str:
             cells.append(f"**{text}**" if medians[method] == best else text)
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def rows_better(runs: dict[str, list[Row]]) -> bool:
-    """Whether higher is better."""
-    return next(row for each in runs.values() for row in each).better == "higher"
 
 
 def write_csv(rows: list[Row], path: Path) -> None:

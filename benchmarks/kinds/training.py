@@ -66,21 +66,45 @@ def _program(kind: Kind, program: str) -> Any:
 
 
 def stepper(kind: Kind, program: str, rate: Any, setting: jax.Array) -> tuple[Any, Any]:
-    """How the optimizer starts, and an update ``(carry, batch) -> (carry, (cosine, log ratio))``."""
+    """How the optimizer starts, and an update ``(carry, batch) -> (carry, seen)``, see `_seen`."""
 
     def losses(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         found = kind.features(params, batch)
         return kind.prediction(params, found, batch), kind.alignment(params, found, batch)
 
+    if program == "fork":
+        return _forked(kind, optax.adam(rate))
     chosen = optimizer(program, rate, setting)
 
     def update(carry: Any, batch: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         params, state = carry
         values, pairs = gdmam.value_and_paired_grad(losses)(params, batch)
         updates, state = chosen.update(pairs, state, params, value=values)
-        seen = gdmam.diagnostics(state)
-        norms = (seen["alignment_norm"], seen["prediction_norm"])
-        longer, shorter = (jnp.log(jnp.maximum(norm, 1e-12)) for norm in norms)
-        return (optax.apply_updates(params, updates), state), (seen["cosine"], longer - shorter)
+        return (optax.apply_updates(params, updates), state), _seen(state)
 
     return chosen.init, update
+
+
+def _forked(kind: Kind, adam: optax.GradientTransformation) -> tuple[Any, Any]:
+    def summed(params: Any, state: Any, batch: Any) -> jax.Array:
+        first, second = gdmam.fork(kind.features(params, batch), 2, state=state)
+        return kind.prediction(params, first, batch) + kind.alignment(params, second, batch)
+
+    def start(params: Any) -> tuple[Any, Any]:
+        return adam.init(params), gdmam.fork_state(2)
+
+    def update(carry: Any, batch: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        params, (state, fork) = carry
+        gradient, fork = jax.grad(summed, argnums=(0, 1))(params, fork, batch)
+        updates, state = adam.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), (state, fork)), _seen(fork)
+
+    return start, update
+
+
+def _seen(state: Any) -> tuple[jax.Array, jax.Array]:
+    """The cosine of the two gradients, and the logarithm of the ratio of their norms."""
+    seen = gdmam.diagnostics(state)
+    norms = (jnp.maximum(seen[f"{name}_norm"], 1e-12) for name in ("alignment", "prediction"))
+    longer, shorter = map(jnp.log, norms)
+    return seen["cosine"], longer - shorter
