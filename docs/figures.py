@@ -19,6 +19,12 @@ DOCS = Path(__file__).parent
 PHYSICS = (
     "gdmam", "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config",
 )  # fmt: skip
+KINDS = {
+    "sum x 0.01": "sum x 0.01", "sum x 1": "x 1", "sum x 100": "x 100", "sum tuned": "tuned",
+    "pcgrad": "PCGrad, UPGrad", "gradient norm": "gradient norms", "uncertainty": "uncertainty",
+    "gdmam 1": "`gdmam`", "gdmam tuned": "`gdmam`, tuned", "fork": "`fork`",
+}  # fmt: skip
+"""Methods of `benchmarks.kinds`, and their columns."""
 FAILED = 0.5
 """Relative error from which a run of `benchmarks.physics` counts as failed."""
 ODD, EVEN = slice(0, None, 2), slice(1, None, 2)
@@ -114,6 +120,43 @@ def physics_table(
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def kinds() -> dict[str, dict[str, list[dict[str, str]]]]:
+    """The runs in ``docs/kinds.csv``: by kind of problem, then by method."""
+    runs: dict[str, Any] = defaultdict(lambda: defaultdict(list))
+    with (DOCS / "kinds.csv").open() as lines:
+        for run in csv.DictReader(lines):
+            runs[run["kind"]][run["method"]].append(run)
+    return runs
+
+
+def median(runs: Sequence[dict[str, str]], column: str = "score") -> float:
+    """Over the runs of one method on one kind of problem."""
+    return statistics.median(float(run[column]) for run in runs)
+
+
+def kinds_table() -> str:
+    """Median score, smallest to largest, by kind of problem and method; best median bold."""
+    rows = [
+        ["kind", "measure", *KINDS.values(), "cosine", "norms"],
+        ["---", "---", *["---:"] * (len(KINDS) + 2)],
+    ]
+    for methods in kinds().values():
+        summed = methods["sum x 1"]
+        better = max if summed[0]["better"] == "higher" else min
+        best = better(median(runs) for name, runs in methods.items() if name in KINDS)
+        cells = [summed[0]["title"], f"{summed[0]['measure']} ({summed[0]['better']} is better)"]
+        for name in KINDS:
+            if not (scores := [float(run["score"]) for run in methods[name]]):
+                cells.append("")
+                continue
+            middle, *ends = (f"{x:.3g}" for x in (median(methods[name]), min(scores), max(scores)))
+            bold = "**" * (median(methods[name]) == best)
+            cells.append(_with_range(bold + middle + bold, *ends))
+        cells += [f"{median(summed, 'cosine'):.2f}", f"{median(summed, 'ratio'):.2g}"]
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _kld(text: str) -> str:
     return f"{float(text):.4f}" if float(text) < 0.1 else f"{float(text):.3f}"
 
@@ -193,6 +236,7 @@ def define_env(env: Any) -> None:
         defaults_table,
         figure,
         group,
+        kinds_table,
         label_distributions_table,
         measured,
         physics_table,

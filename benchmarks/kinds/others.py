@@ -143,7 +143,7 @@ class Rollout(NamedTuple):
 
 def _pole(state: jax.Array, right: jax.Array) -> jax.Array:
     """A fiftieth of a second of a pole on a cart (Barto, Sutton and Anderson, 1983)."""
-    place, speed, angle, turn = jnp.moveaxis(state, -1, 0)
+    speed, angle, turn = jnp.moveaxis(state[..., 1:], -1, 0)
     sine, cosine = jnp.sin(angle), jnp.cos(angle)
     push = (jnp.where(right, 10.0, -10.0) + 0.05 * turn**2 * sine) / 1.1
     turning = (9.8 * sine - cosine * push) / (0.5 * (4 / 3 - 0.1 * cosine**2 / 1.1))

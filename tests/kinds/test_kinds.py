@@ -1,0 +1,134 @@
+"""The kinds of problems: losses and scores are what they say; rates are chosen fairly."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import gdmam_jax as gdmam
+from benchmarks.kinds import others, report
+from benchmarks.kinds.__main__ import KINDS, app
+from benchmarks.kinds.methods import METHODS, TUNED, WEIGHTINGS, one_of_all
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_both_losses_have_a_gradient_and_the_score_is_of_data_held_out(name):
+    kind = KINDS[name]()
+    params = kind.init(jax.random.key(0))
+
+    def losses(params, batch):
+        found = kind.features(params, batch)
+        return kind.prediction(params, found, batch), kind.alignment(params, found, batch)
+
+    batch = jax.jit(kind.sample)(params, jax.random.key(1))
+    _, pairs = jax.jit(gdmam.value_and_paired_grad(losses))(params, batch)
+    geometry = gdmam.decompose(pairs).geometry
+    assert geometry.prediction_norm > 0
+    assert geometry.alignment_norm > 0
+    # Neither loss is a multiple of the other.
+    assert abs(geometry.cosine) < 0.999
+    score = jax.jit(kind.score, static_argnums=2)
+    chosen_by, reported = (score(params, jax.random.key(part), part) for part in (0, 1))
+    assert jnp.isfinite(reported)
+    assert chosen_by != reported
+
+
+@pytest.mark.parametrize("number", range(len(WEIGHTINGS)))
+def test_one_program_has_every_weighting(number):
+    weighting = list(WEIGHTINGS.values())[number]
+    gramian, norms = jnp.array([[4.0, -1.0], [-1.0, 1.0]]), jnp.array([2.0, 1.0])
+    losses = gdmam.Losses(values=jnp.array([3.0, 0.5]))
+    together, zeros = one_of_all(jnp.array(number)), jnp.zeros(2)
+    memory, own = together.init(zeros), None
+    if isinstance(weighting, gdmam.RememberingWeighting):
+        own = weighting.init(zeros)
+    for _ in range(3):
+        weights, memory = together.update(gramian, norms, memory, losses)
+        if own is None:
+            expected = weighting(gramian, norms)
+        else:
+            expected, own = weighting.update(gramian, norms, own, losses)
+        np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
+def test_two_atoms_rest_where_the_potential_is_least():
+    apart = jnp.array([[0.0, 0, 0], [2 ** (1 / 6), 0, 0]])
+    energy, slope = jax.value_and_grad(others._lennard_jones)(apart)
+    assert energy == pytest.approx(-1, abs=1e-5)
+    np.testing.assert_allclose(slope, 0, atol=1e-4)
+
+
+def test_cart_and_pole_move_by_their_equations():
+    state, force = jnp.array([[0.1, 0.2, 0.05, -0.3], [0.4, -1.0, -0.15, 0.8]]), 10.0
+    moved = others._pole(state, jnp.array([True, False]))
+    (speed, speeding, turn, turning) = np.moveaxis((moved - state) / 0.02, -1, 0)
+    np.testing.assert_allclose(speed, state[:, 1], rtol=1e-4)
+    np.testing.assert_allclose(turn, state[:, 3], rtol=1e-4)
+    sine, cosine, lever = np.sin(state[:, 2]), np.cos(state[:, 2]), 0.1 * 0.5
+    pull = 1.1 * speeding + lever * (turning * cosine - state[:, 3] ** 2 * sine)
+    np.testing.assert_allclose(pull, [force, -force], rtol=1e-3)
+    np.testing.assert_allclose(4 / 3 * 0.5 * turning + speeding * cosine, 9.8 * sine, atol=2e-3)
+
+
+def test_advantages_start_again_where_the_pole_fell():
+    kind = others.actor_critic()
+    params = jax.tree.map(jnp.zeros_like, kind.init(jax.random.key(0)))
+    batch = jax.jit(kind.sample)(params, jax.random.key(1))
+    # Values are 0, so that every step surprises by its reward, 1.
+    goes_on = 1 + 0.99 * 0.95 * batch.returns[1:]
+    before = batch.returns[:-1]
+    fell = jnp.abs(batch.observations[1:, :, 2]) < 0.05
+    np.testing.assert_allclose(jnp.where(before == 1, goes_on, before), goes_on, rtol=1e-5)
+    assert jnp.all(fell[before == 1])
+    assert jnp.sum(before == 1) > 8
+    np.testing.assert_allclose(batch.returns[-1], 1)
+
+
+def written(folder, scores, chosen_by, methods, program="weighed"):
+    nothing = np.zeros_like(scores).tolist()
+    record = {
+        "methods": methods, "rates": [0.1, 0.2], "score": scores, "chosen_by": chosen_by,
+        "cosine": nothing, "ratio": nothing, "settings": {"seeds": 2, "tuning_seeds": 1},
+    }  # fmt: skip
+    (folder / f"scales-{program}.json").write_text(json.dumps(record))
+
+
+def test_rates_and_factors_are_chosen_by_seeds_of_their_own(tmp_path):
+    # By method, rate and seed; the last seed is for choosing.
+    scores = [[[1.0, 2.0, 0.0], [3.0, 4.0, 0.0]], [[5.0, 6.0, 0.0], [7.0, 8.0, 0.0]]]
+    chosen_by = [[[0.0, 0.0, 9.0], [9.0, 9.0, 5.0]], [[9.0, 9.0, 4.0], [0.0, 0.0, float("nan")]]]
+    written(tmp_path, scores, chosen_by, ["sum x 0.1", "sum x 1"])
+    rows = report.rows({"scales": KINDS["scales"]()}, tmp_path)
+    found = {
+        name: [(row.of, row.rate, row.seed, row.score) for row in rows if row.method == name]
+        for name in ("sum x 0.1", "sum x 1", "sum tuned")
+    }
+    assert found["sum x 0.1"] == [("sum x 0.1", 0.2, 0, 3.0), ("sum x 0.1", 0.2, 1, 4.0)]
+    assert found["sum x 1"] == [("sum x 1", 0.1, 0, 5.0), ("sum x 1", 0.1, 1, 6.0)]
+    assert found["sum tuned"] == found["sum x 1"]
+    assert "| scales | **3.5 (3 to 4)** | 5.5 (5 to 6) | 5.5 (5 to 6) |" in report.table(rows)
+
+
+def test_the_command_runs_resumes_and_writes_every_score(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+
+    small = ["run", "--kinds", "scales", "--seeds", "1", "--tuning-seeds", "1", "--steps", "3"]
+    first = run(*small)
+    assert first.exit_code == 0, first.output
+    again = run(*small)
+    assert again.stdout == first.stdout
+    assert not again.stderr
+    refused = run(*small[:-1], "4")
+    assert refused.exit_code == 2
+    assert "other settings" in refused.output
+    assert run("report", "--csv", str(tmp_path / "kinds.csv")).exit_code == 0
+    with (tmp_path / "kinds.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["method"] for row in rows] == [*METHODS, *TUNED]
+    assert all(np.isfinite(float(row["score"])) for row in rows)
+    assert CliRunner().invoke(app, ["report", "--out", str(tmp_path)]).exit_code == 2
