@@ -389,6 +389,25 @@ COMPATIBILITY = {
         "test_mixed_precision test_scaled_losses test_overflown_scaled_losses_are_skipped "
         "test_which_momentum_a_scale_left_in_place_does_not_change"
     ),
+    "Flax's `DynamicScale` with several losses, FP8 layers": (
+        "test_at_home test_flax_dynamic_scale_with_several_losses test_fp8_layers_in_a_train_state"
+    ),
+    'absent losses: `present=`, `not_finite="skip_loss"`': (
+        "test_absent test_an_absent_loss_is_as_if_it_were_not_there "
+        "test_every_weighting_weighs_the_losses_that_are_there "
+        "test_skip_loss_leaves_out_what_is_not_finite_and_counts_it_by_name"
+    ),
+    "losses by name": (
+        "test_absent test_numbers_beside_names_are_in_the_order_as_written "
+        "test_preferences_by_name_and_in_the_order_as_written"
+    ),
+    "complex parameters": "test_at_home test_complex_parameters_as_their_two_parts",
+    "weightings with a memory: `scan`, donation, `vmap`, sharding, Orbax": (
+        "test_remembering test_scan_checkpoint_donation_vmap_sharding"
+    ),
+    "other losses than before": (
+        "test_carrying test_a_new_loss_is_one_that_was_absent_so_far test_from_a_checkpoint"
+    ),
     "scopes": (
         "test_scopes test_every_scope_goes_as_if_it_were_alone test_one_label_is_one_geometry "
         "test_leaves_of_one_task_alone_are_trained_by_it"
