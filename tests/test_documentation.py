@@ -403,7 +403,7 @@ COMPATIBILITY = {
     ),
     "complex parameters": "test_at_home test_complex_parameters_as_their_two_parts",
     "weightings with a memory: `scan`, donation, `vmap`, sharding, Orbax": (
-        "test_remembering test_scan_checkpoint_donation_vmap_sharding"
+        "test_memories test_scan_checkpoint_donation_vmap_sharding"
     ),
     "other losses than before": (
         "test_carrying test_a_new_loss_is_one_that_was_absent_so_far test_from_a_checkpoint"
