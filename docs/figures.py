@@ -7,6 +7,7 @@ functions. A new measurement, written over the old file, changes the page.
 import ast
 import csv
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -207,6 +208,17 @@ def defaults_table(*columns: str) -> str:
     return "\n".join(lines)
 
 
+def absent_table() -> str:
+    """The prediction's test loss beside a task that is often without labels, by weighting."""
+    columns = ("hidden", "said", "said / hidden")
+    lines = ["| weighting | hidden | said | said over hidden |", "| --- |" + " ---: |" * 3]
+    rows = read("absent")["rows"]
+    for each in sorted(rows, key=lambda each: float(each["said / hidden"].split()[0])):
+        cells = (_with_range(*re.findall(r"[\d.e-]+", each[column])) for column in columns)
+        lines.append(f"| `{each['weighting']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def docstrings() -> dict[str, str]:
     """The first paragraph of every docstring in the package's private modules, by name."""
     found = {}
@@ -233,6 +245,7 @@ def group(*names: str) -> str:
 def define_env(env: Any) -> None:
     """Gives the pages the functions above."""
     for function in (
+        absent_table,
         defaults_table,
         figure,
         group,

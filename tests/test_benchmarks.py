@@ -231,3 +231,13 @@ def test_defaults_judges_candidates_by_failures_then_the_worst_ratio(tmp_path, m
     # A gradient that is only noise, and longer than the other, is what unit weights take off.
     pcgrad, default = (row["noisy, falling rate"] for row in rows)
     assert default < 1e-4 < 1e-3 < pcgrad
+
+
+def test_absent(tmp_path):
+    """Steps with labels that are not numbers are lost where nothing is said of them."""
+    (row,) = run(tmp_path, "absent", "--only", "mgda", "--steps", "30", "--seeds", "3")
+    assert row["weighting"] == "mgda"
+    assert row["steps lost, hidden"] > 0
+    assert row["steps lost, said"] == 0
+    middle, low, high = (float(part.strip("()")) for part in row["said"].split() if part != "to")
+    assert 0 < low <= middle <= high

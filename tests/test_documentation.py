@@ -403,10 +403,12 @@ COMPATIBILITY = {
     ),
     "complex parameters": "test_at_home test_complex_parameters_as_their_two_parts",
     "weightings with a memory: `scan`, donation, `vmap`, sharding, Orbax": (
-        "test_memories test_scan_checkpoint_donation_vmap_sharding"
+        "test_remembered test_scan_checkpoint_donation_vmap_sharding "
+        "test_each_scope_remembers_for_itself"
     ),
     "other losses than before": (
-        "test_carrying test_a_new_loss_is_one_that_was_absent_so_far test_from_a_checkpoint"
+        "test_carrying test_a_new_loss_is_one_that_was_absent_so_far "
+        "test_a_loss_less_is_one_that_is_absent_from_now_on test_from_a_checkpoint"
     ),
     "scopes": (
         "test_scopes test_every_scope_goes_as_if_it_were_alone test_one_label_is_one_geometry "
