@@ -28,6 +28,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "beta-vae": functools.partial(images.vae, 4.0),
     "shared-trunk": images.shared_trunk,
     "scales": others.scales,
+    "standardised": functools.partial(others.scales, True),
     "distillation": images.distillation,
     "forces": others.forces,
     "actor-critic": others.actor_critic,
