@@ -148,6 +148,12 @@ def test_the_table_of_physics_is_that_of_its_runs():
     assert "{{ physics_table() }}" in text or figures.physics_table() in text
 
 
+def test_the_readmes_table_of_kinds_is_that_of_the_runs():
+    assert figures.kinds_short_table() in (ROOT / "README.md").read_text()
+    page = (DOCS / "where_it_helps.md").read_text()
+    assert "{{ kinds_table() }}" in page or figures.kinds_table() in page
+
+
 def test_figures_of_the_readme_are_those_of_the_files():
     text = " ".join((ROOT / "README.md").read_text().replace("*", "").split())
     medians = {
