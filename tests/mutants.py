@@ -145,9 +145,9 @@ MUTANTS = (
     ),
     Mutant(
         "statistics follow the raw norms", "_transform",
-        "statistics = old.after(allocation.sizes, decay, present)",
+        "statistics = old.after(allocation.sizes,",
         "statistics = old.after(dataclasses.replace(allocation, "
-        "weights=jnp.ones_like(allocation.weights)).sizes, decay, present)",
+        "weights=jnp.ones_like(allocation.weights)).sizes,",
         "tests/parity/test_variants.py -k relative",
     ),
     Mutant(
@@ -202,7 +202,7 @@ MUTANTS = (
     ),
     Mutant(
         "diagnostics exchange the momenta", "_diagnostics",
-        "1 + position * count : 1 + (position + 1) * count", "1 : 1 + count",
+        "first : first + count", "1 : 1 + count",
         "tests/test_diagnostics.py -k one_by_one",
     ),
     Mutant(
@@ -264,6 +264,38 @@ MUTANTS = (
         "jnp.where(finite, 0, more_skips(previous.skipped_in_a_row))",
         "more_skips(previous.skipped_in_a_row)",
         "tests/test_skipping.py -k in_a_row",
+    ),
+    Mutant(
+        "numbers beside names go in the order of the alphabet", "_losses",
+        "tuple(pair.alignment[name] for name in losses)",
+        "tuple(pair.alignment[name] for name in sorted(losses))",
+        "tests/test_absent.py -k as_written",
+    ),
+    Mutant(
+        "an absent loss changes its running mean", "_momenta",
+        "return jnp.where(present, share, 0), jnp.where(present, left, remainder)",
+        "return share, left", "tests/test_absent.py -k wait_for_it",
+    ),
+    Mutant(
+        "a gradient that is not finite reaches the sum", "_allocation",
+        "wide = [jnp.where(taken[k], gradient, 0) for k, gradient in enumerate(wide)]", "pass",
+        "tests/test_absent.py -k skip_loss",
+    ),
+    Mutant(
+        "a line search gets the plain sum", "_optimizers",
+        "total = sum(w * v for", "total = sum(v for",
+        "tests/compatibility/test_allocate.py -k line_searches",
+    ),
+    Mutant(
+        "over_pairs lets others take leaves", "_wrappers",
+        "_check_taken(taken, params)", "pass",
+        "tests/compatibility/test_allocate.py -k hands_leaves",
+    ),
+    Mutant(
+        "a constant is added to norms", "_geometry",
+        "n_p, n_a = lengths[..., :1] + floor, lengths[..., 1:] + floor",
+        "n_p, n_a = lengths[..., :1] + 1e-12, lengths[..., 1:] + 1e-12",
+        "tests/test_scale_freedom.py -k trajectory",
     ),
 )  # fmt: skip
 
