@@ -33,6 +33,7 @@ if "GDMAM_TEST_PERTURBATION" in os.environ:
         runpy.run_path(f"{PATHS[-1]}/sitecustomize.py")
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.getenv("PYTHONPATH")])])
 
+collect_ignore = ["perturbed"]  # imported by Python itself, and by nothing else
 settings.register_profile("fixed", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("fixed")
 

@@ -98,7 +98,7 @@ WEIGHTINGS = (
 
 
 @pytest.mark.parametrize("absent", NAMES)
-@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_every_weighting_weighs_the_losses_that_are_there(weighting, absent, x64):
     """As if the others had never been named; MGDA would put all weight on a gradient of 0."""
     pairs = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), pairs_of(3))

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.__main__ import _names
 from benchmarks.kinds import images, others
 from benchmarks.kinds import report as reports
 from benchmarks.kinds.kind import Kind
 from benchmarks.kinds.methods import METHODS, PROGRAMS
 from benchmarks.kinds.training import train
+from benchmarks.options import known_names
 from gdmam_jax.ldl.laboratory import storage
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ def run(
     """Train each kind by each method, with every rate and seed; resumes where it was stopped."""
     settings = {"seeds": seeds, "tuning_seeds": tuning_seeds, "steps": steps}
     out.mkdir(parents=True, exist_ok=True)
-    for name in _names(kinds, list(KINDS)):
+    for name in known_names(kinds, list(KINDS)):
         kind = KINDS[name]()
         if steps is not None:
             kind = kind._replace(steps=steps)
