@@ -104,14 +104,14 @@ def test_every_weighting_weighs_the_losses_that_are_there(weighting, absent, x64
     pairs = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), pairs_of(3))
     other = next(name for name in NAMES if name != absent)
     link = gdmam.allocate(weighting, gdmam.open_gate, alignment_losses=NAMES)
-    _, state = link.update(pairs, link.init(PARAMS), present=presence((absent,)))
+    _, state = jax.jit(link.update)(pairs, link.init(PARAMS), present=presence((absent,)))
     alone = jax.tree.map(
         lambda pair: gdmam.GradientPair(pair.prediction, pair.alignment[other]),
         pairs,
         is_leaf=lambda node: isinstance(node, gdmam.GradientPair),
     )
     link = gdmam.allocate(weighting, gdmam.open_gate)
-    _, expected = link.update(alone, link.init(PARAMS))
+    _, expected = jax.jit(link.update)(alone, link.init(PARAMS))
     found = gdmam.diagnostics(state)
     weights = [found["prediction_weight"], found[f"alignment_weight/{other}"]]
     np.testing.assert_allclose(weights, expected.weights, rtol=1e-6)
@@ -222,7 +222,7 @@ def test_preferences_by_name_and_in_the_order_as_written(weighting):
         link = gdmam.allocate(
             weighting(preference=preference), gdmam.open_gate, alignment_losses=losses
         )
-        _, state = link.update(pairs_of(0), link.init(PARAMS))
+        _, state = jax.jit(link.update)(pairs_of(0), link.init(PARAMS))
         report = gdmam.diagnostics(state)
         return [float(report[f"alignment_weight/{name}"]) for name in NAMES]
 
