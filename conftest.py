@@ -3,7 +3,7 @@
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
-WHOLE_PAGES = ("many_devices", "mixed_precision", "pytorch", "three_places")
+WHOLE_PAGES = ("many_devices", "mixed_precision", "pytorch", "several_losses", "three_places")
 """Their blocks go on from one another, which several workers would tear apart:
 tests/test_documentation.py runs each page in one go."""
 

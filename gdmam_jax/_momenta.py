@@ -88,9 +88,7 @@ MomentumRule = Callable[[NormStatistics], Any]
 """A function ``statistics -> momentum``: the components' coefficients, in [0, 1)."""
 
 
-def _check(
-    initial: Any = 0.95, sensitivity: Any = 0.0, minimum: Any = 0.0, maximum: Any = 0.999
-) -> None:
+def _check(initial: Any, sensitivity: Any = 0.0, minimum: Any = 0.0, maximum: Any = 0.999) -> None:
     for name, value in (("initial", initial), ("minimum", minimum), ("maximum", maximum)):
         check_range(name, value, 0, 1, below_maximum=True)
     check_ordered("minimum", minimum, "maximum", maximum)

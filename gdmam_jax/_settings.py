@@ -72,9 +72,10 @@ def with_settings(
     def wrapped(*arrays: Any, **settings: Any) -> Any:
         if arrays:
             return function(*arrays, **settings)
-        bound = signature.bind_partial(**settings).arguments
+        bound = signature.bind_partial(**settings)
         if check is not None:
-            check(**bound)
+            bound.apply_defaults()
+            check(**bound.arguments)
         return Choice(function, **settings)
 
     return wrapped

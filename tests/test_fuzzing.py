@@ -244,9 +244,9 @@ def test_value_and_paired_grad(tree):
 
 LARGEST = np.finfo(float).max
 BOUNDS = {
-    "initial": (0, 0.999),
+    "initial": (0, np.nextafter(1, 0)),
     "minimum": (0, 0.999),
-    "maximum": (0.95, np.nextafter(1, 0)),
+    "maximum": (0.7, np.nextafter(1, 0)),
     "sensitivity": (0, LARGEST),
     "statistics_decay": (0, np.nextafter(1, 0)),
     "b2": (0, np.nextafter(1, 0)),
