@@ -32,7 +32,7 @@ OPTIMIZERS = {
     "gdmam(present=)": lambda dtype, others=1: _all_present(
         gdmam.gdmam(1e-3, momentum_dtype=dtype, alignment_losses=others), others
     ),
-    "allocate, adamw": lambda dtype, others=1: optax.chain(
+    "adamw behind allocate": lambda dtype, others=1: optax.chain(
         gdmam.allocate(alignment_losses=others), optax.adamw(1e-3, mu_dtype=dtype)
     ),
     "scale_by_gdmam": lambda dtype, others=1: optax.chain(
