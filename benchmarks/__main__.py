@@ -212,6 +212,45 @@ def absent(
 
 
 @app.command()
+def weightings(
+    out: Annotated[Path, typer.Option(help="For results; what is there is not run again.")] = Path(
+        "results/weightings"
+    ),
+    only: Annotated[str, typer.Option(help="Weightings, commas between; all unless given.")] = "",
+    equations: Annotated[
+        str, typer.Option(help="Of benchmarks.physics, commas between.")
+    ] = "burgers,reaction",
+    sets: Annotated[
+        str, typer.Option(help="Of label distributions, commas between; see gdmam-ldl data list.")
+    ] = "SCUT_FBP",
+    seeds: Annotated[int, typer.Option(help="Of equations and digits.", min=1)] = 5,
+    steps: Annotated[
+        int | None, typer.Option(help="Of the equations' trainings; 5,000 unless given.", min=101)
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Of the sets' trainings.", min=1)] = 100,
+    data_folder: Annotated[
+        Path | None, typer.Option(help="Where the sets lie, if not in the cache.")
+    ] = None,
+    output: Output = None,
+) -> None:
+    """Every weighting on equations, label distributions and two digits with one trunk."""
+    from benchmarks import weightings as module
+    from benchmarks.physics.equations import EQUATIONS
+
+    rows = module.benchmark(
+        known_names(only, list(module.GATED)),
+        known_names(equations, list(EQUATIONS)),
+        [name for name in sets.split(",") if name],
+        out,
+        data_folder,
+        seeds,
+        steps,
+        epochs,
+    )
+    timing.report("weightings, in front of Adam: medians (lowest to highest)", rows, output)
+
+
+@app.command()
 def soak(
     steps: Annotated[float, typer.Option(help="How many, for example 1e6.", min=100)] = 1e6,
     dtypes: Annotated[

@@ -16,17 +16,8 @@ import optax
 
 import gdmam_jax as gdmam
 from benchmarks import timing
+from benchmarks.weightings import WEIGHTINGS
 
-WEIGHTINGS: dict[str, Any] = {
-    name.removesuffix("_weighting"): getattr(gdmam, name)
-    for name in dir(gdmam)
-    if name.endswith("_weighting")
-    and name not in ("constant_weighting", "running_weighting", "normalised_weighting")
-} | {
-    "running(mgda)": gdmam.running_weighting(gdmam.mgda_weighting),
-    "normalised(upgrad)": gdmam.normalised_weighting(gdmam.upgrad_weighting),
-    "gradient_norm": gdmam.gradient_norm_weighting(every=10),
-}
 FEATURES, HIDDEN, BATCH, TESTS = 10, 32, 32, 2000
 RATE = 0.01
 
@@ -47,19 +38,14 @@ def benchmark(names: Sequence[str], steps: int, seeds: int) -> list[dict[str, An
         rows.append(
             {
                 "weighting": name,
-                "hidden": spread(hidden),
-                "said": spread(said),
-                "said / hidden": spread(said / hidden),
+                "hidden": timing.spread(hidden),
+                "said": timing.spread(said),
+                "said / hidden": timing.spread(said / hidden),
                 "steps lost, hidden": int(np.median(lost)),
                 "steps lost, said": int(np.median(fewer)),
             }
         )
     return rows
-
-
-def spread(numbers: np.ndarray) -> str:
-    low, middle, high = (f"{quantile:.2g}" for quantile in np.quantile(numbers, (0, 0.5, 1)))
-    return f"{middle} ({low} to {high})"
 
 
 def trainings(weighting: Any, said: bool, steps: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:

@@ -77,6 +77,12 @@ def tracked(stage: str, items: Sequence[Any]) -> Iterator[Any]:
             progress.advance(task)
 
 
+def spread(numbers: Any) -> str:
+    """The median, the lowest and the highest, to three digits."""
+    low, middle, high = (f"{quantile:.3g}" for quantile in np.quantile(numbers, (0, 0.5, 1)))
+    return f"{middle} ({low} to {high})"
+
+
 def measure_in_turn(cases: Sequence[Case], rounds: int, warmup: int = 2) -> None:
     """Fill in `seconds` of all cases, and `first` where a case has not recorded it itself."""
     for case in tracked("first calls", cases):

@@ -1,6 +1,7 @@
 """Each benchmark runs on tiny sizes and reports what it should. No timing is asserted."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -231,6 +232,27 @@ def test_defaults_judges_candidates_by_failures_then_the_worst_ratio(tmp_path, m
     # A gradient that is only noise, and longer than the other, is what unit weights take off.
     pcgrad, default = (row["noisy, falling rate"] for row in rows)
     assert default < 1e-4 < 1e-3 < pcgrad
+
+
+def test_weightings(tmp_path, monkeypatch):
+    """Each problem's numbers are kept; the rate is the one that is best on seeds of their own."""
+    from benchmarks import weightings
+
+    def scores(*_):
+        runs = len(weightings.RATES) * (2 + weightings.CHOOSING)
+        return types.SimpleNamespace(
+            errors=np.arange(runs)[:, None], score=np.arange(runs), chosen_by=np.arange(runs)
+        )
+
+    monkeypatch.setattr(weightings, "train_network", scores)
+    monkeypatch.setattr(weightings, "train_kind", scores)
+    command = "weightings", "--only", "famo", "--equations", "burgers", "--sets", "", "--seeds", "2"
+    out = tmp_path / "out"
+    (row,) = run(tmp_path, *command, "--out", str(out))
+    assert row == {"weighting": "famo", "burgers": "0.5 (0 to 1)", "digits": "3.5 (3 to 4)"}
+    (out / "burgers" / "famo.json").write_text("[7.0]")
+    (row,) = run(tmp_path, *command, "--out", str(out))
+    assert row["burgers"] == "7 (7 to 7)"
 
 
 def test_absent(tmp_path):

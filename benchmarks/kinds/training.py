@@ -1,6 +1,7 @@
 """Training every method of a program, with every rate and seed, all at once."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ import optax
 import gdmam_jax as gdmam
 from benchmarks.kinds.kind import Kind
 from benchmarks.kinds.methods import optimizer
+
+Program = str | Callable[[Any, jax.Array], optax.GradientTransformation]
 
 
 class Runs(NamedTuple):
@@ -30,12 +33,12 @@ class Runs(NamedTuple):
     ratio: np.ndarray
 
 
-def train(kind: Kind, program: str, rates: Any, settings: Any, seeds: Any) -> Runs:
+def train(kind: Kind, program: Program, rates: Any, settings: Any, seeds: Any) -> Runs:
     """Trains one model for each triple of rate, setting and seed.
 
     Args:
       kind: of problem.
-      program: see `Method`.
+      program: see `Method`; or one of your own, ``(rate, setting) -> optimizer of pairs``.
       rates: learning rates at the start, which fall along half a cosine; shape ``(runs,)``.
       settings: see `Method`.
       seeds: of parameters and batches.
@@ -46,7 +49,7 @@ def train(kind: Kind, program: str, rates: Any, settings: Any, seeds: Any) -> Ru
 
 
 @functools.cache
-def _program(kind: Kind, program: str) -> Any:
+def _program(kind: Kind, program: Program) -> Any:
     def run(rate: jax.Array, setting: jax.Array, seed: jax.Array) -> tuple[jax.Array, ...]:
         first, second, *held_out = jax.random.split(jax.random.key(seed), 4)
         falling = optax.schedules.cosine_decay_schedule(1.0, kind.steps * kind.epochs)
@@ -65,7 +68,7 @@ def _program(kind: Kind, program: str) -> Any:
     return jax.jit(jax.vmap(run))
 
 
-def stepper(kind: Kind, program: str, rate: Any, setting: jax.Array) -> tuple[Any, Any]:
+def stepper(kind: Kind, program: Program, rate: Any, setting: jax.Array) -> tuple[Any, Any]:
     """How the optimizer starts, and an update ``(carry, batch) -> (carry, seen)``, see `_seen`."""
 
     def losses(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -74,7 +77,8 @@ def stepper(kind: Kind, program: str, rate: Any, setting: jax.Array) -> tuple[An
 
     if program == "fork":
         return _forked(kind, optax.adam(rate))
-    chosen = optimizer(program, rate, setting)
+    make = program if callable(program) else functools.partial(optimizer, program)
+    chosen = make(rate, setting)
 
     def update(carry: Any, batch: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         params, state = carry

@@ -18,6 +18,7 @@ from benchmarks.physics.methods import (
     METHODS,
     MOMENTUM_CONFIG,
     RESIDUAL_FIRST,
+    Method,
     Rate,
     gradients,
     momentum_config,
@@ -121,7 +122,7 @@ def _tanh(z: list[jax.Array], counts: list[int]) -> list[jax.Array]:
 
 def train(
     equation: Equation,
-    method: str,
+    method: str | Method,
     rates: Any,
     seeds: Any,
     scale: Scale = SMALL,
@@ -131,7 +132,7 @@ def train(
 
     Args:
       equation: which.
-      method: a name in `ALL_METHODS`.
+      method: a name in `ALL_METHODS`, or one of your own.
       rates: peak learning rates, shape ``(runs,)``.
       seeds: of parameters and points, shape ``(runs,)``.
       scale: sizes.
@@ -168,7 +169,7 @@ def _start(sizes: tuple[int, ...], scale: Scale, seeds: jax.Array) -> tuple[Laye
 
 
 def objective(
-    equation: Equation, method: str, scale: Scale, losses: int
+    equation: Equation, method: str | Method, scale: Scale, losses: int
 ) -> Callable[[Layers, Any], tuple[jax.Array, Any]]:
     """The losses as a method takes them: ``(params, sample) -> (prediction, alignment)``."""
     if losses not in (2, 3) or (losses == 3 and not equation.timed):
@@ -188,16 +189,16 @@ def objective(
     return both
 
 
-def _prediction(method: str, losses: int) -> str:
+def _prediction(method: str | Method, losses: int) -> str:
     """The loss that is the prediction; of three the initial condition, which picks a solution."""
     # M-ConFIG, which takes one loss after the other, begins with the residual.
-    if method == MOMENTUM_CONFIG or method.endswith(RESIDUAL_FIRST):
+    if isinstance(method, str) and (method == MOMENTUM_CONFIG or method.endswith(RESIDUAL_FIRST)):
         return "residual"
     return "data" if losses == 2 else "initial"
 
 
 @functools.cache
-def _program(equation: Equation, method: str, scale: Scale, losses: int) -> Any:
+def _program(equation: Equation, method: str | Method, scale: Scale, losses: int) -> Any:
     points, solution = (jnp.asarray(array, jnp.float32) for array in equation.reference)
     both = objective(equation, method, scale, losses)
 
@@ -221,12 +222,12 @@ def _program(equation: Equation, method: str, scale: Scale, losses: int) -> Any:
 
 
 def stepper(
-    method: str, rate: Rate, objective: Callable[..., Any], losses: int
+    method: str | Method, rate: Rate, objective: Callable[..., Any], losses: int
 ) -> tuple[Callable[[Layers], Any], Callable[..., Any]]:
     """How a method starts, and its step ``(carry, sample) -> (carry, cosine)``.
 
     Args:
-      method: a name in `ALL_METHODS`.
+      method: a name in `ALL_METHODS`, or one of your own.
       rate: the learning rate, a function of the step.
       objective: ``(params, sample) -> (prediction, alignment)``, see `objective`.
       losses: how many there are.
@@ -236,15 +237,15 @@ def stepper(
     """
     if method == MOMENTUM_CONFIG:
         return _in_turn(rate, objective, losses)
-    make = METHODS[method.removesuffix(RESIDUAL_FIRST)]
+    make = method if callable(method) else METHODS[method.removesuffix(RESIDUAL_FIRST)]
     parts = ["boundary", "initial", "residual"]
     parts.remove(_prediction(method, 3))
-    optimizer = make(rate, None if losses == 2 else tuple(parts))
+    optimizer = optax.with_extra_args_support(make(rate, None if losses == 2 else tuple(parts)))
 
     def step(carry: Any, sample: Any) -> tuple[Any, jax.Array]:
         params, state = carry
-        _, pairs = gdmam.value_and_paired_grad(objective)(params, sample)
-        updates, state = optimizer.update(pairs, state, params)
+        values, pairs = gdmam.value_and_paired_grad(objective)(params, sample)
+        updates, state = optimizer.update(pairs, state, params, value=values)
         return (optax.apply_updates(params, updates), state), _cosine(pairs)
 
     return optimizer.init, step

@@ -471,6 +471,18 @@ def test_a_method_of_ones_own(monkeypatch):
         methods.find("yours")
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_method_is_given_the_losses_values(dataset, tmp_path, flat):
+    """Without them FAMO's weights are an error."""
+    weighting = gdmam.famo_weighting()
+    method = methods.Method(
+        "famo", "FAMO", lambda rate: gdmam.weighed(optax.adam(rate), weighting), flat=flat
+    )
+    short = dataclasses.replace(SMALL, seeds=1, epochs=1, learning_rates=(1e-3,))
+    experiment.run(dataset, [method], short, folder=tmp_path)
+    assert np.all(np.isfinite(results.load(tmp_path).methods[0].values("kld", "last")))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

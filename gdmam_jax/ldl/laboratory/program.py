@@ -204,19 +204,21 @@ class _Loop:
     batch_size: int
     num_batches: int
 
-    def optimizer(self, run: Run) -> optax.GradientTransformation:
+    def optimizer(self, run: Run) -> optax.GradientTransformationExtraArgs:
         """The method's, of a vector's pair."""
         setting = (run.setting,) if self.method.settings else ()
-        inner, tree = self.method.optimizer(run.learning_rate, *setting), self.model.tree
+        inner = optax.with_extra_args_support(self.method.optimizer(run.learning_rate, *setting))
+        tree = self.model.tree
         if self.method.flat:
             return inner
 
-        def update(pair: gdmam.GradientPair, state: Any, params: jax.Array) -> Any:
+        def update(pair: gdmam.GradientPair, state: Any, params: jax.Array, **extra: Any) -> Any:
             pairs = gdmam.pair_gradients(tree(pair.prediction), tree(pair.alignment))
-            updates, state = inner.update(pairs, state, tree(params))
+            updates, state = inner.update(pairs, state, tree(params), **extra)
             return ravel_pytree(updates)[0], state
 
-        return optax.GradientTransformation(lambda params: inner.init(tree(params)), update)
+        init = lambda params: inner.init(tree(params))  # noqa: E731
+        return optax.GradientTransformationExtraArgs(init, update)
 
     @partial(jax.jit, static_argnums=0)
     def init(self, params: jax.Array, run: Run) -> RunState:
@@ -281,8 +283,8 @@ class _Loop:
             pair = self.losses(params, batch, run, arrays)
             return self.method.rescale(*pair), pair
 
-        (_, pair), pairs = gdmam.value_and_paired_grad(objective, has_aux=True)(params)
-        updates, opt_state = self.optimizer(run).update(pairs, opt_state, params)
+        (values, pair), pairs = gdmam.value_and_paired_grad(objective, has_aux=True)(params)
+        updates, opt_state = self.optimizer(run).update(pairs, opt_state, params, value=values)
         history = dict(zip(("prediction_loss", "alignment_loss"), pair, strict=True))
         history |= _diagnostics(opt_state)
         return (optax.apply_updates(params, updates), opt_state), history

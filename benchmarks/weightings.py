@@ -1,0 +1,150 @@
+"""Every weighting on three kinds of problems, in front of Adam.
+
+Differential equations (the relative error of the learned solution), label distributions (the test
+KLD) and two overlaid digits read with one trunk (the share of digits read right). Each weighting
+has the rate that is best on seeds or epochs of their own.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+
+import gdmam_jax as gdmam
+from benchmarks import timing
+from benchmarks.kinds import images
+from benchmarks.kinds.training import train as train_kind
+from benchmarks.physics.equations import EQUATIONS
+from benchmarks.physics.training import SMALL
+from benchmarks.physics.training import train as train_network
+from gdmam_jax.ldl import data
+from gdmam_jax.ldl.laboratory import experiment, results, storage
+from gdmam_jax.ldl.laboratory.methods import Method
+from gdmam_jax.ldl.laboratory.protocol import Configuration
+
+WEIGHTINGS: dict[str, Any] = {
+    name.removesuffix("_weighting"): getattr(gdmam, name)
+    for name in dir(gdmam)
+    if name.endswith("_weighting")
+    and name not in ("constant_weighting", "running_weighting", "normalised_weighting")
+} | {
+    "running(mgda)": gdmam.running_weighting(gdmam.mgda_weighting),
+    "normalised(upgrad)": gdmam.normalised_weighting(gdmam.upgrad_weighting),
+    "gradient_norm": gdmam.gradient_norm_weighting(every=10),
+}
+"""By name, with the numbers they come with."""
+
+GATED: dict[str, tuple[Any, gdmam.Gate]] = {
+    "unit + priority gate": (gdmam.unit_weighting, gdmam.priority_gate)
+} | {name: (weighting, gdmam.open_gate) for name, weighting in WEIGHTINGS.items()}
+"""The default's choice, and every weighting with the gate open."""
+
+RATES = (3e-3, 1e-2)
+CHOOSING = 1
+"""How many seeds choose the rate; the others are reported."""
+
+
+def optimizer(rate: Any, name: str) -> optax.GradientTransformation:
+    weighting, gate = GATED[name]
+    return gdmam.weighed(optax.adam(rate), weighting, gate=gate)
+
+
+def benchmark(
+    names: Sequence[str],
+    equations: Sequence[str],
+    sets: Sequence[str],
+    folder: Path,
+    data_folder: Path | None,
+    seeds: int,
+    steps: int | None,
+    epochs: int,
+) -> list[dict[str, Any]]:
+    """The median of each problem's measure by weighting, its lowest and highest.
+
+    Args:
+      names: of the weightings; all where there are none.
+      equations: of `benchmarks.physics`.
+      sets: of label distributions, ten folds.
+      folder: for results; what is there is not run again.
+      data_folder: where the sets lie, None for the cache.
+      seeds: how many trainings are reported, of equations and digits.
+      steps: of each training of an equation; None for the benchmark's own.
+      epochs: of each fold's training.
+    """
+    chosen = list(names or GATED)
+    scale = SMALL if steps is None else SMALL._replace(steps=steps)
+    columns = {
+        each: functools.partial(network, each, scale=scale, seeds=seeds) for each in equations
+    }
+    columns["digits"] = functools.partial(digits, seeds=seeds)
+    found = {
+        each: distributions(folder / Path(each).stem, each, chosen, epochs, data_folder)
+        for each in sets
+    }
+    rows = []
+    for name in timing.tracked("weightings", chosen):
+        runs = {problem: kept(folder / problem, name, run) for problem, run in columns.items()}
+        runs |= {each: at_end[name] for each, at_end in found.items()}
+        rows.append({"weighting": name} | {key: timing.spread(each) for key, each in runs.items()})
+    return rows
+
+
+def kept(folder: Path, name: str, run: Callable[[str], np.ndarray]) -> Any:
+    """What the folder has of this weighting, or a run, which is then kept there."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.write_json(path, run(name).tolist())
+    return json.loads(path.read_text())
+
+
+def network(equation: str, name: str, scale: Any, seeds: int) -> np.ndarray:
+    """Relative errors of the learned solution; lower is better."""
+
+    def errors(rates: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        method = lambda rate, _: optimizer(rate, name)  # noqa: E731
+        final = train_network(EQUATIONS[equation], method, rates, numbers, scale).errors[:, -1]
+        return final, final
+
+    return at_the_best_rate(errors, seeds, lower=True)
+
+
+def digits(name: str, seeds: int) -> np.ndarray:
+    """Shares of digits read right; higher is better."""
+    kind = images.shared_trunk()
+
+    def scores(rates: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        program = lambda rate, _: optimizer(rate, name)  # noqa: E731
+        found = train_kind(kind, program, rates, np.zeros(len(rates)), numbers)
+        return found.chosen_by, found.score
+
+    return at_the_best_rate(scores, seeds, lower=False)
+
+
+def at_the_best_rate(
+    run: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], seeds: int, lower: bool
+) -> np.ndarray:
+    """What the reported seeds come to at the rate that is best on the others."""
+    rates, numbers = np.meshgrid(RATES, np.arange(seeds + CHOOSING), indexing="ij")
+    choosing, reported = (each.reshape(rates.shape) for each in run(rates.ravel(), numbers.ravel()))
+    scores = np.nan_to_num(choosing[:, seeds:].mean(axis=1), nan=np.inf if lower else -np.inf)
+    return reported[np.argmin(scores) if lower else np.argmax(scores), :seeds]
+
+
+def distributions(
+    folder: Path, name: str, weightings: Sequence[str], epochs: int, data_folder: Path | None
+) -> dict[str, np.ndarray]:
+    """Test KLDs of the folds by weighting, at the rate and epoch that natural rows choose."""
+    methods = [
+        Method(each, each, functools.partial(optimizer, name=each), flat=True)
+        for each in weightings
+    ]
+    dataset = data.find(name, folder=data_folder, normalize=True, drop_constant=True)
+    configuration = Configuration(seeds=1, epochs=epochs, learning_rates=RATES)
+    experiment.run(dataset, methods, configuration, folder=folder)
+    found = results.load(folder).methods
+    return {each.name: each.values("kld", "natural").ravel() for each in found}
