@@ -50,6 +50,7 @@ from gdmam_jax._valued import famo_weighting as famo_weighting
 from gdmam_jax._valued import geometric_mean_weighting as geometric_mean_weighting
 from gdmam_jax._valued import random_weighting as random_weighting
 from gdmam_jax._valued import relobralo_weighting as relobralo_weighting
+from gdmam_jax._valued import softadapt_weighting as softadapt_weighting
 from gdmam_jax._valued import stch_weighting as stch_weighting
 from gdmam_jax._valued import uncertainty_weighting as uncertainty_weighting
 from gdmam_jax._weightings import Weighting as Weighting

@@ -330,6 +330,62 @@ def relobralo_weighting(
     return RememberingWeighting(init, update)
 
 
+class _Previous(NamedTuple):
+    """Each loss's last value, and whether there was one."""
+
+    values: jax.Array
+    seen: jax.Array
+
+
+@made_by_call
+def softadapt_weighting(*, beta: Any = 0.1, scaled: bool = True) -> RememberingWeighting:
+    r"""SoftAdapt: a loss that falls less than the others, or rises, counts more.
+
+    $w_k = K \operatorname{softmax}_k(\beta s_k)$ with the change $s_k = \ell_k(t) - \ell_k(t - 1)$,
+    or $s_k / \sum_j |s_j|$ if ``scaled``; 1 in the first step. The paper's weights add up to 1,
+    these to $K$, as the sum's do.
+
+    Args:
+      beta: $\beta$; the larger, the less equal the weights. Below 0 losses that fall count more.
+      scaled: whether changes are relative to all losses' changes. If not, the losses' units count.
+
+    Returns:
+      A weighting that needs the losses' values, ``update(..., value=)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import gdmam_jax as gdmam
+      >>> weighting = gdmam.softadapt_weighting(beta=1.0)
+      >>> memory = weighting.init(jnp.zeros(2))
+      >>> for values in ([2.0, 2.0], [2.0, 1.0]):
+      ...     known = gdmam.Losses(values=jnp.array(values))
+      ...     weights, memory = weighting.update(None, None, memory, known)
+      >>> [round(weight, 3) for weight in weights.tolist()]
+      [1.462, 0.538]
+
+    References:
+      Heydari, Thompson and Mehmood, SoftAdapt: Techniques for Adaptive Loss Weighting of Neural
+      Networks with Multi-Part Loss Functions, 2019.
+    """
+    check_range("beta", beta, -jnp.inf)
+
+    def init(zeros: jax.Array) -> _Previous:
+        start = _losses_alone(zeros)
+        return _Previous(start, jnp.zeros(start.shape, bool))
+
+    def update(gramian: Any, norms: Any, memory: _Previous, losses: Losses) -> tuple[Any, Any]:
+        del gramian, norms
+        values, here = values_of("softadapt_weighting", losses), losses.present
+        change = kept(here, jnp.where(memory.seen, values - memory.values, 0), 0)
+        if scaled:
+            change = divide(change, jnp.sum(jnp.abs(change)))
+        weights = _count(here, values) * _softmax(beta * change, here)
+        seen = memory.seen | (True if here is None else here)
+        return weights, _Previous(kept(here, values, memory.values), seen)
+
+    return RememberingWeighting(init, update)
+
+
 @made_by_call
 def stch_weighting(
     *, mu: Any = 0.1, preference: Any = 1.0, lowest: Any = 0.0

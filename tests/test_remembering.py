@@ -24,11 +24,12 @@ WEIGHTINGS = {
     "famo": gdmam.famo_weighting,
     "dwa": gdmam.dwa_weighting(every=2),
     "relobralo": gdmam.relobralo_weighting(lookback=0.5, decay=0.7, temperature=1.0),
+    "softadapt": gdmam.softadapt_weighting(beta=2.0),
     "stch": gdmam.stch_weighting,
     "geometric_mean": gdmam.geometric_mean_weighting,
     "random": gdmam.random_weighting,
 }
-BY_VALUE = ("uncertainty", "famo", "dwa", "relobralo", "stch", "geometric_mean")
+BY_VALUE = ("uncertainty", "famo", "dwa", "relobralo", "softadapt", "stch", "geometric_mean")
 """These need no gradients."""
 STEPS = 4
 PROPERTY = settings(max_examples=20, deadline=None)
@@ -272,6 +273,7 @@ def test_values_that_are_missing_are_asked_for(name):
         (lambda: gdmam.running_weighting(gdmam.unit_weighting, decay=1.0), "decay must lie in"),
         (lambda: gdmam.running_weighting(0.5), "weighting must be a function"),
         (lambda: gdmam.stch_weighting(mu=0.0), "mu must lie in"),
+        (lambda: gdmam.softadapt_weighting(beta=jnp.nan), "beta must lie in"),
         (lambda: gdmam.dwa_weighting(every=0), "every must lie in"),
         (lambda: gdmam.fairgrad_weighting(alpha=-1.0)(jnp.eye(2), None), "alpha must lie in"),
         (lambda: gdmam.dcgd_weighting(jnp.eye(3), None), "is for two losses, got 3"),

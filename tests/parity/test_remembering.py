@@ -263,6 +263,19 @@ def test_dwa(every, x64):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_softadapt(scaled, x64):
+    """Against the paper's formula; TorchJD has no such method."""
+    losses = values(3)
+    expected = [np.ones(3)]
+    for change in np.diff(losses, axis=0):
+        each = np.exp(1.5 * (change / np.abs(change).sum() if scaled else change))
+        expected.append(3 * each / each.sum())
+    assert_same(
+        ours(gdmam.softadapt_weighting(beta=1.5, scaled=scaled), 3, losses=losses), expected
+    )
+
+
 def test_stch(x64):
     losses, lowest = values(3), np.array([0.05, 0.1, 0.2])
     wanted = np.array([0.2, 0.3, 0.5])
