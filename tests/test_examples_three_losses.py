@@ -38,10 +38,10 @@ def test_both_spellings_train_alike_and_are_reported(example, tmp_path, monkeypa
 def test_the_losses_of_the_solution_vanish_and_of_others_do_not(example, x64):
     x, t = jax.random.uniform(jax.random.key(0), (2, 50, 1)) * jnp.array([[[6.0]], [[1.0]]])
     wave = lambda x, t: jnp.sin(x - example.SPEED * t)  # noqa: E731
-    residual, alignment = example.losses_by_name(wave, x, t)
-    for loss in (residual, *alignment.values()):
+    initial, alignment = example.losses_by_name(wave, x, t)
+    for loss in (initial, *alignment.values()):
         np.testing.assert_allclose(loss, 0, atol=1e-24)
-    residual, (inflow, initial) = example.losses_in_order(lambda x, t: wave(x, t) + x, x, t)
+    initial, (inflow, residual) = example.losses_in_order(lambda x, t: wave(x, t) + x, x, t)
     np.testing.assert_allclose(residual, example.SPEED**2)
     np.testing.assert_allclose(inflow, 0, atol=1e-24)
     np.testing.assert_allclose(initial, jnp.mean(x**2))
