@@ -26,6 +26,11 @@ KINDS = {
     "gdmam 1": "`gdmam`", "gdmam tuned": "`gdmam`, tuned", "fork": "`fork`",
 }  # fmt: skip
 """Methods of `benchmarks.kinds`, and their columns."""
+API = (
+    "gradients", "optimizers", "allocation", "weightings", "remembering", "momentum", "fork",
+    "diagnostics", "nnx", "laboratory",
+)  # fmt: skip
+"""The pages in ``docs/api``, as in the navigation."""
 FAILED = 0.5
 """Relative error from which a run of `benchmarks.physics` counts as failed."""
 ODD, EVEN = slice(0, None, 2), slice(1, None, 2)
@@ -263,10 +268,26 @@ def group(*names: str) -> str:
     return "\n".join([*lines, "", *(f"::: gdmam_jax.{name}\n" for name in names)])
 
 
+def api_table() -> str:
+    """The pages of the API, and the names on each."""
+    lines = ["| page | names |", "| --- | --- |"]
+    for page in API:
+        text = (DOCS / "api" / f"{page}.md").read_text()
+        title = re.search(r"^# (.+)$", text, re.MULTILINE)[1]
+        names = [
+            f"[`{name}`][gdmam_jax.{name}]"
+            for name in re.findall(r'^    "(\w+)",$', text, re.MULTILINE)
+        ]
+        names += [f"`{name}`" for name in re.findall(r"^::: (gdmam_jax\.\w+)$", text, re.MULTILINE)]
+        lines.append(f"| [{title}]({page}.md) | {', '.join(names)} |")
+    return "\n".join(lines)
+
+
 def define_env(env: Any) -> None:
     """Gives the pages the functions above."""
     for function in (
         absent_table,
+        api_table,
         defaults_table,
         figure,
         group,

@@ -1,5 +1,6 @@
 """README and pages: links, anchors, numbers, and rows of tables that name what is tested."""
 
+import ast
 import importlib
 import re
 import statistics
@@ -16,7 +17,7 @@ from docs import figures, pages
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(
-    [*DOCS.glob("*.md"), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY"))]
+    [*DOCS.rglob("*.md"), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY"))]
 )
 NAVIGATION = re.findall(r"^ +- .*: (\S+\.\w+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 
@@ -65,12 +66,15 @@ def test_blocks_that_go_on_from_one_another_run(name):
 
 def test_every_page_is_in_the_navigation_once():
     notebooks = [f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")]
-    assert sorted(NAVIGATION) == sorted([page.name for page in DOCS.glob("*.md")] + notebooks)
+    written = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")]
+    assert sorted(NAVIGATION) == sorted(written + notebooks)
 
 
 def test_llms_txt_names_the_pages():
     named = re.findall(r"\]\((\S+)\)", (DOCS / "llms.txt").read_text())
-    names = [name.removesuffix(".md") for name in NAVIGATION if name != "index.md"]
+    names = [
+        name.removesuffix(".md").removesuffix("/index") for name in NAVIGATION if name != "index.md"
+    ]
     assert sorted(named) == sorted(f"{name}/" for name in names)
 
 
@@ -88,10 +92,17 @@ def test_notebooks_open_in_colab_where_the_repository_is_known():
 
 
 def test_links_to_notebooks_lead_to_their_pages():
-    page = SimpleNamespace(file=SimpleNamespace(src_uri="notebooks.md"))
-    text = pages.on_page_markdown((DOCS / "notebooks.md").read_text(), page)
-    linked = re.findall(r"\]\((notebooks/\w+\.md)\)", text)
-    assert sorted(linked) == sorted(name for name in NAVIGATION if "/" in name)
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="examples.md"))
+    text = pages.on_page_markdown((DOCS / "examples.md").read_text(), page)
+    linked = set(re.findall(r"\]\((notebooks/\w+\.md)\)", text))
+    assert linked == {name for name in NAVIGATION if name.startswith("notebooks/")}
+
+
+def test_the_gallery_has_every_example_with_its_command():
+    text = (DOCS / "examples.md").read_text()
+    for path in (ROOT / "examples").glob("*.py"):
+        if path.stem != "training":  # what two of them share
+            assert f"python examples/{path.name}" in text, path.name
 
 
 def test_long_names_break_behind_signs_only():
@@ -110,14 +121,19 @@ def test_nothing_is_loaded_from_elsewhere():
         assert not re.findall(r"https?://\S+", text)
 
 
-def test_the_api_has_every_public_name_once():
-    page = (DOCS / "api.md").read_text()
-    named = re.findall(r'^    "(\w+)",$', page, re.MULTILINE)
+def test_the_api_has_every_public_name_on_one_page():
+    assert [f"api/{page}.md" for page in ("index", *figures.API)] == [
+        name for name in NAVIGATION if name.startswith("api/")
+    ]
+    text = "".join((DOCS / "api" / f"{page}.md").read_text() for page in figures.API)
+    named = re.findall(r'^    "(\w+)",$', text, re.MULTILINE)
     modules = {"nnx", "plotting", "ldl"}
     public = {name for name in vars(gdmam) if not name.startswith("_")} - modules
     assert sorted(named) == sorted(public)
-    assert set(re.findall(r"^::: gdmam_jax\.(\w+)$", page, re.MULTILINE)) == modules
+    assert sorted(re.findall(r"^::: gdmam_jax\.(\w+)$", text, re.MULTILINE)) == sorted(modules)
     assert all(figures.docstrings()[name].endswith((".", ")", ":")) for name in named)
+    listed = re.findall(r"\[gdmam_jax\.(\w+)\]", figures.api_table())
+    assert sorted(listed) == sorted(public)
 
 
 def test_figures_of_the_pages_are_in_their_files():
@@ -131,7 +147,7 @@ def test_figures_of_the_pages_are_in_their_files():
     figures.define_env(Environment())
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
     rendered = 0
-    for page in DOCS.glob("*.md"):
+    for page in DOCS.rglob("*.md"):
         text = page.read_text()
         if text.startswith("---\nrender_macros: true\n---"):
             environment.from_string(text).render(**macros)
@@ -491,3 +507,45 @@ def test_every_row_of_compatibility_has_its_tests_and_every_test_its_row():
     files = {path.stem for path in (ROOT / "tests" / "compatibility").glob("test_*.py")}
     demanded = {test for test in existing if test.split()[0] in {*files, "test_nnx"}}
     assert demanded - named == IN_NO_ROW
+
+
+def message(node):
+    """The text of an expression, with … for what is filled in."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr():
+            return re.sub("…+", "…", "".join(map(message, node.values)))
+        case ast.BinOp(op=ast.Add()):
+            return message(node.left) + message(node.right)
+    return "…"
+
+
+def messages():
+    """What the package raises; a text that is put into a variable first stands for itself."""
+    for path in (ROOT / "gdmam_jax").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        named = {
+            node.targets[0].id: message(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                text = message(node.exc.args[0])
+                if text.startswith("…") and isinstance(node.exc.args[0], ast.JoinedStr):
+                    first = node.exc.args[0].values[0].value
+                    text = named.get(getattr(first, "id", ""), "…") + text[1:]
+                if re.sub("[…:; ]", "", text):
+                    yield text
+
+
+def test_every_error_is_on_its_page_and_every_message_of_the_page_is_raised():
+    shown = [row.strip().strip("`") for row in rows("errors.md")]
+    raised = list(messages())
+    assert len(raised) > 100
+    for text in raised:
+        assert any(text.startswith(row) for row in shown), text
+    for row in shown:
+        assert any(text.startswith(row) for text in raised), row
+    assert len(shown) == len({*shown})
