@@ -1,7 +1,8 @@
 """Draws trainings of two parameters on two losses: `python docs/draw_trajectories.py`.
 
-Writes docs/trajectories.png, and prints a table of where the trainings end. The alignment loss is a
-hundred times as large as the prediction loss in each of three landscapes.
+Writes docs/trajectories.png, docs/trajectories_narrow.png for narrow screens, and prints a table of
+where the trainings end. The alignment loss is a hundred times as large as the prediction loss in
+each of three landscapes.
 """
 
 from pathlib import Path
@@ -18,6 +19,7 @@ import gdmam_jax as gdmam
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+HERE = Path(__file__).parent
 STEPS, RATE, SCALE = 600, 0.03, 100.0
 STARTS = jnp.array([[-2.0, 1.0], [-1.5, -1.2], [0.3, 1.8], [1.6, 1.2], [-0.4, -1.6]])
 
@@ -104,34 +106,47 @@ def ends(title, paths):
     return f"{np.sum(np.maximum(*values) < 1e-5)} of {len(STARTS)}"
 
 
+def draw(paths, path, transposed):
+    """A panel for each landscape and method; ``transposed`` for narrow screens."""
+    shape = (len(LANDSCAPES), len(methods()))
+    size = (6.6, 11.2) if transposed else (11.5, 7)
+    figure, axes = plt.subplots(
+        *(shape[::-1] if transposed else shape), figsize=size, layout="constrained", squeeze=False
+    )
+    panels = axes.T if transposed else axes
+    for row, title in zip(panels, LANDSCAPES, strict=True):
+        for panel, name in zip(row, methods(), strict=True):
+            draw_landscape(panel, title)
+            panel.plot(*paths[title, name].T, color=VIOLET, linewidth=2)
+            panel.plot(*STARTS.T, "o", color=GREY, markersize=4)
+            panel.plot(*paths[title, name][:, -1].T, "o", color=VIOLET, markersize=7)
+    above, left = (LANDSCAPES, methods()) if transposed else (methods(), LANDSCAPES)
+    for panel, name in zip(axes[0], above, strict=True):
+        panel.set_title(name, fontsize=11)
+    for panel, name in zip(axes[:, 0], left, strict=True):
+        panel.set_ylabel(name, fontsize=11)
+    handles = [
+        plt.Line2D([], [], color=colour, marker=marker)
+        for colour, marker in ((BLUE, "*"), (ORANGE, "*"), (VIOLET, "o"), (GREY, "o"))
+    ]
+    handles[-1].set_linestyle("none")
+    labels = ("prediction loss", "alignment loss, times 100", "training and end", "start")
+    columns = 2 if transposed else 4
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
+
+
 def main() -> None:
     """Trains, draws and prints."""
     print(f"| | {' | '.join(methods())} |")
+    paths = {}
+    for title, losses in LANDSCAPES.items():
+        for name, optimizer in methods().items():
+            paths[title, name] = train(losses, optimizer)
+        print(f"| {title} | {' | '.join(ends(title, paths[title, name]) for name in methods())} |")
     with plt.rc_context(STYLE):
-        shape = len(LANDSCAPES), len(methods())
-        figure, axes = plt.subplots(*shape, figsize=(11.5, 7), layout="constrained", squeeze=False)
-        for number, (row, title) in enumerate(zip(axes, LANDSCAPES, strict=True)):
-            found = []
-            for panel, (name, optimizer) in zip(row, methods().items(), strict=True):
-                draw_landscape(panel, title)
-                paths = train(LANDSCAPES[title], optimizer)
-                panel.plot(*paths.T, color=VIOLET, linewidth=2)
-                panel.plot(*STARTS.T, "o", color=GREY, markersize=4)
-                panel.plot(*paths[:, -1].T, "o", color=VIOLET, markersize=7)
-                found.append(ends(title, paths))
-                if number == 0:
-                    panel.set_title(name, fontsize=11)
-            row[0].set_ylabel(title, fontsize=11)
-            print(f"| {title} | {' | '.join(found)} |")
-        handles = [
-            plt.Line2D([], [], color=colour, marker=marker)
-            for colour, marker in ((BLUE, "*"), (ORANGE, "*"), (VIOLET, "o"), (GREY, "o"))
-        ]
-        handles[-1].set_linestyle("none")
-        labels = ("prediction loss", "alignment loss, times 100", "training and end", "start")
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        path = Path(__file__).with_name("trajectories.png")
-        figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
+        draw(paths, HERE / "trajectories.png", transposed=False)
+        draw(paths, HERE / "trajectories_narrow.png", transposed=True)
 
 
 if __name__ == "__main__":

@@ -130,11 +130,13 @@ def draw_conflict(path: Path, columns: int) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def draw_weightings(path: Path) -> None:
+def draw_weightings(path: Path, columns: int) -> None:
     """One panel for each weighting, and the legend in what is left."""
     gramian = jnp.asarray(STEPS @ STEPS.T)
     norms = jnp.linalg.norm(jnp.asarray(STEPS), axis=1)
-    figure, axes = plt.subplots(3, 5, figsize=(11, 6.2), layout="constrained")
+    rows = 15 // columns
+    size = (2.2 * columns, 2.07 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
     for panel, (name, weighting) in zip(axes.flat, WEIGHTINGS.items(), strict=False):
         draw_panel(panel, STEPS, np.asarray(jax.jit(weighting)(gramian, norms)) @ STEPS)
         panel.set(xlim=(-1.3, 2.3), ylim=(-1.1, 2.0))
@@ -147,11 +149,12 @@ def draw_weightings(path: Path) -> None:
 
 
 def main() -> None:
-    """Draws both pictures."""
+    """Draws all pictures."""
     with plt.rc_context(STYLE):
         draw_conflict(HERE / "conflict.svg", columns=4)
         draw_conflict(HERE / "conflict_narrow.svg", columns=2)
-        draw_weightings(HERE / "weightings.svg")
+        draw_weightings(HERE / "weightings.svg", columns=5)
+        draw_weightings(HERE / "weightings_narrow.svg", columns=3)
 
 
 if __name__ == "__main__":

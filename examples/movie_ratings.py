@@ -237,7 +237,9 @@ def draw(runs, path):
     axes[1, 1].set(title=f"Norms of the gradients: {name}", xlabel="step", yscale="log")
     for axis in axes.flat:
         axis.spines["top"].set_visible(False)
-    for axis in (axes[0, 0], axes[1, 0], axes[1, 1]):
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 3}
+    axes[0, 0].legend(frameon=False, **below)  # the curves are everywhere else
+    for axis in axes[1]:
         axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -239,8 +239,8 @@ def test_the_picture_of_weightings(script, tmp_path, monkeypatch):
     kept = {name: script.WEIGHTINGS[name] for name in ("sum", "unit")}
     monkeypatch.setattr(script, "WEIGHTINGS", kept)
     script.main()
-    for name in ("conflict.svg", "conflict_narrow.svg", "weightings.svg"):
-        assert "<svg" in (tmp_path / name).read_text()
+    for name in ("conflict", "conflict_narrow", "weightings", "weightings_narrow"):
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
 
 
 @pytest.mark.parametrize("script", ["draw_trajectories"], indirect=True)
@@ -256,7 +256,8 @@ def test_the_picture_of_trajectories(script, tmp_path, monkeypatch, capsys):
     _, stated = re.search(rf"^\| {landscape}(: [^|]*)\| (.*) \|$", page, re.MULTILINE).groups()
     ends = dict(zip(methods, stated.split(" | "), strict=True))
     assert printed == [landscape, *(ends[name] for name in kept)]
-    assert imread(tmp_path / "trajectories.png").std() > 0.01
+    for name in ("trajectories.png", "trajectories_narrow.png"):
+        assert imread(tmp_path / name).std() > 0.01
 
 
 @pytest.mark.parametrize("script", ["draw_social"], indirect=True)
