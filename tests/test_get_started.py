@@ -3,9 +3,7 @@
 import re
 import struct
 import sys
-import textwrap
 import types
-from pathlib import Path
 
 import chex
 import matplotlib
@@ -14,9 +12,10 @@ import pytest
 import tensorboardX
 from flax import nnx
 
+from docs.snippets import BLOCK, LIBRARIES, PAGE, blocks
+
 matplotlib.use("Agg")
 
-PAGE = Path(__file__).parents[1] / "docs" / "get_started.md"
 STATE = {
     "Optax": ("params", "opt_state"),
     "Flax NNX": ("model", "optimizer"),
@@ -24,18 +23,6 @@ STATE = {
     "Equinox": ("params", "opt_state"),
 }
 """What a step of each library's loop takes beside the batch."""
-BLOCK = re.compile(
-    r'^=== "(?P<tab>[^"]+)"$|^(?P<indent> *)```python\n(?P<code>.*?)\n *```$', re.M | re.S
-)
-
-
-def blocks(library):
-    """The page's Python, as a reader meets it who chooses one library's tabs."""
-    tab = None
-    for match in BLOCK.finditer(PAGE.read_text()):
-        tab = match["tab"] or tab
-        if match["code"] is not None and (not match["indent"] or tab == library):
-            yield textwrap.dedent(match["code"])
 
 
 class Run:
@@ -94,7 +81,8 @@ def events(folder):
 
 def test_the_page_has_every_library_twice():
     tabs = [match["tab"] for match in BLOCK.finditer(PAGE.read_text()) if match["tab"]]
-    assert tabs == [*STATE, *STATE]
+    assert tabs == [*LIBRARIES, *LIBRARIES]
+    assert list(STATE) == list(LIBRARIES)
     assert [len([*blocks(library)]) for library in STATE] == [6] * len(STATE)
 
 
@@ -133,3 +121,17 @@ def test_following_the_page(library, tmp_path, monkeypatch, loggers):
     exec(checkpoint, reader)
     assert (tmp_path / "checkpoint").is_dir()
     chex.assert_trees_all_equal(reader["seen"], expected[-1])
+
+    # A second time, in the same folder.
+    for block in (loop, *middle, checkpoint):
+        exec(block, reader)
+    chex.assert_trees_all_equal(reader["seen"], expected[-1])
+
+
+def test_the_baseline_that_the_page_names_goes_through_the_same_loop():
+    baseline = "gdmam.weighed(optax.adamw(1e-2), gdmam.sum_weighting)"
+    assert f"`{baseline}`" in PAGE.read_text()
+    loop = next(blocks("Optax")).replace("gdmam.gdmam(1e-2)", baseline)
+    reader = {"__name__": "reader"}
+    exec(loop.replace("range(300)", "range(3)"), reader)
+    assert -1 <= float(reader["history"][-1]["cosine"]) <= 1
