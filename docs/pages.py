@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+ON_PYPI = False
+"""Whether ``pip install gdmam-jax`` works, which the first cell of a notebook needs in Colab."""
 TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 {% block stream %}
 ``` { .text .output }
@@ -20,9 +22,15 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 """
 
 
-def opening(name: str, repository: str | None) -> str:
-    """How to run a notebook: by a link, if the repository is known to be on GitHub."""
+def opening(name: str, repository: str | None, on_pypi: bool = ON_PYPI) -> str:
+    """How to run a notebook: in Colab by a link, if package and repository are published."""
     file = f"[{name}.ipynb]({name}.ipynb){{ download }}"
+    if not on_pypi:
+        return (
+            f"To run this page, open `notebooks/{name}.ipynb` of a clone "
+            "([how](../examples.md#notebooks)), or download "
+            f"{file}."
+        )
     if github := re.fullmatch(r"https://github\.com/([^/]+/[^/]+?)(\.git)?/?", repository or ""):
         colab = f"https://colab.research.google.com/github/{github[1]}/blob/main"
         return (

@@ -51,6 +51,8 @@ def test_links_lead_to_files_and_headings(page):
         # What is not in `docs` is not on the site.
         assert page.parent == ROOT or target.absolute().is_relative_to(DOCS), link
         assert not anchor or anchor in anchors(target), link
+    for name in re.findall(r'srcset="(?:\.\./)*([^"]+)"', text):  # for narrow screens
+        assert (DOCS / name).is_file(), name
     for name in re.findall(r"\]\[gdmam_jax\.(\w+)\]", prose(page)):
         assert hasattr(gdmam, name), name
 
@@ -78,17 +80,29 @@ def test_llms_txt_names_the_pages():
     assert sorted(named) == sorted(f"{name}/" for name in names)
 
 
-def test_notebooks_open_in_colab_where_the_repository_is_known():
-    for address in ("https://github.com/owner/name", "https://github.com/owner/name.git"):
+def test_notebooks_open_in_colab_where_the_package_and_the_repository_are_published():
+    addresses = ("https://github.com/owner/name", "https://github.com/owner/name.git")
+    for address in addresses:
         assert (
             "[Open in Colab](https://colab.research.google.com/github/owner/name/blob/main/"
             "notebooks/first_training.ipynb)"
-        ) in pages.opening("first_training", address)
+        ) in pages.opening("first_training", address, on_pypi=True)
     for address in (None, "", "https://git.example/owner/name"):
-        told = pages.opening("first_training", address)
+        told = pages.opening("first_training", address, on_pypi=True)
         assert "Upload notebook" in told
         assert "(first_training.ipynb)" in told
         assert "Open in Colab" not in told
+    for address in (None, *addresses):
+        told = pages.opening("first_training", address, on_pypi=False)
+        assert "of a clone" in told
+        assert "Colab" not in told
+
+
+def test_no_page_installs_from_an_index_what_is_not_on_it():
+    promised = re.compile(r"pip install[^\n]*[\s\"\'`]gdmam-jax(?!/)")
+    texts = [*PAGES, DOCS / "llms.txt", *(ROOT / "examples").glob("*.py")]
+    found = [path.name for path in texts if promised.search(path.read_text())]
+    assert pages.ON_PYPI or not found
 
 
 def test_links_to_notebooks_lead_to_their_pages():
