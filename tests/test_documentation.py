@@ -222,7 +222,7 @@ def test_times_in_sentences_are_those_of_the_files(page):
 
 
 def test_times_of_several_losses_are_those_of_the_file():
-    text = (DOCS / "several_losses.md").read_text()
+    text = (DOCS / "weightings.md").read_text()
     stated = re.search(r"update took ([\d.]+), ([\d.]+) and ([\d.]+) times", text).groups()
     for time, losses in zip(stated, (2, 3, 5), strict=True):
         update = figures.row("update_losses", optimizer="gdmam", losses=losses)
