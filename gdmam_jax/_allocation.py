@@ -40,19 +40,19 @@ STATIC = (
 class Allocation:
     """What one step decided: the state of `allocate`, and a part of every other state.
 
-    K losses, of which the prediction is the first, and J = K - 1 alignment losses; a leading axis
-    over the scopes where there are several. float32, or float64 where a parameter is.
+    There are K losses, with the prediction first, and J = K - 1 alignment losses. Several scopes
+    have a leading axis. Arrays are float32, or float64 if a parameter is.
 
     Attributes:
-      geometry: norms, cosines and projections of the step; zeros before the first, and of a loss
+      geometry: norms, cosines and projections of the step; zeros before the first, and for a loss
         that was absent.
       norms: running means of the gradients' norms, bias-corrected; shape ``(..., K)``.
       remainder: product of the running means' decays so far, 1 at first; shape ``(K,)``.
       weights: the tasks' weights; shape ``(..., K)``.
       gate: factors of each alignment gradient's (parallel, orthogonal) part; shape ``(..., 2, J)``.
-      memory: the state of a weighting that has one; else None.
-      skipped: steps left out so far; int32, shape ``()``; None where every step is taken.
-      skipped_in_a_row: steps left out since the last that was not; likewise.
+      memory: the state of a weighting that has one, or None.
+      skipped: steps left out so far; int32, shape ``()``; None if every step is taken.
+      skipped_in_a_row: steps left out since the last one taken; likewise.
       skipped_losses: how often each loss was left out for not being finite; int32, shape ``(K,)``;
         None without ``not_finite="skip_loss"``.
       scopes: the names of the scopes; static.
@@ -341,10 +341,10 @@ def allocate(
     max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Pairs in, the allocated gradient out: GDMAM in front of any optimizer.
+    r"""GDMAM in front of any optimizer: takes pairs, returns the allocated gradient.
 
-    The alignment gradient is split along and across the prediction gradient (see `decompose`),
-    and weights and gate make one gradient of the parts,
+    It splits the alignment gradient along and across the prediction gradient (see `decompose`).
+    Weights and gate make one gradient of the parts,
 
     $$
     A = w_p g_p + w_a (v_\parallel g_\parallel + v_\perp g_\perp).
@@ -366,13 +366,13 @@ def allocate(
       alignment_losses: how many alignment losses there are; or the names of those that the loss
         function returns in a dictionary, in the order in which weights are given. None: one.
       statistics_decay: decay of the norms' running means, in [0, 1).
-      not_finite: what becomes of a step in which an inner product of the gradients, or a number
-        that is made of them, is not finite.
-        ``"apply"``: it is taken, and the numbers that are not finite spread, as in Optax's own
-        optimizers. ``"skip"``: the result is 0 and the state stays, bit for bit, but for counts
+      not_finite: what happens to a step in which an inner product of the gradients, or a number
+        made of them, is not finite.
+        ``"apply"``: it is taken, and NaN and infinity spread, as in Optax's own optimizers.
+        ``"skip"``: the result is 0 and the state stays the same bit for bit, except for counts
         that `diagnostics` shows. Other links of a chain go on. ``"skip_loss"``: a loss whose
-        gradient is not finite counts as absent from this step, and the others go on; the step is
-        left out where none is left.
+        gradient is not finite counts as absent from this step, and the others go on; if no loss is
+        left, the step is left out.
       max_skips: after so many steps left out in a row the next is taken, whatever it is, so that
         the failure shows. None: never.
       axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded: the inner
@@ -382,7 +382,7 @@ def allocate(
       A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
       with ``alignment=`` the alignment gradients, and returns one gradient, of the gradients'
       dtypes. It also takes ``present=``, booleans like the losses, ``(prediction, alignment)``: an
-      absent loss has no weight and does not change its running means; and ``value=``, the losses'
+      absent loss has no weight and keeps its running means; and ``value=``, the losses'
       values, for weightings that look at them. Its state is an `Allocation`.
 
     Raises:

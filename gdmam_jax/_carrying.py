@@ -16,20 +16,20 @@ from gdmam_jax._transform import GDMAMState
 
 
 def carry_over(old_state: optax.OptState, new_state: optax.OptState) -> optax.OptState:
-    """Goes on with more losses than before, fewer, or other ones.
+    """Continues a training with more losses than before, fewer, or different ones.
 
-    Momenta, second moments and counts stay. What is known of a loss, such as its running norm and
-    its weighting's memory, goes with its name, or with its place where losses have no names; a
-    loss that is new has the new state's. A weighting whose memory is of another kind starts
-    afresh. Of separate momenta those of new losses start at 0.
+    Momenta, second moments and counts stay. What is known about a loss, such as its running norm
+    and its weighting's memory, goes with its name, or with its place if losses have no names. A
+    new loss has the new state's values, and its separate momenta start at 0. A weighting whose
+    memory is of another kind starts afresh.
 
-    A state from a checkpoint is read with the optimizer that wrote it, which knows the losses'
-    names: ``restore(path, jax.eval_shape(old_optimizer.init, params))``, or
+    Read a checkpoint with the optimizer that wrote it, which knows the losses' names:
+    ``restore(path, jax.eval_shape(old_optimizer.init, params))``, or
     ``flax.serialization.from_bytes(old_optimizer.init(params), data)``.
 
     Args:
       old_state: the state of an optimizer with the losses so far.
-      new_state: what the ``init`` of the same optimizer with the new losses returns.
+      new_state: the ``init`` of the same optimizer with the new losses.
 
     Returns:
       A state like the new one.

@@ -29,11 +29,11 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       ``parallel_momentum``, ``orthogonal_momentum``; for the released form also ``decay`` (its
       ``b1``), with ``not_finite="skip"`` also ``skipped`` and ``skipped_in_a_row``, counts of
       steps, and with ``"skip_loss"`` such a count for each loss, ``skipped/prediction`` and so on.
-      `allocate` and `weighed` have no momenta. With several alignment losses, the keys of what
-      each has its own of end with ``/`` and its name or number; with several scopes each key starts
-      with ``label/``; with several GDMAM states, with the state's path in ``opt_state``. All are 0
-      before the first step, but the momenta, which are 1. They are those of the last step that was
-      not skipped.
+      `allocate` and `weighed` have no momenta. With several alignment losses, keys
+      that each loss has end with ``/`` and its name or number; with several scopes each key starts
+      with ``label/``; with several GDMAM states, with the state's path in ``opt_state``. Before
+      the first step all are 0, except the momenta, which are 1. They are those of the last step
+      that was not skipped.
 
     Raises:
       ValueError: no state of GDMAM, `allocate` or `weighed` is inside ``opt_state``.

@@ -28,15 +28,15 @@ def fork_state(
     """The state of a `fork` before its first step.
 
     Args:
-      losses: how many losses there are, the prediction's counted, or their names; as in `fork`.
+      losses: how many losses there are, including the prediction's, or their names; as in `fork`.
       dtype: float32, or float64.
-      weighting: that of the fork, where it is a `RememberingWeighting`.
+      weighting: that of the fork, if it is a `RememberingWeighting`.
 
     Returns:
       A state of zeros.
 
     Raises:
-      ValueError: there are fewer than two losses, or a name is there twice.
+      ValueError: there are fewer than two losses, or two have the same name.
 
     Examples:
       >>> fork_state(3).weights.shape
@@ -75,28 +75,28 @@ def fork(
 ) -> Any:
     r"""Copies of features, one for each loss, at which the losses' conflict is settled.
 
-    Forward the identity. Backward, the cotangents of the copies, $\bar z_k$, meet as gradients meet
-    in an optimizer, and their weighed and gated sum
+    The forward pass is the identity. In the backward pass the cotangents of the copies,
+    $\bar z_k$, are treated as an optimizer treats gradients, and their weighed and gated sum
 
     $$\bar z = \sum_k f_k \bar z_k, \qquad f \text{ from } \langle \bar z_j, \bar z_k\rangle,$$
 
-    is pulled through the trunk once. So the cost is that of the summed loss, whose ordinary
-    gradient any optimizer takes. What follows a copy, such as a loss's own head, gets the gradient
-    of its own loss, unweighed.
+    goes back through the trunk once. So it costs as much as the summed loss, and the result is an
+    ordinary gradient, for any optimizer. What follows a copy, such as a loss's own head, gets the
+    gradient of its own loss, unweighed.
 
     Args:
-      features: an array, or a tree of arrays, that several losses depend on; its floating-point
-        arrays are settled together, others copied.
-      losses: how many losses there are, the prediction's counted, or their names. The first is the
-        prediction's.
+      features: an array, or a tree of arrays, that several losses depend on. Floating-point arrays
+        are settled together, others are copied.
+      losses: how many losses there are, including the prediction's, or their names. The first is
+        the prediction's.
       weighting: a function ``(gramian, norms) -> weights``, or a `RememberingWeighting`.
       gate: a function ``(cosine, ratio) -> (parallel, orthogonal)``.
       state: what the fork remembers, from `fork_state`, for running means of the norms and for
         `diagnostics`; the new state is its *gradient*. None: the norms are those of this step.
       statistics_decay: decay of the norms' running means, in [0, 1).
-      axis_name: inside `jax.shard_map`, `jax.pmap` or a `jax.vmap` over examples, the axes that
-        the batch lies along. Without it each shard, or example, settles its conflict alone. On a
-        mesh outside of them there is nothing to name.
+      axis_name: inside `jax.shard_map`, `jax.pmap` or a `jax.vmap` over examples, the axes of
+        the batch. Without it each shard, or example, settles its own conflict. On a mesh outside
+        of them there is nothing to name.
 
     Returns:
       As many copies as losses, in a tuple; for names a dictionary. Each should reach one loss.
@@ -183,7 +183,7 @@ _forked.defvjp(_forward, _backward)
 
 
 def _others(losses: Any) -> int | tuple[str, ...]:
-    """How many losses there are beside the prediction's, or their names."""
+    """How many losses there are apart from the prediction's, or their names."""
     number = isinstance(losses, int) and losses >= 2
     names = isinstance(losses, tuple | list) and 2 <= len(losses) == len({*losses})
     if not (number or names):

@@ -1,4 +1,4 @@
-"""Gates: how much of each part of the alignment gradient a step lets through."""
+"""Gates: how much of each part of the alignment gradient passes into a step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ parts along and across the prediction gradient."""
 
 
 def cosine_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""The better the tasks agree, the more of the parallel part, as released: (gate, 1 - gate).
+    r"""The better the tasks agree, the more of the parallel part passes: (gate, 1 - gate).
 
     $$gate = clip(\cos(g_a, g_p), 0, 1)$$
 
@@ -40,9 +40,8 @@ def cosine_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Arr
 def conflict_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Drops the parallel part where it opposes the prediction gradient, and nothing else.
 
-    For two losses and no momentum the alignment gradient then is projected as PCGrad projects it.
-    The step never raises the prediction loss, but may raise the alignment loss, see
-    `priority_gate`.
+    With two losses and no momentum this projects the alignment gradient as PCGrad does. The step
+    never raises the prediction loss, but may raise the alignment loss: see `priority_gate`.
 
     Args:
       cosine: of the angle between the two gradients, shape ``(...)``.
@@ -63,7 +62,7 @@ def conflict_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""Drops what opposes the prediction just as far as the alignment loss does not rise for it.
+    r"""Drops as much of what opposes the prediction as it can without raising the alignment loss.
 
     With $k = -\cos(g_a, g_p) > 0$ and $r$ the ratio of the weighted gradients' norms, the parallel
     part keeps the least factor at which a step along the result does not raise the alignment loss,
@@ -71,11 +70,11 @@ def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
     $$v_\parallel = clip\left(\frac{k / r + k^2 - 1}{k^2}, 0, 1\right),$$
 
     and all of it where the gradients agree. To first order, and before a second moment rescales
-    the elements, a step then is against neither loss, as long as $k \le r$: an alignment gradient
-    that is weaker than that is let through whole, and outvoted. Of several alignment losses, all
-    that is kept against the prediction gradient is shortened together where it is longer than what
-    is for it: with weights of at least 0 a step never is against the prediction loss, but may be
-    against alignment losses.
+    the elements, such a step raises neither loss as long as $k \le r$. A weaker alignment gradient
+    passes unchanged, since the prediction gradient outweighs it. With several alignment losses, the
+    parts kept against the prediction gradient are all shortened by one factor if together they
+    outweigh what is for it. With weights of at least 0 a step never raises the prediction loss, but
+    may raise alignment losses.
 
     Args:
       cosine: of the angles between prediction and alignment gradients, shape ``(..., J)`` for J
@@ -105,7 +104,7 @@ def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def open_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Lets both parts through: ``(1, 1)``.
+    """Passes both parts whole: ``(1, 1)``.
 
     Args:
       cosine: of the angle between the two gradients, shape ``(...)``.

@@ -44,7 +44,7 @@ def value_and_paired_grad(
         floating-point scalar; ``alignment_loss`` may be a tuple or dictionary of them.
       argnums: which positional argument, or arguments, to differentiate with respect to; trees of
         floating-point arrays.
-      has_aux: whether ``loss_fn`` returns auxiliary data beside the losses.
+      has_aux: whether ``loss_fn`` returns auxiliary data with the losses.
 
     Returns:
       A function with the arguments of ``loss_fn`` that returns ``(losses, pairs)``, or
@@ -133,8 +133,9 @@ def value_and_weighed_grad(
     $$g = \sum_k w_k g_k, \qquad w = weighting(G, n), \qquad
     G_{jk} = \langle g_j, g_k\rangle, \quad n_k = |g_k|$$
 
-    One forward pass, K pull-backs for the inner products and one of the weighed losses. The result
-    is an ordinary gradient, for any optimizer. The size of the program does not depend on K.
+    It takes one forward pass, K backward passes for the inner products and one for the weighed
+    losses. The result is an ordinary gradient, for any optimizer. The size of the program does not
+    depend on K.
 
     Args:
       loss_fn: returns the losses, or ``(losses, aux)`` with ``has_aux=True``: a floating-point
@@ -142,15 +143,15 @@ def value_and_weighed_grad(
       weighting: a function ``(gramian, norms) -> weights``; the norms are those of this step.
       argnums: which positional argument, or arguments, to differentiate with respect to; trees of
         floating-point arrays.
-      has_aux: whether ``loss_fn`` returns auxiliary data beside the losses.
-      chunk: of how many losses, or examples, the gradients are held at once. None: of all; their
-        inner products are one matrix product for each leaf, in float32 or better. With a number,
-        each gradient is pushed forward through the linearised losses instead of meeting the others:
-        K forward passes more, in the model's own precision.
+      has_aux: whether ``loss_fn`` returns auxiliary data with the losses.
+      chunk: how many losses', or examples', gradients are held at once. None: all; their inner
+        products are one matrix product for each leaf, in float32 or better. With a number, each
+        gradient is pushed forward through the linearised losses instead, which takes K more forward
+        passes, in the model's own precision.
       example_argnums: which positional argument, or arguments, hold examples along the first axis
-        of their leaves, where the losses of an example depend on no other. ``loss_fn`` then is a
-        function of one example; losses and ``aux`` get an axis of examples in front. The K
-        pull-backs cost as much as one of all examples, and one forward pass is added.
+        of their leaves, if the losses of an example depend on no other. Then ``loss_fn`` is a
+        function of one example, and losses and ``aux`` get a leading axis of examples. The K
+        backward passes cost as much as one of all examples, and there is one more forward pass.
 
     Returns:
       A function with the arguments of ``loss_fn`` that returns ``(losses, gradient, weighing)``, or

@@ -34,7 +34,7 @@ class Names:
 
 
 class Losses(NamedTuple):
-    """What a weighting may want to know of the losses beside their gradients.
+    """What a weighting may want to know about the losses, apart from their gradients.
 
     Attributes:
       names: the alignment losses' names, J of them; numbers for those without a name.

@@ -52,9 +52,9 @@ def gdmam(
     Args:
       learning_rate: a number, or a schedule of the step.
       weighting: the tasks' weights: a function ``(gramian, norms) -> weights``, such as
-        `unit_weighting`, under which both losses count the same, or a `RememberingWeighting`.
-      gate: how much of the alignment gradient's parts along and across the prediction gradient is
-        let through: a function ``(cosine, ratio) -> (parallel, orthogonal)``.
+        `unit_weighting`, with which both losses count the same, or a `RememberingWeighting`.
+      gate: how much of the alignment gradient's parts along and across the prediction gradient
+        passes: a function ``(cosine, ratio) -> (parallel, orthogonal)``.
       momentum: the momentum coefficients: a function ``statistics -> momentum``.
       momenta: ``"steered"``, one buffer for the allocated gradient, or ``"separate"``, one for each
         of its components.
@@ -71,9 +71,9 @@ def gdmam(
       mask: which parameters decay: a tree of booleans of the parameters' structure or a prefix of
         it, or a function of the parameters that returns one. None: all.
       momentum_dtype: dtype of the momenta; None: that of the parameters.
-      not_finite: what becomes of gradients that are not finite: ``"apply"``, ``"skip"`` or
-        ``"skip_loss"``, see `allocate`. A step that is left out leaves out weight decay and the
-        schedule's step, too, so that parameters stay bit for bit. A schedule that
+      not_finite: what happens to gradients that are not finite: ``"apply"``, ``"skip"`` or
+        ``"skip_loss"``, see `allocate`. A step that is left out also leaves out weight decay and
+        the schedule's step, so that parameters stay the same bit for bit. A schedule that
         `optax.inject_hyperparams` injects goes on.
       max_skips: after so many steps left out in a row the next is taken, whatever it is. None:
         never.
@@ -154,9 +154,9 @@ def summed(
 ) -> optax.GradientTransformationExtraArgs:
     """An ordinary optimizer on pairs, through the weighted sum of the gradients.
 
-    The baseline in the same training loop. Inside `optax.partition` it serves the parameters that
-    GDMAM should leave alone. It measures nothing and has no diagnostics:
-    ``weighed(optimizer, sum_weighting)`` makes the same updates and has.
+    Use it inside `optax.partition` for the parameters that GDMAM should leave alone. It measures
+    nothing and has no diagnostics. As a baseline in the same training loop,
+    ``weighed(optimizer, sum_weighting)`` makes the same updates and has them.
 
     Args:
       optimizer: the transformation that takes the sum.
@@ -223,10 +223,10 @@ def weighed(
 ) -> optax.GradientTransformationExtraArgs:
     r"""An ordinary optimizer on pairs, through the sum of the gradients that a weighting weighs.
 
-    The optimizer takes $\sum_k w_k g_k$. With `pcgrad_weighting` this is PCGrad. It is
-    ``optax.chain(allocate(weighting, gate), optimizer)``, and serves optimizers that want the
-    loss's value, too: given ``value=`` the losses, ``grad=`` the pairs and ``value_fn=`` the loss
-    function, a line search gets the function whose gradient the optimizer is given,
+    The optimizer gets $\sum_k w_k g_k$. With `pcgrad_weighting` this is PCGrad. It is
+    ``optax.chain(allocate(weighting, gate), optimizer)``, and also works with optimizers that need
+    the loss's value. Give ``value=`` the losses, ``grad=`` the pairs and ``value_fn=`` the loss
+    function; then a line search gets the function whose gradient the optimizer gets,
     $\sum_k w_k l_k$ with the step's weights held fixed.
 
     Args:
@@ -242,8 +242,8 @@ def weighed(
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
-      with ``alignment=`` the alignment gradients, and ``present=`` as `allocate` does. ``value=``
-      that is a pair of losses reaches the optimizer as their weighed sum, any other as it is.
+      with ``alignment=`` the alignment gradients, and ``present=`` as `allocate` does. A pair of
+      losses in ``value=`` reaches the optimizer as their weighed sum, anything else unchanged.
       `diagnostics` finds the weights, the gradients' norms and their angle in its state.
 
     Raises:

@@ -27,8 +27,8 @@ class _Explained(type):
 class GradientPair(metaclass=_Explained):
     """The gradients of one parameter.
 
-    A tree of pairs has the shape of the parameters, each leaf replaced by a pair. That is what
-    lets masks, partitions and other transformations that match updates with parameters work.
+    A tree of pairs has the shape of the parameters, with a pair in place of each leaf. So masks,
+    partitions and other transformations that match updates with parameters work.
 
     Attributes:
       prediction: the prediction loss's gradient; shape and dtype of the parameter.

@@ -36,7 +36,7 @@ class RecentNormState:
 
     Attributes:
       norms: the last accepted norms, oldest first; float32 or better, shape ``(window,)``; at
-        first 0 but for an infinite last one, so that the first update passes unclipped.
+        first 0, except for an infinite last one, so that the first update passes unclipped.
     """
 
     norms: jax.Array
@@ -175,7 +175,7 @@ def gdmam_released(
     $$
 
     Biases, parameters whose last name on their path contains "bias", decay by 0.01: the released
-    code means to leave them undecayed, but names no value for them and gets PyTorch's default.
+    code means to leave them undecayed, but sets no value for them and so gets PyTorch's default.
 
     Args:
       learning_rate: a number, or a schedule of the step.

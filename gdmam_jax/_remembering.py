@@ -170,10 +170,10 @@ def running_weighting(
 ) -> RememberingWeighting:
     r"""The running mean of a weighting's weights, as CR-MOGM smooths them.
 
-    $w(t) = \beta w(t - 1) + (1 - \beta) \hat w(t)$, with $\hat w(t)$ the weighting's; a loss's
-    first is its own. Weights of one step depend on its batch, which biases methods such as MGDA and
-    CAGrad; of a running mean there is a proof of convergence. What the weighting promises of a
-    step's direction holds no more.
+    $w(t) = \beta w(t - 1) + (1 - \beta) \hat w(t)$, with $\hat w(t)$ the weighting's. A loss starts
+    with the first weight it gets. Weights of one step depend on its batch, which biases methods
+    such as MGDA and CAGrad; with a running mean there is a proof of convergence. What the weighting
+    promises about a step's direction no longer holds.
 
     Args:
       weighting: a weighting of either kind.
@@ -219,8 +219,8 @@ def normalised_weighting(weighting: Weighting | RememberingWeighting) -> Remembe
 
     $w_k = \hat w_k / n_k$, where $\hat w$ are the weighting's for the Gramian
     $C_{jk} = G_{jk} / (n_j n_k)$. The result does not change when a loss is rescaled, and does
-    not shrink as gradients do. What the weighting promises of directions still holds. A loss
-    without a gradient is given to it as one.
+    not shrink as gradients do. What the weighting promises about directions still holds. A loss
+    without a gradient reaches it as one.
 
     Args:
       weighting: a weighting of either kind; the norms' running means that it sees are in units of

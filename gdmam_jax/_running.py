@@ -34,15 +34,15 @@ class _Renewed(NamedTuple):
 
 @made_by_call
 def gradient_norm_weighting(*, decay: Any = 0.9, every: Any = 1000) -> RememberingWeighting:
-    r"""Weights that make the gradients equally long, running, renewed every so many steps.
+    r"""Running weights that make the gradients equally long, renewed every so many steps.
 
     $w_k \leftarrow \beta w_k + (1 - \beta) / (n_k / \bar n + 10^{-5})$, with $\bar n$ the norms'
-    mean, at the first step and every so many after it; 1 before. As jaxpi trains physics-informed
-    networks. A loss without a gradient keeps its weight.
+    mean, at the first step and every so many after it. Weights are 1 before. jaxpi trains
+    physics-informed networks like this. A loss without a gradient keeps its weight.
 
     Args:
       decay: $\beta$, in [0, 1).
-      every: how many steps weights are kept for.
+      every: for how many steps weights are kept.
 
     Returns:
       A weighting with a memory.
@@ -92,12 +92,12 @@ class _GradNorm(NamedTuple):
 
 @made_by_call
 def gradnorm_weighting(*, alpha: Any = 1.5, learning_rate: Any = 0.025) -> RememberingWeighting:
-    r"""GradNorm: weights learned so that losses that lag behind have the longer gradients.
+    r"""GradNorm: learned weights, with longer gradients for losses that lag behind.
 
     One step of Adam down $\sum_k |w_k n_k - \bar G r_k^\alpha|$, in which only $w_k$ is
     varied: $\bar G$ is the mean of $w_j n_j$, and $r_k$ is the loss over its first value, divided
-    by the mean of these ratios. Then the weights are scaled to add up to K. 1 at first, never
-    negative.
+    by the mean of these ratios. Then the weights are scaled to add up to K. They start at 1 and
+    are never negative.
 
     Args:
       alpha: $\alpha$, how strongly the speeds of the losses are made equal; 0: equal norms.
@@ -163,13 +163,13 @@ class _Cosines(NamedTuple):
 
 @made_by_call
 def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeighting:
-    r"""GradVac: gradients less alike than they have been are turned towards each other; the sum.
+    r"""GradVac: the sum, after turning gradients towards each other up to their usual cosines.
 
     Where the cosine $\phi$ between a gradient and another, $g_j$, lies below its running mean
     $\hat\phi$, the gradient gets $|g_i| (\hat\phi s - \phi \hat s) / (|g_j| \hat s)$ times $g_j$,
     with the sines $s = \sqrt{1 - \phi^2}$ and $\hat s = \sqrt{1 - \hat\phi^2}$; then the cosine is
-    $\hat\phi$. The others are gone through one after the other, and what the gradient has become
-    is compared. With $\hat\phi = 0$ it is PCGrad.
+    $\hat\phi$. It meets the others one after the other, each time as it is by then. With
+    $\hat\phi = 0$ this is PCGrad.
 
     Args:
       decay: of the running means, in [0, 1]; they start at 0.
@@ -255,7 +255,7 @@ def pcd_weighting(*, tau: Any = 0.02, decay: Any = 0.999) -> RememberingWeightin
     \quad \text{with} \quad \langle \tilde g_j, d\rangle \ge \tau |\tilde g_j|^2,
     $$
 
-    as long as $g_0$. Where no direction fulfils all conditions it is $g_0$, and 0 where the
+    scaled to the length of $g_0$. If no direction fulfils all conditions it is $g_0$, and 0 if the
     prediction has no gradient. Rescaling an alignment loss changes nothing.
 
     Args:

@@ -100,8 +100,8 @@ def scale_by_gdmam(
     Every number is a scalar that `optax.inject_hyperparams` can inject or schedule.
 
     Args:
-      weighting: see `allocate`, as all arguments not listed here. The default's updates shrink as
-        the gradients do; with ``b2`` choose `unit_weighting`, as `gdmam` does.
+      weighting: see `allocate`. The default's updates shrink as the gradients do; with ``b2``
+        choose `unit_weighting`, as `gdmam` does.
       gate: see `allocate`.
       momentum: the momentum coefficients: a function ``statistics -> momentum``, for example
         `relative_momentum`.

@@ -71,11 +71,11 @@ class _Learned(NamedTuple):
 
 @made_by_call
 def uncertainty_weighting(*, learning_rate: Any = 0.01) -> RememberingWeighting:
-    r"""Uncertainty weighting: each loss is divided by a variance that is learned.
+    r"""Uncertainty weighting: each loss is divided by a learned variance.
 
     $w_k = \frac12 e^{-s_k}$, where the log-variances minimise
-    $\sum_k \frac12 (e^{-s_k} \ell_k + s_k)$, one step of Adam at a time; 0 at first. They tend to
-    $\ell_k = e^{s_k}$: each weighed loss to $\frac12$. It promises nothing of directions.
+    $\sum_k \frac12 (e^{-s_k} \ell_k + s_k)$, one step of Adam at a time, starting at 0. They tend
+    to $\ell_k = e^{s_k}$, and each weighed loss to $\frac12$. It promises nothing about directions.
 
     Args:
       learning_rate: of the log-variances.
@@ -126,13 +126,13 @@ class _Famo(NamedTuple):
 def famo_weighting(
     *, learning_rate: Any = 0.025, weight_decay: Any = 1e-3, lowest: Any = 0.0
 ) -> RememberingWeighting:
-    r"""FAMO: all losses' logarithms fall at one speed.
+    r"""FAMO: the logarithms of all losses fall at the same speed.
 
     With $z = \operatorname{softmax}(\xi)$, $w_k = c z_k / (\ell_k - b_k)$, where $c$ makes the
     weights add up to 1: the gradient of $\sum_k z_k \log(\ell_k - b_k)$. The logits follow, by
     Adam, how much less than the others each logarithm fell from one step to the next. The
-    published method takes both values on one batch, with another forward pass; here it is the
-    next step's value, the same where all data are in every batch.
+    published method takes both values on one batch, with another forward pass. Here it is the
+    next step's value, which is the same if every batch has all data.
 
     Args:
       learning_rate: of the logits.

@@ -228,16 +228,16 @@ def sum_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
 
 @with_settings
 def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -> jax.Array:
-    r"""PCGrad: each gradient loses its part along every other that it conflicts with; then the sum.
+    r"""PCGrad: the sum, after each gradient loses its part along those that it conflicts with.
 
-    For two losses $w_k = 1 - \min(\langle g_0, g_1\rangle, 0) / |g_k|^2$. For more, the others are
-    gone through one after the other, and what is left of the gradient is compared.
+    For two losses $w_k = 1 - \min(\langle g_0, g_1\rangle, 0) / |g_k|^2$. With more, a
+    gradient meets the others one after the other, each time as what is left of it.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      key: a random key that the order of the others is drawn by; None: in their own order. For a
-        new order at every step, make the weighting with a new key at every step.
+      key: a random key that draws the order of the others; None: their own order. For a new order
+        at every step, make the weighting with a new key at every step.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -313,8 +313,8 @@ def over_scopes(function: Callable[..., Any], gramian: jax.Array, *others: jax.A
 def mgda_weighting(gramian: jax.Array, norms: jax.Array, *, present: Any = None) -> jax.Array:
     r"""MGDA: the shortest vector among all averages of the gradients.
 
-    $w = \operatorname{argmin}_{w \ge 0, \sum w = 1} w^T G w$. The result is against no gradient,
-    and 0 where no direction improves all. It follows the smallest gradient.
+    $w = \operatorname{argmin}_{w \ge 0, \sum w = 1} w^T G w$. The result opposes no gradient,
+    and is 0 where no direction improves all. It follows the smallest gradient.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
@@ -410,8 +410,8 @@ def cagrad_weighting(
 def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     r"""Nash-MTL: the bargaining solution, $G w = 1 / w$: each loss gains in proportion.
 
-    The minimiser of $\frac12 w^T G w - \sum_k \log w_k$. It does not change, but for its weights'
-    scale, when a loss is rescaled.
+    The minimiser of $\frac12 w^T G w - \sum_k \log w_k$. Rescaling a loss only rescales its
+    weight.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
@@ -560,10 +560,10 @@ def _projected(wanted: jax.Array, gramian: jax.Array) -> jax.Array:
 def dual_proj_weighting(
     gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0, present: Any = None
 ) -> jax.Array:
-    r"""DualProj: the mean gradient, moved as little as makes it conflict with no gradient.
+    r"""DualProj: the closest direction to the mean gradient that conflicts with no gradient.
 
     $w = \operatorname{argmin}_{w \ge p} w^T G w$: the projection of $\sum_k p_k g_k$ onto
-    the cone of what is against no gradient.
+    the cone of directions that oppose no gradient.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
@@ -599,9 +599,9 @@ def dual_proj_weighting(
 def upgrad_weighting(
     gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0, present: Any = None
 ) -> jax.Array:
-    r"""UPGrad: each gradient is made to conflict with none; then their mean.
+    r"""UPGrad: the mean, after each gradient is projected to conflict with none.
 
-    $w = \sum_k p_k \operatorname{argmin}_{v \ge e_k} v^T G v$. The result is against no
+    $w = \sum_k p_k \operatorname{argmin}_{v \ge e_k} v^T G v$. The result opposes no
     gradient, and grows in proportion when a gradient does.
 
     Args:
@@ -645,7 +645,7 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     With unit gradients $u_k = g_k / n_k$ and their inner products $C$, the direction is
     $d = \sum_k a_k u_k$ with $a = C^{+} preference$, and the length
     $\sum_k \langle g_k, d\rangle / |d|$. For two losses the weights are
-    $w_k = (n_0 + n_1) / (2 n_k)$: along the bisector. It is against no loss, and its length
+    $w_k = (n_0 + n_1) / (2 n_k)$: along the bisector. It opposes no loss, and its length
     shrinks as the gradients do. A task without a gradient is left out.
 
     Args:
@@ -693,11 +693,11 @@ def dcgd_weighting(
 ) -> jax.Array:
     r"""DCGD, dual cone gradient descent: a direction in which both losses fall.
 
-    ``"center"``: the sum's projection on the bisector of the two gradients. ``"projection"``: the
-    sum or, where that is against a loss, its projection on what is not. ``"average"``: the sum
-    or, where that is against a loss, half of PCGrad's. For two losses; of more, the published
-    method first adds up all boundary losses. The first is `config_weighting` of two losses, the
-    second twice `dual_proj_weighting`, which are for more, too.
+    ``"center"`` is the sum's projection on the bisector of the two gradients. ``"projection"`` is
+    the sum or, if that opposes a loss, its projection on the directions that do not. ``"average"``
+    is the sum or, if that opposes a loss, half of PCGrad's. All are for two losses; with more, the
+    published method first adds up all boundary losses. The first is `config_weighting` with two
+    losses, the second twice `dual_proj_weighting`; both also work with more.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., 2, 2)``.
@@ -725,7 +725,7 @@ def dcgd_weighting(
     """
     if gramian.shape[-1] != 2:
         raise ValueError(
-            f"dcgd_weighting is for two losses, got {gramian.shape[-1]}; of more take "
+            f"dcgd_weighting is for two losses, got {gramian.shape[-1]}; with more use "
             "config_weighting for 'center', dual_proj_weighting for 'projection'"
         )
     if direction == "center":

@@ -25,11 +25,11 @@ def over_pairs(
     *,
     alignment_losses: int | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lifts an Optax wrapper that needs updates in and out of one structure.
+    """Lifts an Optax wrapper that needs the same structure for updates going in and coming out.
 
     GDMAM takes pairs and returns single updates. A wrapper that keeps state of the updates' shape
     (`optax.MultiSteps`), or chooses between the updates that come in and go out
-    (`optax.apply_if_finite`), cannot have that. Here it sees pairs on both sides: it is
+    (`optax.apply_if_finite`), cannot work with that. Here it sees pairs on both sides: it is
     initialised with paired parameters, the optimizer inside it answers with pairs, and the first
     half of what comes out is the update. So the optimizer inside must take every leaf: a wrapper
     that hands leaves to other optimizers, such as `optax.partition` or `optax.masked`, needs no

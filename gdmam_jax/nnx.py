@@ -23,10 +23,10 @@ def value_and_paired_grad(
 ) -> Callable[..., tuple[Any, Any]]:
     """Values and paired gradients of losses of NNX modules, from one forward pass.
 
-    As `gdmam_jax.value_and_paired_grad`, with the reference semantics of `flax.nnx.value_and_grad`:
-    whatever the loss function changes in a module, an `flax.nnx.Rngs` or a metric that it is given,
-    in whichever argument, is changed afterwards as by one ordinary forward pass. Random streams and
-    batch statistics advance once, though there are several gradients.
+    Like `gdmam_jax.value_and_paired_grad`, with the reference semantics of
+    `flax.nnx.value_and_grad`: what the loss function changes in a module, an `flax.nnx.Rngs` or a
+    metric, in any argument, has changed afterwards as by one ordinary forward pass. Random streams
+    and batch statistics advance once, although there are several gradients.
 
     Args:
       loss_fn: a function of modules and other arguments that returns
@@ -35,7 +35,7 @@ def value_and_paired_grad(
         dictionary of them.
       argnums: which positional argument, or arguments, to differentiate with respect to: modules,
         or other objects that hold NNX variables.
-      has_aux: whether ``loss_fn`` returns auxiliary data beside the losses.
+      has_aux: whether ``loss_fn`` returns auxiliary data with the losses.
       wrt: which of their variables to differentiate with respect to, a filter as in
         `flax.nnx.Optimizer`, whose ``wrt`` should be the same; for example `flax.nnx.LoRAParam`.
 
@@ -79,8 +79,8 @@ def value_and_weighed_grad(
 ) -> Callable[..., tuple[Any, Any, _gradients.Weighing]]:
     """Values and one weighed gradient of many losses of NNX modules.
 
-    As `gdmam_jax.value_and_weighed_grad`, with the reference semantics of
-    `flax.nnx.value_and_grad`: modules, random streams and batch statistics are changed as by one
+    Like `gdmam_jax.value_and_weighed_grad`, with the reference semantics of
+    `flax.nnx.value_and_grad`: modules, random streams and batch statistics change as by one
     ordinary forward pass.
 
     Args:
@@ -90,8 +90,8 @@ def value_and_weighed_grad(
       weighting: a function ``(gramian, norms) -> weights``; the norms are those of this step.
       argnums: which positional argument, or arguments, to differentiate with respect to: modules,
         or other objects that hold NNX variables.
-      has_aux: whether ``loss_fn`` returns auxiliary data beside the losses.
-      chunk: of how many losses the gradients are held at once; None: of all.
+      has_aux: whether ``loss_fn`` returns auxiliary data with the losses.
+      chunk: how many losses' gradients are held at once; None: all.
       wrt: which of their variables to differentiate with respect to, a filter as in
         `flax.nnx.Optimizer`.
 

@@ -38,7 +38,7 @@ def plot_diagnostics(history: History, *, steps: ArrayLike | None = None) -> "Fi
     """Draws angle, norms, weights, gate and momentum over the steps.
 
     With several scopes or alignment losses each has its own colour, and each scalar its own dashes.
-    Of more than 10 the colours repeat, without a legend: see `plot_scopes`.
+    With more than 10 the colours repeat, without a legend: see `plot_scopes`.
 
     Args:
       history: see `History`. Keys that are not GDMAM's are ignored.
@@ -103,7 +103,7 @@ def plot_diagnostics(history: History, *, steps: ArrayLike | None = None) -> "Fi
 def plot_scopes(history: History, name: str = "cosine", *, axes: "Axes | None" = None) -> "Figure":
     """Draws one scalar of every scope over the steps: a row for each scope, a colour for its value.
 
-    With ``scope=leaf_scope`` that is conflict by layer.
+    With ``scope=leaf_scope`` it shows the conflict by layer.
 
     Args:
       history: see `History`, of an optimizer with several scopes.
@@ -146,8 +146,8 @@ class ConflictReport(NamedTuple):
       cosine: of the two gradients over the whole training,
         $\sum_t \langle g_p, g_a\rangle / \sqrt{\sum_t |g_p|^2 \sum_t |g_a|^2}$.
       cancelled: which share of the losses' decrease the sum's conflict cancels, from 0 to 1.
-      raised: on which share of the steps the sum goes up the prediction loss.
-      ratio: the weighed alignment gradient's norm over that of the prediction gradient, the median.
+      raised: on which share of the steps the sum raises the prediction loss.
+      ratio: the median of the weighed alignment gradient's norm over the prediction gradient's.
       figure: smoothed cosines, norms and cancelled shares over the steps; a matplotlib figure.
     """
 
@@ -170,12 +170,12 @@ def conflict_report(
 
     Looks at the sum $l_p + w l_a$, whose gradient is $d = g_p + w g_a$. A small step along it
     lowers the sum by $|d|^2 = |g_p|^2 + w^2 |g_a|^2 + 2 w \langle g_p, g_a\rangle$, of which a
-    negative last term is cancelled. Cosines of single batches are noise for the most part, so
-    inner products and squared norms are averaged over steps first. The verdict is of gradients
-    only: where the sum is itself the objective, such as an ELBO, it stays right to add them.
+    negative last term is cancelled. Cosines of single batches are mostly noise, so inner
+    products and squared norms are averaged over steps first. The verdict is only about gradients:
+    if the sum is itself the objective, such as an ELBO, it is still right to add the losses.
 
     Args:
-      history: see `History`, of one scope; of any method, such as Adam on the sum,
+      history: see `History`; of one scope and any method, such as Adam on the sum,
         ``weighed(optax.adam(rate), sum_weighting)``.
       alignment_weight: $w$, at least 0.
       loss: the alignment loss's name, where there are several.
