@@ -1,9 +1,9 @@
 r"""Which digits are in the picture, and how much of each? Label distributions of blended images.
 
 Two or three handwritten digits (scikit-learn's, 8 x 8) are laid over each other in known
-proportions; the label is the proportions. An encoder, convolutional or a vision transformer, feeds
-RDA: prediction loss, how far the predicted distribution is off; alignment loss, how differently
-images and labels are represented. GDMAM beside the sum of both.
+proportions, which are the label. An encoder, convolutional or a vision transformer, feeds RDA. Its
+prediction loss says how far the predicted distribution is off, its alignment loss how differently
+images and labels are represented. GDMAM is compared with the sum of both.
 
     python examples/image_labels.py                       # about a minute on two cores
     python examples/image_labels.py --encoder vit --hidden 512 --layers 8 --batch 4096 --bf16 \

@@ -1,9 +1,9 @@
 r"""A small transformer learns to write like Python's manual, and is told not to be too sure.
 
-Prediction: the next character. Alignment: every predicted distribution should stay near the
-frequencies of the characters, a penalty on overconfidence. As soon as the model knows more than the
-frequencies, the two losses pull in opposite directions. GDMAM beside their sum, and beside the
-prediction loss alone.
+The prediction loss is about the next character. The alignment loss is a penalty on overconfidence:
+every predicted distribution should stay near the frequencies of the characters. As soon as the
+model knows more than the frequencies, the two losses pull in opposite directions. GDMAM is compared
+with their sum, and with the prediction loss alone.
 
     python examples/language_model.py                     # one or two minutes on two cores
     python examples/language_model.py --width 1024 --layers 12 --context 1024 --batch 64 --bf16 \

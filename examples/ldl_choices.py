@@ -1,13 +1,13 @@
 """Which of GDMAM's choices suit a data set, judged on rows that are neither trained on nor tested.
 
-Each variant changes one choice of GDMAM's default, with AMSGrad. All are trained by the protocol of
-the label distribution laboratory, with every learning rate of the grid, and compared by their KLD
+Each variant changes one choice of GDMAM's default, with AMSGrad. All train by the protocol of the
+label distribution laboratory, with every learning rate of the grid. They are compared by their KLD
 at the last epoch on natural rows: rows of the training folds that the imbalance sampler left out.
 
     python examples/ldl_choices.py --data films --out results/choices
 
-A variant of your own is one more line in `VARIANTS`, under a name of its own: what is in the folder
-under a name is not trained again.
+A variant of your own is one more line in `VARIANTS`, under a new name: what is in the folder under
+a name is not trained again.
 """
 
 import argparse

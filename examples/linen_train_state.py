@@ -3,7 +3,7 @@
 Of 1,400 handwritten digits only a few are labelled. An encoder feeds two heads: a classifier
 (prediction loss, on the labelled digits) and a decoder that draws the image again (alignment loss,
 on all of them), so that the unlabelled ones shape the representation too. Batch statistics and
-dropout go through ``aux`` and ``rngs`` as in any Linen training; in the training step only the
+dropout go through ``aux`` and ``rngs`` as in any Linen training. In the training step only the
 line that takes the gradients is new.
 
     python examples/linen_train_state.py            # under a minute on a CPU; also on GPU and TPU

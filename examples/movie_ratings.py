@@ -1,9 +1,9 @@
-"""How will a film's votes spread over the ten grades? GDMAM beside the summed loss, on real data.
+"""How will a film's votes spread over the ten grades? GDMAM and the summed loss on real data.
 
-15,713 films with their votes (1 to 10), predicted from year, length, budget, certificate, genres.
-The training set is imbalanced: almost only films that hardly anybody gave a 1 and many gave an 8.
-The model, RDA, has two losses: how wrong the predicted distribution is (prediction), and how
-differently features and labels are represented (alignment).
+The votes (1 to 10) for 15,713 films are predicted from year, length, budget, certificate and
+genres. The training set is imbalanced: hardly anybody gave most of its films a 1, and many gave
+them an 8. The model, RDA, has two losses: how wrong the predicted distribution is (prediction), and
+how differently features and labels are represented (alignment).
 
     python examples/movie_ratings.py            # half a minute on two cores; also on GPU and TPU
     python examples/movie_ratings.py --help

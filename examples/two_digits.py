@@ -1,9 +1,10 @@
 """Two digits in one picture, read by one network with two heads: where to settle their conflict.
 
-Handwritten digits lie over each other. The upper left one is the main task, the lower right one an
-auxiliary task, whose loss comes in another unit: it is multiplied by 0.01, 1 and 100. Three
-trainings of each: Adam on the sum; ConFIG's weights on a gradient for each loss (pairs); ConFIG's
-weights at the features that both heads share, by one line in the model (fork).
+Handwritten digits lie over each other. The upper left one is the main task. The lower right one is
+an auxiliary task, whose loss comes in another unit: it is multiplied by 0.01, 1 and 100. Each is
+trained in three ways: by Adam on the sum, with ConFIG's weights on a gradient for each loss
+(pairs), and with ConFIG's weights at the features that both heads share, by one line in the model
+(fork).
 
     python examples/two_digits.py            # about three minutes on two cores
     python examples/two_digits.py --help
