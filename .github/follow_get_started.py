@@ -36,6 +36,8 @@ def main() -> None:
         install = [python, "-m", "pip", "install", "-q", *packages]
         subprocess.run(install, check=True, cwd=folder, env=clean)
         print(f"installed in {time.monotonic() - start:.0f} s", flush=True)
+        versions = "import sys, jax, optax; print(sys.version, jax.__version__, optax.__version__)"
+        subprocess.run([python, "-c", versions], check=True, env=clean)
         for number, library in enumerate(SNIPPETS["LIBRARIES"]):
             own = folder / str(number)
             own.mkdir()

@@ -47,7 +47,7 @@ def summed_adamw(learning_rate):
 
 
 def default_gdmam(learning_rate):
-    """GDMAM as it comes, with the baseline's AMSGrad and weight decay."""
+    """GDMAM with its default choices, and the baseline's AMSGrad and weight decay."""
     return gdmam.gdmam(learning_rate, amsgrad=True, weight_decay=WEIGHT_DECAY)
 
 
