@@ -173,6 +173,17 @@ def test_figures_of_the_pages_are_in_their_files():
         figures.figure("update", "moved", optimizer="adam")
 
 
+@pytest.mark.parametrize("path", sorted(DOCS.glob("figures/*.json")), ids=lambda path: path.stem)
+def test_contributing_has_the_command_of_every_file_of_figures(path):
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    [told] = re.findall(rf"^\| `docs/figures/{path.name}` \| `([^`]+)` \|", table, re.MULTILINE)
+    command = figures.read(path.stem).get("command", told)
+    # Where pieces of a long run are kept, and where its data are, is one's own affair.
+    assert told == re.sub(r" --(out|data-folder) \S+", "", command) or told.startswith(
+        f"{command} --output"
+    )
+
+
 def test_the_table_of_physics_is_that_of_its_runs():
     text = (DOCS / "physics.md").read_text()
     assert "{{ physics_table() }}" in text or figures.physics_table() in text
