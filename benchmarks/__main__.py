@@ -101,6 +101,9 @@ def many(
     losses: Losses = "8,32,128",
     parameters: Annotated[float, typer.Option(help="How many, for example 1e6.", min=100)] = 1e6,
     chunk: Annotated[int, typer.Option(help="Gradients held at once.", min=1)] = 16,
+    given: Annotated[
+        bool, typer.Option("--given", help="The gradients' combination alone, beside TorchJD's.")
+    ] = False,
     rounds: Rounds = 5,
     threads: Threads = None,
     output: Output = None,
@@ -109,8 +112,13 @@ def many(
     timing.use_threads(threads)
     from benchmarks import many as module
 
-    rows = module.benchmark(loss_counts(losses), int(parameters), chunk, rounds)
-    timing.report(f"many, {parameters:g} parameters, UPGrad", rows, output)
+    counts, size = loss_counts(losses), int(parameters)
+    if given:
+        rows = module.given(counts, size, rounds)
+    else:
+        rows = module.benchmark(counts, size, chunk, rounds)
+    title = f"many, {parameters:g} parameters, UPGrad" + given * ", gradients given"
+    timing.report(title, rows, output)
 
 
 @app.command()
@@ -157,15 +165,16 @@ def compile_time(
     leaves: Annotated[str, typer.Option(help="How many, commas between.")] = "10,100",
     shape: Annotated[str, typer.Option(help="Of each leaf, commas between.")] = "64,64",
     only: Annotated[str, typer.Option(help="Optimizers, commas between; all unless given.")] = "",
+    losses: Losses = "2",
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """Time to the first step, and size of the program, over the number of leaves."""
+    """Time to the first step, and size of the program, over the number of leaves and losses."""
     timing.use_threads(threads)
     from benchmarks import compilation as module
 
     chosen = known_names(only, list(module.OPTIMIZERS))
-    rows = module.benchmark(numbers(leaves), numbers(shape), chosen)
+    rows = module.benchmark(numbers(leaves), numbers(shape), loss_counts(losses), chosen)
     timing.report(f"compile, leaves of {shape}", rows, output)
 
 

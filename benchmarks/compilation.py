@@ -1,4 +1,4 @@
-"""Time to the first step, and size of the compiled program, over the number of leaves."""
+"""Time to the first step, and size of the program, over the number of leaves and losses."""
 
 import itertools
 import time
@@ -12,17 +12,29 @@ import optax
 import gdmam_jax as gdmam
 from benchmarks.hlo import instructions
 from benchmarks.timing import tracked
-from benchmarks.update import BASELINE, OPTIMIZERS
+from benchmarks.update import BASELINE, OPTIMIZERS, RELEASED
+
+OPTIMIZERS = OPTIMIZERS | {
+    f"{name}(adamw)": lambda dtype, others=1, weighting=weighting: gdmam.weighed(
+        optax.adamw(1e-3, mu_dtype=dtype), weighting, alignment_losses=others
+    )
+    for name, weighting in (("MGDA", gdmam.mgda_weighting), ("PCGrad", gdmam.pcgrad_weighting))
+}
 
 
 def benchmark(
-    leaves: Sequence[int], shape: Sequence[int], only: Sequence[str] = ()
+    leaves: Sequence[int],
+    shape: Sequence[int],
+    losses: Sequence[int] = (2,),
+    only: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Trace, compile and run one step of each optimizer, for every number of leaves.
+    """Trace, compile and run one step of each optimizer, for every number of leaves and losses.
 
     Args:
       leaves: how many.
       shape: of each.
+      losses: how many, the prediction's counted. The released form is left out where there are
+        more than two.
       only: the optimizers beside the baseline; none given, all.
 
     Returns:
@@ -31,23 +43,28 @@ def benchmark(
     """
     names = [BASELINE, *(only or [name for name in OPTIMIZERS if name != BASELINE])]
     rows: list[dict[str, Any]] = []
-    bases: dict[int, float] = {}
-    for count, name in tracked("compiling", list(itertools.product(leaves, names))):
+    bases: dict[tuple[int, int], float] = {}
+    cases = list(itertools.product(leaves, losses, names))
+    for count, number, name in tracked("compiling", cases):
+        if name == RELEASED and number > 2:
+            continue
         # A new function and a cleared cache: everything is traced and compiled anew.
         jax.clear_caches()
-        row = {"optimizer": name, "leaves": count} | _measure(
-            OPTIMIZERS[name](None), count, tuple(shape)
+        row = {"optimizer": name, "leaves": count, "losses": number} | _measure(
+            OPTIMIZERS[name](None, number - 1), count, tuple(shape), number
         )
-        base = bases.setdefault(count, row["first step s"])
+        base = bases.setdefault((count, number), row["first step s"])
         rows.append(row | {f"over {BASELINE}": row["first step s"] / base})
     return rows
 
 
 def _measure(
-    optimizer: optax.GradientTransformation, leaves: int, shape: tuple[int, ...]
+    optimizer: optax.GradientTransformation, leaves: int, shape: tuple[int, ...], losses: int
 ) -> dict[str, float]:
     params = {f"layer_{number}": jnp.full(shape, 1.0 + number) for number in range(leaves)}
-    pairs = jax.tree.map(lambda leaf: gdmam.GradientPair(1 / leaf, jnp.sqrt(leaf)), params)
+    gradients = [jax.tree.map(lambda leaf, k=k: jnp.cos(k * leaf), params) for k in range(losses)]
+    first, *others = gradients
+    pairs = gdmam.pair_gradients(first, others[0] if losses == 2 else tuple(others))
     state = jax.jit(optimizer.init)(params)
 
     def step(params: Any, state: Any, pairs: Any) -> Any:

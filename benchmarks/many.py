@@ -1,15 +1,17 @@
 """A loss for each example, or dozens of tasks: one weighed gradient, beside TorchJD's two engines.
 
 A multilayer perceptron; UPGrad on the Gramian of all losses. Cost is given over the gradient of the
-mean loss in the same framework.
+mean loss in the same framework. Where the gradients are given, what UPGrad itself takes is left.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from torch import nn
 from torchjd import aggregation, autogram, autojac
@@ -22,6 +24,8 @@ from gdmam_jax.ldl.laboratory import training
 LAYERS = 4
 MEAN = "JAX mean loss"
 TORCH_MEAN = "PyTorch mean loss"
+TORCH_GIVEN = "TorchJD"
+GRADIENTS = ("random", "conflicting", "nearly dependent")
 
 
 def benchmark(
@@ -59,6 +63,61 @@ def benchmark(
                 }
             )
     return rows
+
+
+def given(losses: Sequence[int], parameters: int, rounds: int) -> list[dict[str, Any]]:
+    """Time of UPGrad's combination of gradients that are there already, beside TorchJD's.
+
+    Args:
+      losses: how many; each number is a set of cases.
+      parameters: how long the gradients are.
+      rounds: how often each case runs.
+
+    Returns:
+      One row for each number of losses, kind of gradients and way: time over TorchJD's.
+    """
+    torch.set_num_threads(training.processors())
+
+    @jax.jit
+    def combined(rows: jax.Array) -> jax.Array:
+        return gdmam.upgrad_weighting(rows @ rows.T, None) @ rows
+
+    cases: dict[tuple[int, str, str], Case] = {}
+    for count, kind in itertools.product(losses, GRADIENTS):
+        rows = _gradients(kind, count, parameters)
+        ours, theirs, aggregator = jnp.asarray(rows), torch.tensor(rows), aggregation.UPGrad()
+        ways = {
+            "JAX": lambda rows=ours: jax.block_until_ready(combined(rows)),
+            TORCH_GIVEN: lambda rows=theirs, aggregator=aggregator: aggregator(rows),
+        }
+        cases |= {(count, kind, way): Case(way, run) for way, run in ways.items()}
+    measure_in_turn(list(cases.values()), rounds)
+    return [
+        {
+            "losses": count,
+            "gradients": kind,
+            "way": way,
+            "milliseconds": case.milliseconds,
+            "over TorchJD": ratio(case, cases[count, kind, TORCH_GIVEN]),
+        }
+        for (count, kind, way), case in cases.items()
+    ]
+
+
+def _gradients(kind: str, count: int, parameters: int) -> np.ndarray:
+    """Gradients of the losses, ``(count, parameters)``, float32.
+
+    Conflicting ones have a long part in common, with changing signs; nearly dependent ones are
+    combinations of three, but for a part in 100,000.
+    """
+    random = np.random.default_rng(count)
+    rows = random.normal(size=(count, parameters))
+    if kind == "conflicting":
+        rows += 10 * (-1.0) ** np.arange(count)[:, None] * random.normal(size=parameters)
+    if kind == "nearly dependent":
+        few = random.normal(size=(count, 3)) @ random.normal(size=(3, parameters))
+        rows = few + 1e-5 * rows
+    return rows.astype(np.float32)
 
 
 def _jax_cases(count: int, width: int, chunk: int) -> tuple[dict[str, Case], dict[str, int]]:

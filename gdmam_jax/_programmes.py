@@ -1,5 +1,6 @@
 """Small convex programmes in K variables, solved inside a compiled step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,54 +14,47 @@ ITERATIONS = 40
 """Of the interior-point method, at most: enough for rounding in float64, whatever the programme."""
 
 
-def minimise(
-    slopes: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-    start: jax.Array,
-    side: jax.Array | None = None,
-) -> jax.Array:
+Slopes = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+"""A function's gradient ``(K,)`` and Hessian ``(K, K)`` at a point."""
+
+
+def minimise(slopes: Slopes, start: jax.Array, side: jax.Array | None = None) -> jax.Array:
     """The minimiser of a convex function over non-negative numbers.
 
-    A primal-dual interior-point method of Newton steps, each of which solves one linear system,
+    Mehrotra's primal-dual interior-point method: two of Newton's steps for each factorisation,
     until they change nothing but rounding. Its derivative is that of the conditions that the
     solution fulfils, and finite where these are degenerate.
 
     Args:
-      slopes: the function's gradient ``(K,)`` and Hessian ``(K, K)`` at a point.
+      slopes: the function's gradient and Hessian at a point.
       start: a positive point, ``(K,)``; with ``side`` one that fulfils it.
       side: $b$ of the condition $b^T x = 1$, at least 0, ``(K,)``; None for no condition.
+
+    References:
+      Mehrotra, On the Implementation of a Primal-Dual Interior Point Method, SIAM Journal on
+      Optimization 1992.
     """
     dtype = start.dtype
     tiny, eps = jnp.finfo(dtype).tiny, float(jnp.finfo(dtype).eps)
 
-    def towards(x: jax.Array, dual: jax.Array, price: Any, aim: Any) -> tuple[jax.Array, Any]:
-        """The change of ``x``, and of ``price`` where there is one, that Newton's method makes."""
-        gradient, hessian = slopes(x)
-        residual, scale = gradient - aim / x, jnp.max(jnp.diagonal(hessian))
-        # The last part keeps the system definite and moves no solution.
-        system = hessian + jnp.diag(dual / x + (10 + x.size) * eps * scale)
-        if side is None:
-            return -_solved(system, residual), jnp.zeros((), dtype)
-        # Nor does what holds the condition, which a function of degree 1 leaves open otherwise.
-        hold = scale * side / (side @ side)
-        missing = side @ x - 1
-        both = jnp.stack([residual + price * side + missing * hold, side], axis=1)
-        change, along = _solved(system + jnp.outer(hold, side), both).T
-        fixed = jax.lax.stop_gradient(side)
-        dprice = (missing - fixed @ change) / jax.lax.stop_gradient(fixed @ along)
-        return -change - jax.lax.stop_gradient(along) * dprice, dprice
+    def improved(state: Any) -> Any:
+        x, dual, price, number, before, _ = state
+        newton = _newton(slopes, side, x, dual, price)
 
-    def newton(state: Any) -> Any:
-        x, dual, price, number, _ = state
-        aim = jnp.maximum(0.1 * jnp.mean(x * dual), eps**2)
-        dx, dprice = jax.lax.stop_gradient(towards(x, dual, price, aim))
-        ddual = aim / x - dual - dual * dx / x
+        def towards(aim: jax.Array) -> tuple[jax.Array, ...]:
+            dx, dprice = jax.lax.stop_gradient(newton(aim))
+            ddual = aim / x - dual - dual * dx / x
+            return dx, ddual, dprice, jnp.minimum(_longest(x, dx), _longest(dual, ddual))
 
-        def longest(values: jax.Array, changes: jax.Array) -> jax.Array:
-            shrinking = changes < 0
-            steps = jnp.where(shrinking, -values / jnp.where(shrinking, changes, -1), jnp.inf)
-            return jnp.min(steps)
-
-        step = jnp.minimum(1, 0.99 * jnp.minimum(longest(x, dx), longest(dual, ddual)))
+        mean = jnp.mean(x * dual)
+        dx, ddual, _, step = towards(jnp.zeros_like(x))
+        step = jnp.minimum(1, step)
+        ahead = jnp.mean((x + step * dx) * (dual + step * ddual))
+        # What the first step misses and how far it may go say where the second one aims.
+        aim = jnp.maximum(mean * (ahead / mean) ** 3, eps**2) - step**2 * dx * ddual
+        dx, ddual, dprice, step = towards(aim)
+        # Far from the solution at some distance from 0, where a value might stay.
+        step = jnp.minimum(1, (1 - jnp.clip(jnp.sqrt(mean), 1e-3, 0.2)) * step)
         new = (
             jnp.maximum(x + step * dx, tiny),
             jnp.maximum(dual + step * ddual, tiny),
@@ -69,24 +63,58 @@ def minimise(
         # Where rounding has the last word, stay: a step that is not finite is none.
         finite = jnp.isfinite(step) & jnp.all(jnp.isfinite(dx))
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (x, dual, price))
-        moved = jnp.max(jnp.abs(new[0] - x)) > eps * jnp.max(x)
-        return *new, number + 1, finite & (moved | (aim > eps**2))
+        moved = jnp.max(jnp.abs(new[0] - x))
+        # Near the solution steps become shorter and shorter, down to rounding.
+        shorter = (moved < before / 2) & (moved > eps * jnp.maximum(1, jnp.max(x)))
+        return *new, number + 1, moved, finite & ((mean > eps) | shorter)
 
     def goes_on(state: Any) -> jax.Array:
-        return state[-1] & (state[-2] < ITERATIONS)
+        return state[-1] & (state[3] < ITERATIONS)
 
-    first = (jax.lax.stop_gradient(start), jnp.ones_like(start), jnp.zeros((), dtype))
-    x, dual, price, *_ = jax.lax.while_loop(goes_on, newton, (*first, 0, True))
+    zero = jnp.zeros((), dtype)
+    first = (jax.lax.stop_gradient(start), jnp.ones_like(start), zero)
+    x, dual, price, *_ = jax.lax.while_loop(goes_on, improved, (*first, 0, zero, True))
     # At the solution another step changes nothing, but it carries the solution's derivative.
-    change, _ = towards(x, dual, price, x * dual)
+    change, _ = _newton(slopes, side, x, dual, price)(x * dual)
     change = jnp.where(jnp.isfinite(change), change, 0)
     return x + (change - jax.lax.stop_gradient(change))
 
 
-def _solved(system: jax.Array, sides: jax.Array) -> jax.Array:
-    """The solution of a definite system, which is taken as constant."""
+def _newton(
+    slopes: Slopes, side: jax.Array | None, x: jax.Array, dual: jax.Array, price: jax.Array
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """What the products ``x * dual`` shall be, to the changes of ``x`` and of ``price``."""
+    gradient, hessian = slopes(x)
+    eps, scale = float(jnp.finfo(x.dtype).eps), jnp.max(jnp.diagonal(hessian))
+    # The last part keeps the system definite and moves no solution.
+    system = hessian + jnp.diag(dual / x + (10 + x.size) * eps * scale)
+    if side is None:
+        solve = _solver(system)
+        return lambda aim: (-solve(gradient - aim / x), jnp.zeros_like(price))
+    # Nor does what holds the condition, which a function of degree 1 leaves open otherwise.
+    hold = scale * side / (side @ side)
+    missing, fixed = side @ x - 1, jax.lax.stop_gradient(side)
+    solve = _solver(system + jnp.outer(hold, side))
+    along = solve(fixed)
+
+    def changes(aim: jax.Array) -> tuple[jax.Array, jax.Array]:
+        change = solve(gradient - aim / x + price * side + missing * hold)
+        dprice = (missing - fixed @ change) / (fixed @ along)
+        return -change - along * dprice, dprice
+
+    return changes
+
+
+def _solver(system: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The solution of a definite system, which is taken as constant, by its right side."""
     factor = jax.scipy.linalg.cho_factor(jax.lax.stop_gradient(system), lower=True)
-    return jax.scipy.linalg.cho_solve(factor, sides)
+    return functools.partial(jax.scipy.linalg.cho_solve, factor)
+
+
+def _longest(values: jax.Array, changes: jax.Array) -> jax.Array:
+    """How often the changes may be made until a value is 0."""
+    shrinking = changes < 0
+    return jnp.min(jnp.where(shrinking, -values / jnp.where(shrinking, changes, -1), jnp.inf))
 
 
 def quadratic(matrix: jax.Array, linear: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from gdmam_jax import _geometry
 from gdmam_jax._checks import check_range
-from gdmam_jax._numerics import divide, floored_sqrt, safe_sqrt
+from gdmam_jax._numerics import divide, safe_sqrt
 from gdmam_jax._programmes import ITERATIONS, cosines, minimise, quadratic, shares
 from gdmam_jax._settings import Choice, with_settings
 
@@ -395,13 +395,18 @@ def cagrad_weighting(
         radius = safe_sqrt(mean @ between @ mean)
         pull = between @ divide(mean, radius)
 
-        def slopes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            moved = between @ x
-            length = floored_sqrt(x @ moved)
-            along = moved / length
-            return pull + c * along, c * (between - jnp.outer(along, along)) / length
+        def slopes(point: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # |g| is the least (|g|^2 / t + t) / 2, which stays convex and curved with t beside x;
+            # of |g| itself, with its kink, Newton's steps may go in circles.
+            x, length = point[:-1], point[-1]
+            along = between @ x / length
+            square = x @ along / length
+            slope = jnp.append(pull + c * along, c * (1 - square) / 2)
+            curvature = jnp.block([[between, -along[:, None]], [-along, square]])
+            return slope, c / length * curvature
 
-        x = minimise(slopes, jnp.full_like(side, 1 / jnp.sum(side)), side)
+        start = jnp.append(jnp.full_like(side, 1 / jnp.sum(side)), 1)
+        x = minimise(slopes, start, jnp.append(side, 0))[:-1]
         return equal + c * divide(radius, safe_sqrt(x @ between @ x)) * x * inverses
 
     return over_scopes(weights, gramian)

@@ -118,6 +118,16 @@ def test_many(tmp_path):
     assert all(row["milliseconds"] > 0 for row in rows)
 
 
+def test_many_with_given_gradients(tmp_path):
+    rows = run(
+        tmp_path, "many", "--given", "--losses", "3,8", "--parameters", "100", "--rounds", "1"
+    )
+    kinds = ("random", "conflicting", "nearly dependent")
+    expected = [(k, kind, way) for k in (3, 8) for kind in kinds for way in ("JAX", "TorchJD")]
+    assert [(row["losses"], row["gradients"], row["way"]) for row in rows] == expected
+    assert all(row["over TorchJD"]["median"] == 1 for row in rows if row["way"] == "TorchJD")
+
+
 def test_peak_memory_is_what_is_held_at_once():
     def run():
         first = torch.ones(1000)
@@ -149,6 +159,17 @@ def test_compile(tmp_path):
     rows = run(tmp_path, "compile", "--leaves", "2,3", "--shape", "4,4", "--only", "gdmam")
     assert [row["leaves"] for row in rows] == [2, 2, 3, 3]
     assert all(row["first step s"] >= row["compile s"] > 0 for row in rows)
+
+
+def test_compile_of_several_losses(tmp_path):
+    rows = run(
+        tmp_path, "compile", "--leaves", "2", "--shape", "4,4", "--losses", "2,3",
+        "--only", "PCGrad(adamw),gdmam_released",
+    )  # fmt: skip
+    assert [(row["losses"], row["optimizer"]) for row in rows] == [
+        (2, "summed(adamw)"), (2, "PCGrad(adamw)"), (2, "gdmam_released"),
+        (3, "summed(adamw)"), (3, "PCGrad(adamw)"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["pair", "update", "fork", "many"])
