@@ -513,9 +513,27 @@ def test_in_a_module_of_equinox():
     assert jnp.abs(eqx.filter_jit(gradient)(model).trunk.weight).max() > 0
 
 
-def test_forward_mode_is_refused():
+@pytest.mark.parametrize("inside_scan", [False, True])
+def test_forward_mode_is_refused(inside_scan):
+    def forked(z):
+        return sum(gdmam.fork(z, 2))
+
+    def scanned(z):
+        return jax.lax.scan(lambda carry, _: (forked(carry), None), z, length=2)[0]
+
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda z: gdmam.fork(z, 2), (jnp.ones(2),), (jnp.ones(2),))
+        jax.jvp(scanned if inside_scan else forked, (jnp.ones(2),), (jnp.ones(2),))
+
+
+def test_the_settled_gradient_has_a_derivative(x64):
+    def value(z):
+        first, second = gdmam.fork(z, 2)
+        return jnp.sum(first**3) + jnp.prod(second - 2)
+
+    z = jnp.array([0.3, -0.5, 0.8])
+    expected = central(jax.jit(jax.grad(value)), np.asarray(z))
+    for derivative in (jax.hessian, lambda f: jax.jacrev(jax.grad(f))):
+        np.testing.assert_allclose(jax.jit(derivative(value))(z), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_names_are_in_the_order_as_written():

@@ -261,6 +261,29 @@ def test_a_solver_stops_before_float32_underflows(seed):
     np.testing.assert_allclose(found, np.asarray(exact), rtol=1e-4)
 
 
+def many_gradients(kind, count=20):
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(count, 2 * count))
+    if kind == "conflicting":
+        rows += 30 * (-1.0) ** np.arange(count)[:, None] * random.normal(size=2 * count)
+    if kind == "nearly dependent":
+        rows = random.normal(size=(count, 3)) @ random.normal(size=(3, 2 * count)) + 1e-5 * rows
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_twenty_steps_are_enough_however_gradients_conflict(monkeypatch, x64):
+    """The conditions of the projection, which is in closed form nowhere."""
+    monkeypatch.setattr("gdmam_jax._programmes.ITERATIONS", 20)
+    weighting = jax.jit(lambda gramian: gdmam.dual_proj_weighting(gramian, None))
+    for kind in ("random", "conflicting", "nearly dependent"):
+        gramian = gramian_of(many_gradients(kind))
+        weights = weighting(gramian)
+        added, gains = weights - 1 / weights.size, gramian @ weights
+        assert added.min() >= 0, kind
+        assert gains.min() > -1e-12, kind
+        np.testing.assert_allclose(added @ gains, 0, atol=1e-12, err_msg=kind)
+
+
 @pytest.mark.parametrize("name", SEVERAL)
 def test_weights_keep_float32_where_float64_is_on(name, x64):
     weights = compiled_weights(name)(jnp.eye(3, dtype=jnp.float32))
