@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.kinds import images, others
+from benchmarks.kinds import adversarial, game, images, others
 from benchmarks.kinds import report as reports
 from benchmarks.kinds.kind import Kind
-from benchmarks.kinds.methods import METHODS, PROGRAMS
+from benchmarks.kinds.methods import METHODS, programs
 from benchmarks.kinds.training import train
 from benchmarks.options import known_names
 from gdmam_jax.ldl.laboratory import storage
@@ -31,10 +31,11 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "standardised": functools.partial(others.scales, True),
     "distillation": images.distillation,
     "forces": others.forces,
-    "actor-critic": others.actor_critic,
+    "actor-critic": game.actor_critic,
     "language-model": others.language_model,
     "robustness": images.robustness,
     "contrastive": images.contrastive,
+    "vq-gan": adversarial.vq_gan,
 }
 Folder = Annotated[
     Path, typer.Option(help="Where the results lie; what is there is not run again.")
@@ -58,9 +59,7 @@ def run(
         kind = KINDS[name]()
         if steps is not None:
             kind = kind._replace(steps=steps)
-        for program in PROGRAMS:
-            if program == "fork" and not kind.trunk:
-                continue
+        for program in programs(kind):
             path = out / f"{name}-{program}.json"
             if path.exists():
                 found = json.loads(path.read_text())

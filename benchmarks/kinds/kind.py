@@ -6,6 +6,18 @@ from typing import Any, NamedTuple
 import jax
 
 
+class Opponent(NamedTuple):
+    """A network that is trained beside the model, on a loss of its own, such as a discriminator.
+
+    Attributes:
+      init: ``key -> params``.
+      loss: ``(opponent's params, model's params, batch) -> loss``.
+    """
+
+    init: Callable[[jax.Array], Any]
+    loss: Callable[[Any, Any, Any], jax.Array]
+
+
 class Kind(NamedTuple):
     """Two losses, data and what people of the field measure.
 
@@ -25,6 +37,9 @@ class Kind(NamedTuple):
       rates: of Adam, to choose from.
       trunk: whether the features are those of a shared trunk with a head for each loss.
       epochs: updates on one batch.
+      last: ``params -> array``, the last layer that both losses reach, for the norm ratio there.
+      opponent: whose parameters features, prediction and alignment then get with the batch:
+        ``(batch, opponent's params)``.
     """
 
     title: str
@@ -41,3 +56,5 @@ class Kind(NamedTuple):
     rates: tuple[float, ...] = (1e-3, 1e-2)
     trunk: bool = False
     epochs: int = 1
+    last: Callable[[Any], Any] | None = None
+    opponent: Opponent | None = None

@@ -7,18 +7,20 @@ import jax.numpy as jnp
 import optax
 
 import gdmam_jax as gdmam
+from benchmarks.kinds.kind import Kind
 
-FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
+FACTORS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 """Of the alignment loss in the sum."""
 PREFERENCES = (0.01, 0.1, 1.0, 10.0)
-"""Of GDMAM for the alignment loss."""
+"""Of GDMAM for the alignment loss, and of the norm ratio at the last layer."""
 
 
 class Method(NamedTuple):
     """A program that trains, and the number in which methods with one program differ.
 
     Attributes:
-      program: ``"weighed"``, Adam behind a weighting; ``"gdmam"``; or ``"fork"``.
+      program: ``"weighed"``, Adam behind a weighting; ``"gdmam"``; ``"fork"``; or ``"last layer"``,
+        Adam on the sum with the factor that makes the norms at the last layer alike (VQGAN).
       setting: the weighting's place in `WEIGHTINGS`, or the preference.
     """
 
@@ -65,18 +67,35 @@ def one_of_all(number: jax.Array) -> gdmam.RememberingWeighting:
 METHODS = {
     **{name: Method("weighed", number) for number, name in enumerate(WEIGHTINGS)},
     **{f"gdmam {preference:g}": Method("gdmam", preference) for preference in PREFERENCES},
+    **{
+        f"last layer {preference:g}": Method("last layer", preference) for preference in PREFERENCES
+    },
     "fork": Method("fork"),
 }
 PROGRAMS = list(dict.fromkeys(method.program for method in METHODS.values()))
 TUNED = {
     "sum tuned": [f"sum x {factor:g}" for factor in FACTORS],
     "gdmam tuned": [f"gdmam {preference:g}" for preference in PREFERENCES],
+    "last layer tuned": [f"last layer {preference:g}" for preference in PREFERENCES],
 }
 """The best of several methods by the runs that rates are chosen by."""
 
 
-def optimizer(program: str, rate: Any, setting: jax.Array) -> Any:
-    """What takes pairs."""
+def programs(kind: Kind) -> list[str]:
+    """Those that a kind has what it takes for."""
+    lacking = {"fork": not kind.trunk, "last layer": kind.last is None}
+    return [program for program in PROGRAMS if not lacking.get(program)]
+
+
+def optimizer(program: str, rate: Any, setting: jax.Array, last: Any = None) -> Any:
+    """What takes pairs; ``last``: those of the last layer."""
     if program == "gdmam":
         return gdmam.gdmam(rate, weighting=gdmam.unit_weighting(preference=setting))
-    return gdmam.weighed(optax.adam(rate), one_of_all(setting.astype(jnp.int32)))
+    weighting: Any = gdmam.constant_weighting(1.0, setting)
+    if program == "weighed":
+        weighting = one_of_all(setting.astype(jnp.int32))
+    elif last is not None:
+        norms = gdmam.decompose(last).geometry
+        ratio = norms.prediction_norm / (norms.alignment_norm + 1e-4)
+        weighting = gdmam.constant_weighting(1.0, setting * jnp.minimum(ratio, 1e4))
+    return gdmam.weighed(optax.adam(rate), weighting)

@@ -51,17 +51,30 @@ def train(kind: Kind, program: Program, rates: Any, settings: Any, seeds: Any) -
 @functools.cache
 def _program(kind: Kind, program: Program) -> Any:
     def run(rate: jax.Array, setting: jax.Array, seed: jax.Array) -> tuple[jax.Array, ...]:
-        first, second, *held_out = jax.random.split(jax.random.key(seed), 4)
+        first, second, third, *held_out = jax.random.split(jax.random.key(seed), 5)
         falling = optax.schedules.cosine_decay_schedule(1.0, kind.steps * kind.epochs)
         start, update = stepper(kind, program, lambda count: rate * falling(count), setting)
 
-        def step(carry: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-            batch = kind.sample(carry[0], key)
-            return jax.lax.scan(lambda carry, _: update(carry, batch), carry, length=kind.epochs)
+        adam = optax.adam(lambda count: rate * falling(count))
 
-        params = kind.init(first)
+        def step(carry: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+            model, opponent = carry
+            batch = kind.sample(model[0], key)
+            given = batch if opponent is None else (batch, opponent[0])
+            model, seen = jax.lax.scan(lambda m, _: update(m, given), model, length=kind.epochs)
+            if opponent is not None:
+                slope = jax.grad(kind.opponent.loss)(opponent[0], model[0], batch)
+                updates, state = adam.update(slope, opponent[1])
+                opponent = optax.apply_updates(opponent[0], updates), state
+            return (model, opponent), seen
+
+        params, opponent = kind.init(first), None
+        if kind.opponent is not None:
+            against = kind.opponent.init(third)
+            opponent = against, adam.init(against)
         keys = jax.random.split(second, kind.steps)
-        (params, _), (cosines, ratios) = jax.lax.scan(step, (params, start(params)), keys)
+        carry = (params, start(params)), opponent
+        ((params, _), _), (cosines, ratios) = jax.lax.scan(step, carry, keys)
         scores = [kind.score(params, key, part) for part, key in enumerate(held_out)]
         return *scores, jnp.mean(cosines), jnp.exp(jnp.mean(ratios))
 
@@ -77,16 +90,20 @@ def stepper(kind: Kind, program: Program, rate: Any, setting: jax.Array) -> tupl
 
     if program == "fork":
         return _forked(kind, optax.adam(rate))
-    make = program if callable(program) else functools.partial(optimizer, program)
-    chosen = make(rate, setting)
+
+    def make(last: Any = None) -> Any:
+        if callable(program):
+            return program(rate, setting)
+        return optimizer(program, rate, setting, last)
 
     def update(carry: Any, batch: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         params, state = carry
         values, pairs = gdmam.value_and_paired_grad(losses)(params, batch)
+        chosen = make(kind.last and kind.last(pairs))
         updates, state = chosen.update(pairs, state, params, value=values)
         return (optax.apply_updates(params, updates), state), _seen(state)
 
-    return chosen.init, update
+    return make().init, update
 
 
 def _forked(kind: Kind, adam: optax.GradientTransformation) -> tuple[Any, Any]:

@@ -10,9 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 import gdmam_jax as gdmam
-from benchmarks.kinds import others, report
+from benchmarks.kinds import adversarial, game, methods, others, report
 from benchmarks.kinds.__main__ import KINDS, app
+from benchmarks.kinds.kind import Opponent
 from benchmarks.kinds.methods import METHODS, TUNED, WEIGHTINGS, one_of_all
+from benchmarks.kinds.training import train
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -25,6 +27,8 @@ def test_both_losses_have_a_gradient_and_the_score_is_of_data_held_out(name):
         return kind.prediction(params, found, batch), kind.alignment(params, found, batch)
 
     batch = jax.jit(kind.sample)(params, jax.random.key(1))
+    if kind.opponent is not None:
+        batch = batch, kind.opponent.init(jax.random.key(2))
     _, pairs = jax.jit(gdmam.value_and_paired_grad(losses))(params, batch)
     geometry = gdmam.decompose(pairs).geometry
     assert geometry.prediction_norm > 0
@@ -55,6 +59,50 @@ def test_one_program_has_every_weighting(number):
         np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
+def test_the_norm_ratio_at_the_last_layer_makes_the_norms_there_alike():
+    slopes = {"first": jnp.array([3.0]), "last": jnp.array([1.0, 2.0, 2.0])}, {
+        "first": jnp.array([40.0]), "last": jnp.array([0.0, 0.0, -6.0])
+    }  # fmt: skip
+    pairs = gdmam.pair_gradients(*slopes)
+    chosen = methods.optimizer("last layer", 1.0, jnp.array(0.5), pairs["last"])
+    _, state = chosen.update(pairs, chosen.init(slopes[0]), slopes[0])
+    seen = gdmam.diagnostics(state)
+    assert seen["alignment_weight"] / seen["prediction_weight"] == pytest.approx(0.25, rel=1e-4)
+
+
+def test_the_distance_of_two_normal_distributions():
+    one = jax.random.normal(jax.random.key(0), (500, 3))
+    turned = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (3, 3)))[0]
+    away, width = jnp.array([1.0, -2.0, 0.5]), jnp.array([1.0, 2.0, 3.0])
+    one = (one - one.mean(axis=0)) @ jnp.linalg.inv(jnp.linalg.cholesky(jnp.cov(one.T))).T
+    found = adversarial._frechet(one @ turned, (one * width) @ turned + away)
+    assert found == pytest.approx(float(jnp.sum(away**2) + jnp.sum((width - 1) ** 2)), rel=1e-3)
+
+
+def test_words_pass_their_gradient_to_what_they_stand_for():
+    book, found = jnp.array([[0.0, 0.0], [1.0, 1.0]]), jnp.array([[[0.9, 0.7]], [[0.1, -0.2]]])
+    slope = jax.random.normal(jax.random.key(0), found.shape)
+    words, pull = jax.vjp(lambda x: adversarial._quantise(book, x)[0], found)
+    np.testing.assert_allclose(words, [[[1.0, 1.0]], [[0.0, 0.0]]], atol=1e-6)
+    np.testing.assert_array_equal(pull(slope)[0], slope)
+
+
+def test_an_opponent_is_trained_on_its_own_loss():
+    def mean(params, found, batch):
+        return jnp.mean((params - batch[0]) ** 2) + 0 * jnp.sum(batch[1])
+
+    kind = KINDS["scales"]()._replace(
+        init=lambda key: jnp.zeros(()), sample=lambda params, key: jnp.ones(()), steps=400,
+        features=lambda params, batch: (), prediction=mean,
+        alignment=lambda params, found, batch: (params - batch[1]) ** 2,
+        score=lambda params, key, part: params,
+        opponent=Opponent(lambda key: jnp.array(0.0), lambda own, params, batch: (own - 5) ** 2),
+    )  # fmt: skip
+    found = train(kind, "weighed", [0.1], [list(WEIGHTINGS).index("sum x 1")], [0])
+    # Halfway between what is sampled, 1, and where the opponent goes, 5.
+    assert found.score[0] == pytest.approx(3, abs=0.05)
+
+
 def test_two_atoms_rest_where_the_potential_is_least():
     apart = jnp.array([[0.0, 0, 0], [2 ** (1 / 6), 0, 0]])
     energy, slope = jax.value_and_grad(others._lennard_jones)(apart)
@@ -64,7 +112,7 @@ def test_two_atoms_rest_where_the_potential_is_least():
 
 def test_cart_and_pole_move_by_their_equations():
     state, force = jnp.array([[0.1, 0.2, 0.05, -0.3], [0.4, -1.0, -0.15, 0.8]]), 10.0
-    moved = others._pole(state, jnp.array([True, False]))
+    moved = game._pole(state, jnp.array([True, False]))
     (speed, speeding, turn, turning) = np.moveaxis((moved - state) / 0.02, -1, 0)
     np.testing.assert_allclose(speed, state[:, 1], rtol=1e-4)
     np.testing.assert_allclose(turn, state[:, 3], rtol=1e-4)
@@ -75,7 +123,7 @@ def test_cart_and_pole_move_by_their_equations():
 
 
 def test_advantages_start_again_where_the_pole_fell():
-    kind = others.actor_critic()
+    kind = game.actor_critic()
     params = jax.tree.map(jnp.zeros_like, kind.init(jax.random.key(0)))
     batch = jax.jit(kind.sample)(params, jax.random.key(1))
     # Values are 0, so that every step surprises by its reward, 1.
@@ -129,6 +177,8 @@ def test_the_command_runs_resumes_and_writes_every_score(tmp_path):
     assert run("report", "--csv", str(tmp_path / "kinds.csv")).exit_code == 0
     with (tmp_path / "kinds.csv").open() as lines:
         rows = list(csv.DictReader(lines))
-    assert [row["method"] for row in rows] == [*METHODS, *TUNED]
+    # No discriminator, and so no last layer that is special.
+    expected = [name for name in (*METHODS, *TUNED) if not name.startswith("last layer")]
+    assert [row["method"] for row in rows] == expected
     assert all(np.isfinite(float(row["score"])) for row in rows)
     assert CliRunner().invoke(app, ["report", "--out", str(tmp_path)]).exit_code == 2
