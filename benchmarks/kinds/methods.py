@@ -19,7 +19,7 @@ class Method(NamedTuple):
     """A program that trains, and the number in which methods with one program differ.
 
     Attributes:
-      program: ``"weighed"``, Adam behind a weighting; ``"gdmam"``; ``"fork"``; or ``"last layer"``,
+      program: ``"weighed"``, Adam behind a weighting; ``"gdmam"``; ``"fork"``; or ``"last-layer"``,
         Adam on the sum with the factor that makes the norms at the last layer alike (VQGAN).
       setting: the weighting's place in `WEIGHTINGS`, or the preference.
     """
@@ -68,7 +68,7 @@ METHODS = {
     **{name: Method("weighed", number) for number, name in enumerate(WEIGHTINGS)},
     **{f"gdmam {preference:g}": Method("gdmam", preference) for preference in PREFERENCES},
     **{
-        f"last layer {preference:g}": Method("last layer", preference) for preference in PREFERENCES
+        f"last layer {preference:g}": Method("last-layer", preference) for preference in PREFERENCES
     },
     "fork": Method("fork"),
 }
@@ -83,7 +83,7 @@ TUNED = {
 
 def programs(kind: Kind) -> list[str]:
     """Those that a kind has what it takes for."""
-    lacking = {"fork": not kind.trunk, "last layer": kind.last is None}
+    lacking = {"fork": not kind.trunk, "last-layer": kind.last is None}
     return [program for program in PROGRAMS if not lacking.get(program)]
 
 

@@ -64,7 +64,7 @@ def test_the_norm_ratio_at_the_last_layer_makes_the_norms_there_alike():
         "first": jnp.array([40.0]), "last": jnp.array([0.0, 0.0, -6.0])
     }  # fmt: skip
     pairs = gdmam.pair_gradients(*slopes)
-    chosen = methods.optimizer("last layer", 1.0, jnp.array(0.5), pairs["last"])
+    chosen = methods.optimizer("last-layer", 1.0, jnp.array(0.5), pairs["last"])
     _, state = chosen.update(pairs, chosen.init(slopes[0]), slopes[0])
     seen = gdmam.diagnostics(state)
     assert seen["alignment_weight"] / seen["prediction_weight"] == pytest.approx(0.25, rel=1e-4)

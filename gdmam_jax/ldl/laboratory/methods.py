@@ -232,10 +232,13 @@ WEIGHTINGS: dict[str, tuple[str, gdmam.Weighting]] = {
 """Weightings whose weighted sum AdamW with AMSGrad takes: labels and functions by name."""
 
 CHOICES: dict[str, tuple[gdmam.Weighting, gdmam.Gate]] = {
-    "preference=0.1": (gdmam.unit_weighting(preference=0.1), gdmam.priority_gate),
-    "preference=0.3": (gdmam.unit_weighting(preference=0.3), gdmam.priority_gate),
-    "preference=1": (gdmam.unit_weighting, gdmam.priority_gate),
-    "preference=3": (gdmam.unit_weighting(preference=3.0), gdmam.priority_gate),
+    **{
+        f"preference={number:g}": (
+            gdmam.unit_weighting(preference=number),
+            gdmam.priority_gate,
+        )
+        for number in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    },
     "pcgrad": (gdmam.pcgrad_weighting, gdmam.open_gate),
 }
 """Weightings and gates of `gdmam`, `gdmam-preference` and `gdmam-pcgrad`, by setting."""
