@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks import timing
 from benchmarks.kinds import adversarial, game, images, others
+from benchmarks.kinds import delta as deltas
 from benchmarks.kinds import report as reports
 from benchmarks.kinds.kind import Kind
 from benchmarks.kinds.methods import METHODS, programs
 from benchmarks.kinds.training import train
-from benchmarks.options import known_names
+from benchmarks.options import Output, known_names
 from gdmam_jax.ldl.laboratory import storage
 
 app = typer.Typer(
@@ -89,6 +91,20 @@ def _every_run(kind: Kind, program: str, seeds: int) -> dict[str, Any]:
         "rates": kind.rates,
         **{name: each.reshape(shape).tolist() for name, each in found._asdict().items()},
     }
+
+
+@app.command()
+def delta(
+    problems: Annotated[str, typer.Option(help="Commas between.")] = ",".join(deltas.PROBLEMS),
+    seeds: Annotated[int, typer.Option(help="Of parameters and batches.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Of each training.", min=1)] = 500,
+    rate: Annotated[float, typer.Option(help="Of Adam, for all.", min=0)] = 3e-3,
+    output: Output = None,
+) -> None:
+    """Multi-task learning: the relative change to single tasks, beside TorchJD's methods."""
+    names = known_names(problems, list(deltas.PROBLEMS))
+    rows = deltas.benchmark(names, seeds, steps, rate)
+    timing.report(f"delta m, {seeds} seeds, {steps} steps", rows, output)
 
 
 @app.command()

@@ -89,18 +89,21 @@ def vae(beta: float = 1.0) -> Kind:
     )
 
 
+def _overlay(one: Images, other: Images) -> tuple[jax.Array, jax.Array, jax.Array]:
+    first, second = (each.pixels.reshape(-1, 8, 8) for each in (one, other))
+    first = jnp.pad(first, ((0, 0), (0, 2), (0, 2)))
+    second = jnp.pad(second, ((0, 0), (2, 0), (2, 0)))
+    return jnp.maximum(first, second).reshape(-1, 100), one.labels, other.labels
+
+
+def pairs(images: Images, key: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Images of 10 x 10 pixels, one laid over another, and the labels of both."""
+    return _overlay(*(images.draw(each, count) for each in jax.random.split(key)))
+
+
 def shared_trunk() -> Kind:
     """Two digits over each other, as in Multi-MNIST: read both."""
     training, held_out = digits()
-
-    def overlay(one: Images, other: Images) -> tuple[jax.Array, jax.Array, jax.Array]:
-        first, second = (each.pixels.reshape(-1, 8, 8) for each in (one, other))
-        first = jnp.pad(first, ((0, 0), (0, 2), (0, 2)))
-        second = jnp.pad(second, ((0, 0), (2, 0), (2, 0)))
-        return jnp.maximum(first, second).reshape(-1, 100), one.labels, other.labels
-
-    def pairs(images: Images, key: jax.Array, count: int) -> Any:
-        return overlay(*(images.draw(each, count) for each in jax.random.split(key)))
 
     def head(name: str, number: int) -> Any:
         return lambda params, found, batch: networks.cross_entropy(

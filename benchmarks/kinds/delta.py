@@ -1,0 +1,275 @@
+"""Several tasks on a shared trunk, by how far each method is from one network for each task.
+
+Multi-task learning reports the *relative change* to single-task training, the mean over tasks t and
+their measures m in percent,
+
+    delta m = 100 / (T M) sum (-1)^(lower is worse) (M - M_single) / M_single,
+
+where a measure of which more is better counts with a minus: below 0 is better than single tasks.
+The methods of the library and those of TorchJD get the same data, first parameters and batches.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from sklearn.datasets import load_breast_cancer
+from torchjd import aggregation, autojac
+
+import gdmam_jax as gdmam
+from benchmarks import timing
+from benchmarks.kinds import images, networks
+
+BATCH, WIDTH = 64, 64
+SINGLE = "single tasks"
+
+
+class Tasks(NamedTuple):
+    """Tasks that share their inputs, each with one measure.
+
+    Attributes:
+      title: in words.
+      names: of the tasks.
+      classes: how many a task's targets have; 0 where they are numbers.
+      training: inputs, shape ``(n, d)``, and targets, ``(n, tasks)``.
+      test: likewise.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    classes: int
+    training: tuple[jax.Array, jax.Array]
+    test: tuple[jax.Array, jax.Array]
+
+
+def two_digits() -> Tasks:
+    """Multi-MNIST's construction from scikit-learn's digits: one laid over another, both read."""
+    training, (_, test) = images.digits()
+    parts = []
+    for number, (part, count) in enumerate(((training, 4000), (test, 2000))):
+        pixels, *labels = images.pairs(part, jax.random.key(number), count)
+        parts.append((pixels, jnp.stack(labels, axis=1)))
+    return Tasks("two digits", ("upper left", "lower right"), 10, *parts)
+
+
+def tumours() -> Tasks:
+    """Ten properties at once, as of QM9's molecules: here of the largest cells of 569 tumours.
+
+    From means and errors over all of a tumour's cells, in standard deviations.
+    """
+    data = load_breast_cancer()
+    order = np.random.default_rng(0).permutation(len(data.data))
+    cut = 400
+    values = data.data[order]
+    values = jnp.asarray((values - values[:cut].mean(0)) / values[:cut].std(0), jnp.float32)
+    parts = [(part[:, :20], part[:, 20:]) for part in (values[:cut], values[cut:])]
+    return Tasks("ten properties", tuple(map(str, data.feature_names[20:])), 0, *parts)
+
+
+PROBLEMS: dict[str, Callable[[], Tasks]] = {"two-digits": two_digits, "tumours": tumours}
+
+
+def init(tasks: Tasks, seed: int) -> dict[str, networks.Layers]:
+    """A trunk and, by number, a head for each task."""
+    heads = {f"head{k}": (WIDTH, tasks.classes or 1) for k in range(len(tasks.names))}
+    inputs = tasks.training[0].shape[1]
+    return networks.several(jax.random.key(seed), trunk=(inputs, WIDTH, WIDTH), **heads)
+
+
+def batches(tasks: Tasks, seed: int, steps: int) -> jax.Array:
+    """Rows of the training data, shape ``(steps, BATCH)``."""
+    rows = len(tasks.training[0])
+    return jax.random.randint(jax.random.key(1000 + seed), (steps, BATCH), 0, rows)
+
+
+def outputs(params: Any, inputs: jax.Array, copies: Any = None) -> list[jax.Array]:
+    """Of each head; ``copies``: of the features, one for each head."""
+    count = len(params) - 1
+    features = networks.apply(params["trunk"], inputs, last=True)
+    each = [features] * count if copies is None else copies(features, count)
+    return [networks.apply(params[f"head{k}"], found) for k, found in enumerate(each)]
+
+
+def losses(tasks: Tasks, params: Any, inputs: Any, targets: Any, copies: Any = None) -> Any:
+    """Cross-entropy or squared error of each task, as prediction and alignment losses."""
+    found = []
+    for k, output in enumerate(outputs(params, inputs, copies)):
+        if tasks.classes:
+            found.append(networks.cross_entropy(output, targets[:, k]))
+        else:
+            found.append(jnp.mean((output[:, 0] - targets[:, k]) ** 2))
+    return found[0], tuple(found[1:])
+
+
+def measures(tasks: Tasks, params: Any) -> jax.Array:
+    """Of each task on test data: accuracy, or mean absolute error."""
+    inputs, targets = tasks.test
+    found = jnp.stack(outputs(params, inputs), axis=1)
+    if tasks.classes:
+        return jnp.mean(jnp.argmax(found, axis=-1) == targets, axis=0)
+    return jnp.mean(jnp.abs(found[..., 0] - targets), axis=0)
+
+
+def delta_m(found: np.ndarray, single: np.ndarray, higher: bool) -> np.ndarray:
+    """The relative change to single tasks in percent, see above; the last axis is the tasks'."""
+    change = 100 * (found - single) / single
+    return np.mean(-change if higher else change, axis=-1)
+
+
+def _weighed(weighting: Any) -> Callable[[Any, int], Any]:
+    """Adam behind a weighting of the trunk's gradients, as the field does; heads keep their own."""
+
+    def make(rate: Any, others: int) -> Any:
+        return gdmam.weighed(
+            optax.adam(rate),
+            weighting,
+            alignment_losses=others,
+            scope=lambda path: path.split("/")[0],
+        )
+
+    return make
+
+
+METHODS: dict[str, Callable[[Any, int], Any]] = {
+    "equal weights": _weighed(gdmam.sum_weighting),
+    "gdmam": lambda rate, others: gdmam.gdmam(rate, alignment_losses=others, weight_decay=0.0),
+    "fork": lambda rate, others: optax.adam(rate),
+    "PCGrad": _weighed(gdmam.pcgrad_weighting),
+    "UPGrad": _weighed(gdmam.upgrad_weighting),
+    "MGDA": _weighed(gdmam.mgda_weighting),
+    "IMTL-G": _weighed(gdmam.imtl_g_weighting),
+    "Nash-MTL": _weighed(gdmam.nash_mtl_weighting),
+    "CAGrad": _weighed(gdmam.cagrad_weighting),
+    "Aligned-MTL": _weighed(gdmam.aligned_mtl_weighting),
+    "FAMO": _weighed(gdmam.famo_weighting()),
+    "uncertainty": _weighed(gdmam.uncertainty_weighting()),
+    "DWA": _weighed(gdmam.dwa_weighting()),
+}
+TORCH_METHODS: dict[str, Callable[[], Any]] = {
+    "equal weights": aggregation.Sum,
+    "PCGrad": aggregation.PCGrad,
+    "UPGrad": aggregation.UPGrad,
+    "MGDA": aggregation.MGDA,
+    "IMTL-G": aggregation.IMTLG,
+    "CAGrad": functools.partial(aggregation.CAGrad, 0.5),
+    "Aligned-MTL": aggregation.AlignedMTL,
+    "ConFIG": aggregation.ConFIG,
+    "DualProj": aggregation.DualProj,
+    "GradDrop": aggregation.GradDrop,
+    "GradVac": aggregation.GradVac,
+    "Random": aggregation.Random,
+}
+
+
+def train(tasks: Tasks, name: str, seeds: int, steps: int, rate: float) -> np.ndarray:
+    """The measures of a method of `METHODS`, or of one network a task; ``(seeds, tasks)``."""
+    count = len(tasks.names)
+    start = jax.tree.map(lambda *each: jnp.stack(each), *(init(tasks, s) for s in range(seeds)))
+    rows = jnp.stack([batches(tasks, seed, steps) for seed in range(seeds)])
+    falling = optax.cosine_decay_schedule(rate, steps)
+
+    def run(params: Any, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        if name == SINGLE:
+            optimizer = _weighed(gdmam.constant_weighting(*weights))(falling, count - 1)
+        else:
+            optimizer = METHODS[name](falling, count - 1)
+
+        def step(carry: Any, chosen: jax.Array) -> tuple[Any, None]:
+            params, state = carry
+            batch = tuple(array[chosen] for array in tasks.training)
+            if name == "fork":
+                gradient = jax.grad(lambda p: sum(jax.tree.leaves(forked(p, *batch))))(params)
+                updates, state = optimizer.update(gradient, state, params)
+            else:
+                of_params = functools.partial(losses, tasks)
+                values, pairs = gdmam.value_and_paired_grad(of_params)(params, *batch)
+                updates, state = optimizer.update(pairs, state, params, value=values)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), rows)
+        return measures(tasks, params)
+
+    forked = functools.partial(losses, tasks, copies=gdmam.fork)
+    over_seeds = jax.vmap(run, in_axes=(0, 0, None))
+    if name != SINGLE:
+        return np.asarray(jax.jit(over_seeds)(start, rows, jnp.ones(count)))
+    found = jax.jit(jax.vmap(over_seeds, in_axes=(None, None, 0)))(start, rows, jnp.eye(count))
+    return np.asarray(jnp.diagonal(found, axis1=0, axis2=2))
+
+
+def train_torch(tasks: Tasks, name: str, seeds: int, steps: int, rate: float) -> np.ndarray:
+    """The same by a method of `TORCH_METHODS`: ``mtl_backward``, then Adam."""
+    return np.stack([_train_torch(tasks, name, seed, steps, rate) for seed in range(seeds)])
+
+
+def _train_torch(tasks: Tasks, name: str, seed: int, steps: int, rate: float) -> np.ndarray:
+    torch.manual_seed(seed)  # Some methods draw.
+    params = jax.tree.map(
+        lambda array: torch.tensor(np.asarray(array), requires_grad=True), init(tasks, seed)
+    )
+    trunk, *heads = (params[key] for key in ("trunk", *(k for k in params if k != "trunk")))
+    everything = jax.tree.leaves(params)
+    adam = torch.optim.Adam(everything, rate)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    aggregator = TORCH_METHODS[name]()
+    inputs, targets = (torch.tensor(np.asarray(array)) for array in tasks.training)
+    loss = torch.nn.functional.cross_entropy if tasks.classes else torch.nn.functional.mse_loss
+
+    def layers(x: torch.Tensor, layers: Any) -> torch.Tensor:
+        for kernel, bias in layers:
+            x = torch.tanh(x @ kernel + bias)
+        return x
+
+    for rows in np.array(batches(tasks, seed, steps)):
+        features = layers(inputs[rows], trunk)
+        found = [features @ kernel + bias for ((kernel, bias),) in heads]
+        wanted = targets[rows].long() if tasks.classes else targets[rows]
+        each = [
+            loss(out if tasks.classes else out[:, 0], wanted[:, k]) for k, out in enumerate(found)
+        ]
+        autojac.mtl_backward(each, features=features)
+        autojac.jac_to_grad(jax.tree.leaves(trunk), aggregator)
+        adam.step()
+        adam.zero_grad()
+        falling.step()
+    trained = jax.tree.map(lambda tensor: jnp.asarray(tensor.detach().numpy()), params)
+    return np.asarray(measures(tasks, trained))
+
+
+def benchmark(problems: Sequence[str], seeds: int, steps: int, rate: float) -> list[dict[str, Any]]:
+    """A row for each problem and method: delta m over the seeds, and the tasks' mean measure.
+
+    Args:
+      problems: some of `PROBLEMS`.
+      seeds: of parameters and batches.
+      steps: of each training.
+      rate: of Adam for all, at first; falls along half a cosine.
+    """
+    rows = []
+    ways = [("gdmam_jax", name, train) for name in (SINGLE, *METHODS)]
+    ways += [("TorchJD", name, train_torch) for name in TORCH_METHODS]
+    for problem, (library, name, trainer) in timing.tracked(
+        "trainings", list(itertools.product(problems, ways))
+    ):
+        tasks = PROBLEMS[problem]()
+        found = trainer(tasks, name, seeds, steps, rate)
+        if name == SINGLE:
+            single = found.mean(axis=0)
+        deltas = delta_m(found, single, higher=bool(tasks.classes))
+        low, median, high = np.percentile(deltas, (0, 50, 100))
+        rows.append(
+            {
+                "problem": tasks.title,
+                "library": library,
+                "method": name,
+                "delta m, %": f"{median:.1f} ({low:.1f} to {high:.1f})",
+                "mean measure": float(found.mean()),
+            }
+        )
+    return rows
