@@ -1,7 +1,9 @@
 """Options that the benchmarks' command lines share, and how they are read."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,3 +40,15 @@ def known_name(text: str, option: str, known: list[str]) -> str:
     if len(names) != 1:
         raise typer.BadParameter(f"{option} takes one name, got {text!r}")
     return names[0]
+
+
+def already_run(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a result lies there that was made with these settings; others are refused."""
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())["settings"]
+    if found != settings:
+        raise typer.BadParameter(
+            f"{path} was made with other settings, {found}; give the same again, or another --out"
+        )
+    return True

@@ -21,9 +21,11 @@ PHYSICS = (
     "gdmam", "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config",
 )  # fmt: skip
 KINDS = {
-    "sum x 0.01": "sum x 0.01", "sum x 1": "x 1", "sum x 100": "x 100", "sum tuned": "tuned",
+    "sum x 0.01": "sum x 0.01", "sum x 1": "x 1", "sum x 100": "x 100", "sum x 1000": "x 1,000",
+    "sum tuned": "tuned",
     "pcgrad": "PCGrad, UPGrad", "gradient norm": "gradient norms", "uncertainty": "uncertainty",
     "gdmam 1": "`gdmam`", "gdmam tuned": "`gdmam`, tuned", "fork": "`fork`",
+    "last layer 1": "last layer", "last layer tuned": "last layer, tuned",
 }  # fmt: skip
 """Methods of `benchmarks.kinds`, and their columns."""
 API = (

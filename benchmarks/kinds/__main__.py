@@ -1,7 +1,6 @@
 """Command line of the benchmark of kinds of problems."""
 
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from benchmarks.kinds import report as reports
 from benchmarks.kinds.kind import Kind
 from benchmarks.kinds.methods import METHODS, programs
 from benchmarks.kinds.training import train
-from benchmarks.options import Output, known_names
+from benchmarks.options import Output, already_run, known_names
 from gdmam_jax.ldl.laboratory import storage
 
 app = typer.Typer(
@@ -63,13 +62,7 @@ def run(
             kind = kind._replace(steps=steps)
         for program in programs(kind):
             path = out / f"{name}-{program}.json"
-            if path.exists():
-                found = json.loads(path.read_text())
-                if found["settings"] != settings:
-                    raise typer.BadParameter(
-                        f"{path} was made with other settings, {found['settings']}; "
-                        "give the same again, or another --out"
-                    )
+            if already_run(path, settings):
                 continue
             started = time.perf_counter()
             record = _every_run(kind, program, seeds + tuning_seeds)
@@ -97,7 +90,7 @@ def _every_run(kind: Kind, program: str, seeds: int) -> dict[str, Any]:
 def delta(
     problems: Annotated[str, typer.Option(help="Commas between.")] = ",".join(deltas.PROBLEMS),
     seeds: Annotated[int, typer.Option(help="Of parameters and batches.", min=1)] = 5,
-    steps: Annotated[int, typer.Option(help="Of each training.", min=1)] = 500,
+    steps: Annotated[int, typer.Option(help="Of each training.", min=1)] = 300,
     rate: Annotated[float, typer.Option(help="Of Adam, for all.", min=0)] = 3e-3,
     output: Output = None,
 ) -> None:

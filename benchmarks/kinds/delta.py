@@ -123,19 +123,26 @@ def delta_m(found: np.ndarray, single: np.ndarray, higher: bool) -> np.ndarray:
 
 
 def _weighed(weighting: Any) -> Callable[[Any, int], Any]:
-    """Adam behind a weighting of the trunk's gradients, as the field does; heads keep their own."""
+    """Adam behind a weighting of the trunk's gradients, as the field does; heads keep their own.
+
+    What looks at the losses' values weighs the losses, for trunk and heads.
+    """
+    whole = isinstance(weighting, gdmam.RememberingWeighting)
+    scope = None if whole else lambda path: path.split("/")[0]
 
     def make(rate: Any, others: int) -> Any:
-        return gdmam.weighed(
-            optax.adam(rate),
-            weighting,
-            alignment_losses=others,
-            scope=lambda path: path.split("/")[0],
-        )
+        adam = optax.adam(rate)
+        return gdmam.weighed(adam, weighting, alignment_losses=others, scope=scope)
 
     return make
 
 
+VALUED = {
+    "FAMO": gdmam.famo_weighting(),
+    "uncertainty": gdmam.uncertainty_weighting(),
+    "DWA": gdmam.dwa_weighting(),
+}
+"""Weightings that look at the losses' values."""
 METHODS: dict[str, Callable[[Any, int], Any]] = {
     "equal weights": _weighed(gdmam.sum_weighting),
     "gdmam": lambda rate, others: gdmam.gdmam(rate, alignment_losses=others, weight_decay=0.0),
@@ -147,9 +154,7 @@ METHODS: dict[str, Callable[[Any, int], Any]] = {
     "Nash-MTL": _weighed(gdmam.nash_mtl_weighting),
     "CAGrad": _weighed(gdmam.cagrad_weighting),
     "Aligned-MTL": _weighed(gdmam.aligned_mtl_weighting),
-    "FAMO": _weighed(gdmam.famo_weighting()),
-    "uncertainty": _weighed(gdmam.uncertainty_weighting()),
-    "DWA": _weighed(gdmam.dwa_weighting()),
+    **{name: _weighed(weighting) for name, weighting in VALUED.items()},
 }
 TORCH_METHODS: dict[str, Callable[[], Any]] = {
     "equal weights": aggregation.Sum,
@@ -189,7 +194,8 @@ def train(tasks: Tasks, name: str, seeds: int, steps: int, rate: float) -> np.nd
             else:
                 of_params = functools.partial(losses, tasks)
                 values, pairs = gdmam.value_and_paired_grad(of_params)(params, *batch)
-                updates, state = optimizer.update(pairs, state, params, value=values)
+                given = {"value": values} if name in VALUED else {}
+                updates, state = optimizer.update(pairs, state, params, **given)
             return (optax.apply_updates(params, updates), state), None
 
         (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), rows)

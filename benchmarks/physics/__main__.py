@@ -1,6 +1,5 @@
 """Command line of the physics-informed benchmark."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,14 @@ import numpy as np
 import typer
 
 from benchmarks import timing
-from benchmarks.options import Output, Rounds, Threads, known_name, known_names
+from benchmarks.options import (
+    Output,
+    Rounds,
+    Threads,
+    already_run,
+    known_name,
+    known_names,
+)
 from benchmarks.physics import report as reports
 from benchmarks.physics.equations import CHOSEN_ON, EQUATIONS, HELD_OUT
 from benchmarks.physics.methods import ALL_METHODS, CHOICES
@@ -83,13 +89,7 @@ def run(
     started, fresh = time.perf_counter(), 0
     for number, (equation, method) in enumerate(pairs):
         path = out / f"{equation}-{method.replace(' ', '_')}.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found["settings"] != settings:
-                raise typer.BadParameter(
-                    f"{path} was made with other settings, {found['settings']}; "
-                    "give the same again, or another --out"
-                )
+        if already_run(path, settings):
             continue
         record = _compare(equation, method, grid, seeds, tuning_seeds, scale, losses)
         storage.write_json(path, record | {"settings": settings})
