@@ -90,7 +90,7 @@ def _every_run(kind: Kind, program: str, seeds: int) -> dict[str, Any]:
 def delta(
     problems: Annotated[str, typer.Option(help="Commas between.")] = ",".join(deltas.PROBLEMS),
     seeds: Annotated[int, typer.Option(help="Of parameters and batches.", min=1)] = 5,
-    steps: Annotated[int, typer.Option(help="Of each training.", min=1)] = 300,
+    steps: Annotated[int, typer.Option(help="Of each training.", min=1)] = 200,
     rate: Annotated[float, typer.Option(help="Of Adam, for all.", min=0)] = 3e-3,
     output: Output = None,
 ) -> None:

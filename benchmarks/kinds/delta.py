@@ -3,9 +3,9 @@
 Multi-task learning reports the *relative change* to single-task training, the mean over tasks t and
 their measures m in percent,
 
-    delta m = 100 / (T M) sum (-1)^(lower is worse) (M - M_single) / M_single,
+    delta m = 100 / (T M) sum (-1)^(more is better) (M - M_single) / M_single,
 
-where a measure of which more is better counts with a minus: below 0 is better than single tasks.
+so that below 0 is better than single tasks.
 The methods of the library and those of TorchJD get the same data, first parameters and batches.
 """
 
