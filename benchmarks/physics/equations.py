@@ -192,6 +192,33 @@ def _waves(x: np.ndarray) -> np.ndarray:
     return 2 * PI * np.fft.fftfreq(len(x), d=x[1] - x[0])
 
 
+def _carried(
+    x: np.ndarray, u: np.ndarray, end: float, steps: int, speed: float, symbol: np.ndarray
+) -> Grid:
+    """$u_t + speed u u_x = L u$ by Runge-Kutta's fourth order behind an integrating factor.
+
+    ``symbol`` is what ``L`` multiplies each wave by.
+    """
+    step, kept = end / steps, max(1, steps // 500)
+    half = np.exp(0.5 * step * symbol)
+    slope = -0.5j * speed * _waves(x)
+
+    def flow(modes: np.ndarray) -> np.ndarray:
+        return step * slope * np.fft.fft(np.fft.ifft(modes).real ** 2)
+
+    modes = np.fft.fft(u)
+    rows = [u]
+    for number in range(1, steps + 1):
+        first = flow(modes)
+        second = flow(half * (modes + first / 2))
+        third = flow(half * modes + second / 2)
+        fourth = flow(half * (half * modes + third))
+        modes = half**2 * (modes + first / 6) + half * (second + third) / 3 + fourth / 6
+        if number % kept == 0:
+            rows.append(np.fft.ifft(modes).real)
+    return x, np.linspace(0, end, len(rows)), np.array(rows)
+
+
 def _between(points: np.ndarray, grid: Grid) -> np.ndarray:
     """Between the moments of a grid by cubic interpolation, in space by its Fourier series."""
     from scipy.interpolate import CubicSpline
@@ -247,6 +274,60 @@ def _allen_cahn_solution(points: np.ndarray) -> np.ndarray:
     return _between(points, allen_cahn_grid()).real[:, None]
 
 
+# The Korteweg-de Vries equation as Zabusky and Kruskal solved it: a cosine falls into solitons.
+
+DISPERSION = 0.022**2
+
+
+def _cosine(points: Any, xp: Any) -> Any:
+    return xp.cos(PI * points[:, :1])
+
+
+def _korteweg_de_vries(along: Along, points: jax.Array) -> jax.Array:
+    (value, slope, _, third), (_, speed) = along
+    return speed + value * slope + DISPERSION * third
+
+
+@functools.cache
+def korteweg_de_vries_grid(points: int = 256, steps: int = 2500) -> Grid:
+    """The wave on a grid."""
+    x = np.linspace(-1, 1, points, endpoint=False)
+    return _carried(x, np.cos(PI * x), 1.0, steps, 1.0, 1j * DISPERSION * _waves(x) ** 3)
+
+
+def _korteweg_de_vries_solution(points: np.ndarray) -> np.ndarray:
+    return _between(points, korteweg_de_vries_grid()).real[:, None]
+
+
+# The Kuramoto-Sivashinsky equation, until it turns chaotic.
+
+STEEPENING, GROWTH, DAMPING = 100 / 16, 100 / 16**2, 100 / 16**4
+REGULAR = 0.4
+"""How long; chaos comes later."""
+
+
+def _kuramoto_sivashinsky_start(points: Any, xp: Any) -> Any:
+    return xp.cos(points[:, :1]) * (1 + xp.sin(points[:, :1]))
+
+
+def _kuramoto_sivashinsky(along: Along, points: jax.Array) -> jax.Array:
+    (value, slope, second, _, fourth), (_, speed) = along
+    return speed + STEEPENING * value * slope + GROWTH * second + DAMPING * fourth
+
+
+@functools.cache
+def kuramoto_sivashinsky_grid(points: int = 256, steps: int = 2000) -> Grid:
+    """The front on a grid."""
+    x = np.linspace(0, 2 * PI, points, endpoint=False)
+    start = _kuramoto_sivashinsky_start(x[:, None], np)[:, 0]
+    symbol = GROWTH * _waves(x) ** 2 - DAMPING * _waves(x) ** 4
+    return _carried(x, start, REGULAR, steps, STEEPENING, symbol)
+
+
+def _kuramoto_sivashinsky_solution(points: np.ndarray) -> np.ndarray:
+    return _between(points, kuramoto_sivashinsky_grid()).real[:, None]
+
+
 # Steady and unsteady flows with exact solutions.
 
 REYNOLDS = 40.0
@@ -273,6 +354,17 @@ def _flow(along: Along, viscosity: float, timed: bool) -> jax.Array:
         momentum += along[-1][1][:, :dimensions]
     divergence = sum(slope[:, axis] for axis, (_, slope, _) in enumerate(space))
     return jnp.concatenate([momentum, divergence[:, None]], axis=1)
+
+
+TAYLOR_GREEN_VISCOSITY = 0.1
+
+
+def _taylor_green_flow(points: Any, xp: Any) -> Any:
+    x, y, t = (points[:, axis] for axis in range(3))
+    decay = xp.exp(-2 * TAYLOR_GREEN_VISCOSITY * t)
+    pressure = -0.25 * (xp.cos(2 * x) + xp.cos(2 * y)) * decay**2
+    u, v = -xp.cos(x) * xp.sin(y) * decay, xp.sin(x) * xp.cos(y) * decay
+    return xp.stack([u, v, pressure], axis=1)
 
 
 def _beltrami_flow(points: Any, xp: Any) -> Any:
@@ -444,6 +536,11 @@ EQUATIONS = {
             **_exact(_beltrami_flow),
         ),
         Equation(
+            "taylor-green", (0.0, 0.0, 0.0), (2 * PI, 2 * PI, 1.0), 3, (2, 2, 1),
+            lambda along, points: _flow(along, TAYLOR_GREEN_VISCOSITY, timed=True),
+            **_exact(_taylor_green_flow),
+        ),
+        Equation(
             "helmholtz", (-1.0, -1.0), (1.0, 1.0), 1, (2, 2), _helmholtz,
             **_exact(_helmholtz_wave), timed=False,
         ),
@@ -482,6 +579,15 @@ EQUATIONS = {
         Equation(
             "allen-cahn", (-1.0, 0.0), (1.0, 1.0), 1, (2, 1), _allen_cahn,
             values=_allen_cahn_start, solution=_allen_cahn_solution, periodic=True,
+        ),
+        Equation(
+            "korteweg-de-vries", (-1.0, 0.0), (1.0, 1.0), 1, (3, 1), _korteweg_de_vries,
+            values=_cosine, solution=_korteweg_de_vries_solution, periodic=True,
+        ),
+        Equation(
+            "kuramoto-sivashinsky", (0.0, 0.0), (2 * PI, REGULAR), 1, (4, 1),
+            _kuramoto_sivashinsky, values=_kuramoto_sivashinsky_start,
+            solution=_kuramoto_sivashinsky_solution, periodic=True,
         ),
         Equation("fisher", (-1.0, 0.0), (3.0, 1.0), 1, (2, 1), _fisher, **_exact(_front)),
         Equation(

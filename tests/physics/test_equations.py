@@ -5,11 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
+from scipy.interpolate import CubicSpline
 
 from benchmarks.physics import equations
 from benchmarks.physics.equations import EQUATIONS, derivatives, differentiable
 
-EXACT = [name for name in EQUATIONS if name not in ("burgers", "schroedinger", "allen-cahn")]
+GRIDS = {
+    "allen-cahn": equations.allen_cahn_grid,
+    "korteweg-de-vries": equations.korteweg_de_vries_grid,
+    "kuramoto-sivashinsky": equations.kuramoto_sivashinsky_grid,
+}
+EXACT = [name for name in EQUATIONS if name not in ("burgers", "schroedinger", *GRIDS)]
 
 
 def sample(equation):
@@ -132,6 +138,79 @@ def test_the_reference_of_the_allen_cahn_equation_is_that_of_another_integrator(
     np.testing.assert_allclose(
         EQUATIONS["allen-cahn"].solution(points)[:, 0], rows[-1][::16].real, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_references_on_grids_satisfy_the_residual_and_a_wrong_one_does_not(name, x64):
+    """Derivatives in space by the FFT, by time of a spline through all moments."""
+    equation = EQUATIONS[name]
+    x, moments, rows = GRIDS[name]()
+    waves = 2j * np.pi * np.fft.fftfreq(len(x), d=x[1] - x[0])
+    inside = slice(10, -10, 20)
+    values = rows.real[inside]
+    speed = CubicSpline(moments, rows.real)(moments[inside], 1)
+    by_x = [np.fft.ifft(waves**k * np.fft.fft(values)).real for k in range(equation.orders[0] + 1)]
+
+    def size(by_time):
+        along = [
+            [jnp.asarray(each.reshape(-1, 1)) for each in terms]
+            for terms in (by_x, [values, by_time])
+        ]
+        residual = equation.residual(along, jnp.zeros((values.size, 2)))
+        return np.linalg.norm(residual) / np.linalg.norm(speed)
+
+    assert size(speed) < 1e-2
+    assert size(1.1 * speed) > 0.09
+
+
+@pytest.mark.parametrize(
+    ("name", "points", "end"),
+    [("korteweg-de-vries", 128, 0.3), ("kuramoto-sivashinsky", 128, 0.2)],
+)
+def test_the_waves_references_are_those_of_another_integrator(name, points, end):
+    """An adaptive Runge-Kutta method of order eight, on fewer Fourier modes."""
+    x, _, rows = GRIDS[name]()
+    coarse, start = x[:: len(x) // points], rows[0, :: len(x) // points]
+    waves = 2 * np.pi * np.fft.fftfreq(points, d=coarse[1] - coarse[0])
+    if name == "korteweg-de-vries":
+        speed, symbol = 1, 1j * equations.DISPERSION * waves**3
+    else:
+        speed = equations.STEEPENING
+        symbol = equations.GROWTH * waves**2 - equations.DAMPING * waves**4
+
+    def slope(_, u):
+        modes = np.fft.fft(u)
+        return np.fft.ifft(symbol * modes).real - speed * u * np.fft.ifft(1j * waves * modes).real
+
+    found = solve_ivp(slope, (0, end), start, method="DOP853", rtol=1e-6, atol=1e-6).y[:, -1]
+    wanted = EQUATIONS[name].solution(np.stack([coarse, np.full(points, end)], axis=1))[:, 0]
+    assert np.max(np.abs(found - wanted)) < 5e-3 * np.max(np.abs(wanted))
+    at_first = np.stack([coarse, np.zeros(points)], axis=1)
+    np.testing.assert_allclose(
+        EQUATIONS[name].solution(at_first), EQUATIONS[name].values(at_first, np), atol=1e-12
+    )
+
+
+def test_the_references_of_the_waves_converge_and_keep_what_they_must():
+    for grid in ("korteweg-de-vries", "kuramoto-sivashinsky"):
+        coarse, fine, finest = (GRIDS[grid](128, steps)[2][-1] for steps in (1000, 2000, 4000))
+        error = np.max(np.abs(fine - finest))
+        assert error < np.max(np.abs(coarse - finest)) / 4  # fourth order, less where it is stiff
+        assert error < 1e-3
+    _, _, rows = equations.korteweg_de_vries_grid()
+    np.testing.assert_allclose(np.sum(rows**2, axis=1), np.sum(rows[0] ** 2), rtol=1e-5)
+    np.testing.assert_allclose(np.sum(rows, axis=1), 0, atol=1e-9)
+
+
+def test_until_its_end_the_kuramoto_sivashinsky_equation_is_regular():
+    """A disturbance grows by a few hundred at most, so that the start determines the end."""
+    x, _, rows = equations.kuramoto_sivashinsky_grid()
+    waves = 2 * np.pi * np.fft.fftfreq(len(x), d=x[1] - x[0])
+    symbol = equations.GROWTH * waves**2 - equations.DAMPING * waves**4
+    disturbed = equations._carried(
+        x, rows[0] + 1e-6 * np.cos(3 * x + 1), equations.REGULAR, 2000, equations.STEEPENING, symbol
+    )[2]
+    assert np.max(np.abs(disturbed[-1] - rows[-1])) < 3e-4
 
 
 def test_every_equation_with_trivial_solutions_has_them(x64):
