@@ -1,5 +1,6 @@
 """Command line of the physics-informed benchmark."""
 
+import importlib.util
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from benchmarks.options import (
 from benchmarks.physics import report as reports
 from benchmarks.physics.equations import CHOSEN_ON, EQUATIONS, HELD_OUT
 from benchmarks.physics.methods import ALL_METHODS, CHOICES
+from benchmarks.physics.quasi_newton import PLANS
 from benchmarks.physics.training import PAPER, SMALL, WARM_UP, Scale, objective, train
 from gdmam_jax.ldl.laboratory import storage
 
@@ -30,7 +32,7 @@ app = typer.Typer(
 TUNING_SEEDS = 1000
 """The first seed that rates are tuned on; results have seeds from 0."""
 
-DEFAULTS = ",".join(name for name in ALL_METHODS if name not in CHOICES)
+DEFAULTS = ",".join(name for name in ALL_METHODS if name not in [*CHOICES, *PLANS])
 
 Losses = Annotated[
     int,
@@ -105,6 +107,10 @@ def run(
 
 
 def _check(equation: str, method: str, losses: int) -> None:
+    if method.startswith("ssbroyden") and not importlib.util.find_spec("ssbroyden_optimistix"):
+        raise typer.BadParameter(
+            f"{method} needs another package: pip install ssbroyden-optimistix"
+        )
     try:
         objective(EQUATIONS[equation], method, SMALL, losses)
     except ValueError as error:
@@ -185,6 +191,8 @@ def step(
     chosen = _chosen(methods, ALL_METHODS)
     for method in chosen:
         _check(problem, method, losses)
+        if method in PLANS:
+            raise typer.BadParameter(f"{method} has steps of two kinds: no time of a step is told")
     scale = PAPER if paper else SMALL
     rows = module.benchmark(EQUATIONS[problem], chosen, scale, losses, steps, rounds)
     timing.report(f"physics step: {problem}, {losses} losses, one network", rows, output)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import gdmam_jax as gdmam
+from benchmarks.physics.quasi_newton import PLANS
 from benchmarks.physics.soap import scale_by_soap
 
 Rate = Callable[[Any], Any]
@@ -16,20 +17,6 @@ Losses = tuple[str, ...] | None
 """The names of several alignment losses, or None for one."""
 
 Method = Callable[[Rate, Losses], optax.GradientTransformation]
-
-
-def summed(data_weight: float = 1.0) -> Method:
-    def make(rate: Rate, losses: Losses) -> optax.GradientTransformation:
-        # The residual comes last.
-        weights = [data_weight] * len(losses or (None,)) + [1.0]
-        weighting = gdmam.constant_weighting(*weights)
-        return gdmam.weighed(optax.adam(rate), weighting, alignment_losses=losses)
-
-    return make
-
-
-def weighed(weighting: gdmam.Weighting | gdmam.RememberingWeighting) -> Method:
-    return lambda rate, losses: gdmam.weighed(optax.adam(rate), weighting, alignment_losses=losses)
 
 
 def ours(**choices: Any) -> Method:
@@ -78,59 +65,10 @@ def common_descent_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array,
     return jnp.where(opposed, kept, 1), jnp.ones_like(cosine)
 
 
-class NormWeights(NamedTuple):
-    """How many steps there were, and each loss's weight, shape ``(losses,)``."""
-
-    count: jax.Array
-    weights: jax.Array
-
-
 def gradients(pairs: Any) -> list[list[jax.Array]]:
     """The leaves of each loss's gradient, the prediction's first."""
     leaves = jax.tree.leaves(pairs, is_leaf=lambda leaf: isinstance(leaf, gdmam.GradientPair))
     return [list(each) for each in zip(*map(jax.tree.leaves, leaves), strict=True)]
-
-
-def weigh_by_gradient_norms(
-    losses: int, every: int = 25, decay: float = 0.9
-) -> optax.GradientTransformation:
-    r"""Running gradient-norm weights, as physics-informed networks are often trained with.
-
-    Every few steps $w_k \leftarrow decay \, w_k + (1 - decay) \, mean_j(n_j) / n_k$, from weights
-    of 1, with $n_k$ the norm of the gradient of loss $k$. jaxpi renews its weights every 1,000 of
-    200,000 steps; ``every`` is the same share of 5,000.
-
-    Args:
-      losses: how many.
-      every: how many steps weights last.
-      decay: of the running mean.
-
-    Returns:
-      A gradient transformation: pairs in, the weighted sum out.
-
-    References:
-      Wang et al., An Expert's Guide to Training Physics-informed Neural Networks, 2023.
-    """
-
-    def init(params: Any) -> NormWeights:
-        return NormWeights(jnp.zeros((), jnp.int32), jnp.ones(losses))
-
-    def update(pairs: Any, state: NormWeights, params: Any = None) -> tuple[Any, NormWeights]:
-        rows = gradients(pairs)
-        norms = jnp.stack([optax.tree.norm(row) for row in rows])
-        mean = jnp.mean(norms)
-        moved = decay * state.weights + (1 - decay) * mean / (norms + 1e-5 * mean)
-        weights = jnp.where(state.count % every == 0, moved, state.weights)
-        weighted = [
-            sum(w * g for w, g in zip(weights, leaves, strict=True))
-            for leaves in zip(*rows, strict=True)
-        ]
-        structure = jax.tree.structure(
-            pairs, is_leaf=lambda leaf: isinstance(leaf, gdmam.GradientPair)
-        )
-        return structure.unflatten(weighted), NormWeights(state.count + 1, weights)
-
-    return optax.GradientTransformation(init, update)
 
 
 OPTIMIZERS: dict[str, Callable[[Rate], optax.GradientTransformation]] = {
@@ -143,15 +81,23 @@ OPTIMIZERS: dict[str, Callable[[Rate], optax.GradientTransformation]] = {
 """Optimizers of one gradient, by name: functions of the rate."""
 
 
-def _summed(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
-    return gdmam.summed(optimizer)
+Front = Callable[[optax.GradientTransformation, Losses], optax.GradientTransformation]
 
 
-def _weighed_by_norms(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
-    return optax.chain(weigh_by_gradient_norms(2 if losses is None else 1 + len(losses)), optimizer)
+def _weighed(weighting: gdmam.Weighting | gdmam.RememberingWeighting) -> Front:
+    return lambda optimizer, losses: gdmam.weighed(optimizer, weighting, alignment_losses=losses)
 
 
-def _allocated(gate: gdmam.Gate) -> Callable[..., Any]:
+def _fixed(data_weight: float) -> Front:
+    def front(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
+        # The residual comes last.
+        weights = [data_weight] * len(losses or (None,)) + [1.0]
+        return _weighed(gdmam.constant_weighting(*weights))(optimizer, losses)
+
+    return front
+
+
+def _allocated(gate: gdmam.Gate) -> Front:
     def front(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
         link = gdmam.allocate(gdmam.unit_weighting, gate, alignment_losses=losses)
         return optax.chain(link, optimizer)
@@ -159,17 +105,24 @@ def _allocated(gate: gdmam.Gate) -> Callable[..., Any]:
     return front
 
 
-FRONTS = {
-    "summed": _summed,
-    "gradient norms": _weighed_by_norms,
+FRONTS: dict[str, Front] = {
+    "summed": _fixed(1.0),
+    "data x 10": _fixed(10.0),
+    "data x 100": _fixed(100.0),
+    # jaxpi renews its weights every 1,000 of 200,000 steps; this is the same share of 5,000.
+    "gradient norms": _weighed(gdmam.gradient_norm_weighting(every=25)),
     "allocated": _allocated(gdmam.priority_gate),
     "allocated open": _allocated(gdmam.open_gate),
 }
 """What makes one gradient out of a pair, before an optimizer takes it."""
 
 
-def behind(front: str, optimizer: str) -> Method:
-    return lambda rate, losses: FRONTS[front](OPTIMIZERS[optimizer](rate), losses)
+def behind(front: Front, optimizer: Callable[[Rate], optax.GradientTransformation]) -> Method:
+    return lambda rate, losses: front(optimizer(rate), losses)
+
+
+def adam_weighed(weighting: gdmam.Weighting) -> Method:
+    return behind(_weighed(weighting), optax.adam)
 
 
 OURS: dict[str, dict[str, Any]] = {
@@ -190,18 +143,18 @@ OURS: dict[str, dict[str, Any]] = {
 """What `gdmam_jax.gdmam` is given: nothing, or other choices."""
 
 METHODS: dict[str, Method] = {
-    "summed": summed(),
-    "data x 10": summed(10.0),
-    "data x 100": summed(100.0),
-    "pcgrad": weighed(gdmam.pcgrad_weighting),
-    "pcd": weighed(gdmam.pcd_weighting),
-    "pcd share 0.3": weighed(gdmam.pcd_weighting(tau=0.3)),
-    "imtl-g": weighed(gdmam.imtl_g_weighting),
-    "config": weighed(gdmam.config_weighting),
+    "summed": behind(_fixed(1.0), optax.adam),
+    "data x 10": behind(_fixed(10.0), optax.adam),
+    "data x 100": behind(_fixed(100.0), optax.adam),
+    "pcgrad": adam_weighed(gdmam.pcgrad_weighting),
+    "pcd": adam_weighed(gdmam.pcd_weighting),
+    "pcd share 0.3": adam_weighed(gdmam.pcd_weighting(tau=0.3)),
+    "imtl-g": adam_weighed(gdmam.imtl_g_weighting),
+    "config": adam_weighed(gdmam.config_weighting),
     **{
-        f"{optimizer} {front}": behind(front, optimizer)
-        for optimizer in OPTIMIZERS
-        for front in FRONTS
+        f"{name} {end}": behind(front, optimizer)
+        for name, optimizer in OPTIMIZERS.items()
+        for end, front in FRONTS.items()
     },
     **{name: ours(**choices) for name, choices in OURS.items()},
 }
@@ -214,7 +167,12 @@ prediction."""
 MOMENTUM_CONFIG = "m-config"
 """M-ConFIG, which evaluates one loss a step: see `momentum_config`."""
 
-ALL_METHODS = [*METHODS, *(name + RESIDUAL_FIRST for name in OURS), MOMENTUM_CONFIG]
+ALL_METHODS = [
+    *METHODS,
+    *(name + RESIDUAL_FIRST for name in OURS),
+    MOMENTUM_CONFIG,
+    *PLANS,
+]
 CHOICES = [name for name in ALL_METHODS if name.startswith("gdmam ")]
 """The default with one choice changed."""
 

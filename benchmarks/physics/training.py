@@ -23,6 +23,7 @@ from benchmarks.physics.methods import (
     gradients,
     momentum_config,
 )
+from benchmarks.physics.quasi_newton import FIXED, PLANS, Plan, minimise
 
 WARM_UP = 100
 """Steps over which the learning rate climbs to its peak; after them it follows half a cosine."""
@@ -142,10 +143,13 @@ def train(
       Relative errors in the root mean square against the reference, and cosines of the
       prediction gradient and the sum of the others, every ``steps / records`` steps.
     """
-    starts = _start(tuple(layer_sizes(equation, scale)), scale, jnp.asarray(seeds, jnp.uint32))
-    program = _program(equation, method, scale, losses)
-    curves = program(jnp.asarray(rates, jnp.float32), *starts)
-    return Curves(*(np.asarray(each, np.float64) for each in curves))
+    # A quasi-Newton method tells apart what float32 cannot.
+    with jax.enable_x64(method in PLANS):
+        seeds = jnp.asarray(seeds, jnp.uint32)
+        starts = _start(tuple(layer_sizes(equation, scale)), scale, seeds)
+        program = _program(equation, method, scale, losses)
+        curves = program(jnp.asarray(rates, jnp.float32), *starts)
+        return Curves(*(np.asarray(each, np.float64) for each in curves))
 
 
 def layer_sizes(equation: Equation, scale: Scale) -> list[int]:
@@ -199,26 +203,59 @@ def _prediction(method: str | Method, losses: int) -> str:
 
 @functools.cache
 def _program(equation: Equation, method: str | Method, scale: Scale, losses: int) -> Any:
-    points, solution = (jnp.asarray(array, jnp.float32) for array in equation.reference)
+    points, solution = (jnp.asarray(array, float) for array in equation.reference)
     both = objective(equation, method, scale, losses)
+    plan = PLANS.get(method, Plan(method, None))
 
-    def run(rate: jax.Array, params: Layers, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        peak = optax.schedules.warmup_cosine_decay_schedule(0.0, 1.0, WARM_UP, scale.steps)
-        start, step = stepper(method, lambda count: rate * peak(count), both, losses)
+    def error(params: Layers) -> jax.Array:
+        learned = network(params, equation)(points, (0,) * points.shape[1])[0][0]
+        return jnp.linalg.norm(learned - solution) / jnp.linalg.norm(solution)
+
+    def trained(rate: jax.Array, params: Layers, keys: jax.Array) -> tuple[Any, Curves]:
+        peak = optax.schedules.warmup_cosine_decay_schedule(
+            0.0, 1.0, min(WARM_UP, keys.size // 2), keys.size
+        )
+        start, step = stepper(plan.first, lambda count: rate * peak(count), both, losses)
 
         def advance(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
             sample = equation.sample(key, scale.residual_points, scale.data_points)
             return step(carry, sample)
 
-        def record(carry: Any, keys: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        def record(carry: Any, keys: jax.Array) -> tuple[Any, Curves]:
             carry, cosines = jax.lax.scan(advance, carry, keys)
-            learned = network(carry[0], equation)(points, (0,) * points.shape[1])[0][0]
-            error = jnp.linalg.norm(learned - solution) / jnp.linalg.norm(solution)
-            return carry, (error, jnp.mean(cosines))
+            return carry, Curves(error(carry[0]), jnp.mean(cosines))
 
-        return jax.lax.scan(record, (params, start(params)), keys)[1]
+        return jax.lax.scan(record, (params, start(params)), keys)
 
-    return jax.jit(jax.vmap(run))
+    def finished(params: Layers, weights: jax.Array, key: jax.Array, records: int) -> Curves:
+        sample = equation.sample(key, FIXED * scale.residual_points, FIXED * scale.data_points)
+        flat, unravel = ravel_pytree(params)
+
+        def loss(flat: jax.Array) -> jax.Array:
+            return weights @ jnp.stack(jax.tree.leaves(both(unravel(flat), sample)))
+
+        every = scale.steps // scale.records // FIXED
+        errors = minimise(
+            plan.solver, loss, flat, every, records, lambda flat: error(unravel(flat))
+        )
+        return Curves(errors, jnp.zeros_like(errors))
+
+    def run(rate: jax.Array, params: Layers, keys: jax.Array) -> Curves:
+        if plan.first is None:
+            return finished(params, jnp.ones(losses), keys[0, 0], scale.records)
+        before = scale.records // 2
+        (params, state), first = trained(rate, params, keys[:before])
+        last = gdmam.diagnostics(state)
+        # In the order of the losses' leaves; those of several alignment losses have their names.
+        others = [last[key] for key in sorted(last) if key.startswith("alignment_weight")]
+        weights = jnp.stack([last["prediction_weight"], *others])
+        second = finished(params, weights, keys[-1, -1], scale.records - before)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), first, second)
+
+    if plan.solver is None:
+        return jax.jit(jax.vmap(lambda *each: trained(*each)[1]))
+    # One run after the other: their line searches are of different lengths.
+    return jax.jit(lambda *starts: jax.lax.map(lambda each: run(*each), starts))
 
 
 def stepper(

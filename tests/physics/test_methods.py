@@ -9,11 +9,13 @@ import pytest
 import gdmam_jax as gdmam
 from benchmarks.physics.equations import EQUATIONS
 from benchmarks.physics.methods import (
+    FRONTS,
     METHODS,
+    OPTIMIZERS,
+    behind,
     common_descent_gate,
     gradients,
     momentum_config,
-    weigh_by_gradient_norms,
 )
 from benchmarks.physics.training import SMALL, init, objective
 
@@ -168,32 +170,42 @@ def test_of_several_losses_the_common_descent_gate_is_never_against_the_predicti
         assert 1 + np.sum(ratio * cosine * np.asarray(kept)) >= -1e-12
 
 
-def test_gradient_norm_weights_run_and_are_renewed_when_they_should():
-    """Against the formula, written apart, step by step."""
+def test_gradient_norm_weights_are_renewed_at_jaxpis_share_of_the_steps():
+    """Behind them SGD, whose steps show the weights."""
+    front = behind(FRONTS["gradient norms"], lambda rate: optax.sgd(1.0))
+    optimizer = front(lambda count: 1.0, None)
     random = np.random.default_rng(0)
-    optimizer = weigh_by_gradient_norms(2, every=3, decay=0.9)
     state, weights = optimizer.init(jnp.ones(5)), np.ones(2)
-    for number in range(7):
+    for number in range(52):
         rows = random.normal(size=(2, 5)) * np.array([[1.0], [50.0]])
-        if number % 3 == 0:
+        if number % 25 == 0:
             norms = np.linalg.norm(rows, axis=1)
             weights = 0.9 * weights + 0.1 * norms.mean() / (norms + 1e-5 * norms.mean())
         pair = gdmam.GradientPair(*jnp.asarray(rows, jnp.float32))
-        found, state = optimizer.update(pair, state)
-        np.testing.assert_allclose(found, weights @ rows, rtol=1e-4, atol=1e-4)
+        found, state = optimizer.update(pair, state, jnp.ones(5))
+        np.testing.assert_allclose(found, -weights @ rows, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "weight"), [("data x 10", 10), ("data x 100", 100)])
-def test_fixed_weights_are_on_each_data_loss(name, weight):
-    """Adam's second step; its first knows signs only."""
+@pytest.mark.parametrize(
+    ("name", "weight", "alone"),
+    [
+        ("data x 10", 10, optax.adam),
+        ("data x 100", 100, optax.adam),
+        ("muon data x 10", 10, optax.contrib.muon),
+        ("soap data x 100", 100, OPTIMIZERS["soap"]),
+        ("adamw summed", 1, optax.adamw),
+    ],
+)
+def test_fixed_weights_are_on_each_data_loss(name, weight, alone):
+    """The second step: Adam's first knows signs only, SOAP's only measures."""
     gradients = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-    optimizer, adam = METHODS[name](lambda count: 0.1, ("boundary", "residual")), optax.adam(0.1)
+    optimizer, other = METHODS[name](lambda count: 0.1, ("boundary", "residual")), alone(0.1)
     params = jnp.ones(4)
-    state, other = optimizer.init(params), adam.init(params)
+    state, memory = optimizer.init(params), other.init(params)
     for i, b, r in gradients:
         alignment = {"boundary": jnp.array(b), "residual": jnp.array(r)}
         found, state = optimizer.update(gdmam.GradientPair(jnp.array(i), alignment), state, params)
-        expected, other = adam.update(jnp.array(r + weight * (b + i)), other)
+        expected, memory = other.update(jnp.array(r + weight * (b + i)), memory, params)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

@@ -98,6 +98,17 @@ def test_the_time_of_a_step_is_told_side_by_side(tmp_path, monkeypatch):
     for row in rows:
         for base in ("over the summed loss", "over the pair's sum"):
             assert 0 < row[base]["low"] <= row[base]["median"] <= row[base]["high"]
-    refused = invoke("step", "--equation", "poisson", "--losses", 3)
+    for given, word in (
+        (("--equation", "poisson", "--losses", 3), "poisson"),
+        (("--methods", "l-bfgs"), "l-bfgs"),
+    ):
+        refused = invoke("step", *given)
+        assert refused.exit_code == 2
+        assert word in refused.output
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused = invoke("run", "--out", tmp_path, "--methods", "ssbroyden")
     assert refused.exit_code == 2
-    assert "poisson" in refused.output
+    assert "ssbroyden-optimistix" in refused.output
