@@ -160,16 +160,37 @@ def report(
     out: Folder = Path("results/physics"),
     picture: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Where to write every final error.")] = None,
+    step: Annotated[
+        Path | None, typer.Option(help="What `step` wrote: then the picture is over seconds.")
+    ] = None,
 ) -> None:
     """Print the table of what has been run; draw the errors over time."""
     records = reports.load(out)
     if not records:
         raise typer.BadParameter(f"no results in {out}; run the benchmark first")
     typer.echo(reports.table(records))
-    if picture is not None:
+    if picture is not None and step is not None:
+        times = {
+            row["method"]: row["milliseconds a step"]
+            for row in json.loads(step.read_text())["rows"]
+        }
+        reports.draw_over_seconds(records, times, picture)
+    elif picture is not None:
         reports.draw(records, picture)
     if csv is not None:
         reports.write_csv(records, csv)
+
+
+@app.command()
+def finals(
+    csv: Annotated[Path, typer.Argument(help="What `report --csv` wrote.")],
+    picture: Annotated[Path, typer.Argument(help="Where to draw.")],
+) -> None:
+    """Draw the final errors of all runs in a file."""
+    try:
+        reports.draw_finals(csv, picture)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()

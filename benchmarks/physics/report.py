@@ -1,6 +1,7 @@
 """What the runs say: a table, curves, and a file with every error."""
 
 import json
+from csv import DictReader
 from pathlib import Path
 from typing import Any
 
@@ -86,50 +87,129 @@ SHOWN = {
     "m-config": "C4",
     "gdmam": "C0",
 }
+"""Methods in the picture of errors over the steps, and their colours."""
+
+OVER_SECONDS = {
+    "adamw summed": ("black", "-"),
+    "gdmam": ("black", "--"),
+    "muon summed": ("C1", "-"),
+    "muon allocated": ("C1", "--"),
+    "soap summed": ("C0", "-"),
+    "soap allocated": ("C0", "--"),
+}
+"""Methods in the picture of errors over the seconds; dashed what is behind the allocation."""
+
+FINALS = (
+    "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config", "gdmam",
+    "muon allocated",
+)  # fmt: skip
+"""Methods in the picture of final errors."""
 
 
 def draw(records: Records, path: Path) -> None:
     """Errors over the steps by equation, median and range over the seeds; cosines below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = min(5, len(records))
     bands = -(-len(records) // columns)
-    figure, axes = plt.subplots(
-        2 * bands, columns, figsize=(2.6 * columns + 1, 5 * bands), layout="constrained",
-        squeeze=False, height_ratios=(2, 1) * bands, sharex=True,
-    )  # fmt: skip
+    figure, axes = _axes(2 * bands, columns, 5 * bands, height_ratios=(2, 1) * bands, sharex=True)
     for unused in axes[-2:, (len(records) - 1) % columns + 1 :].flat:
         unused.set_visible(False)
     for number, (equation, found) in enumerate(records.items()):
         band, column = divmod(number, columns)
         upper, lower = axes[2 * band : 2 * band + 2, column]
-        for name, color in SHOWN.items():
-            if name not in found:
-                continue
-            record = found[name]
-            errors = np.array(record["errors"])
-            every = record["settings"]["scale"]["steps"] / errors.shape[1]
-            steps = every * np.arange(1, errors.shape[1] + 1)
-            width = 2.5 if name == "gdmam" else 1.2
-            upper.plot(steps, np.median(errors, 0), color=color, label=name, linewidth=width)
-            upper.fill_between(
-                steps, errors.min(0), errors.max(0), color=color, alpha=0.12, linewidth=0
-            )
+        for name in [name for name in SHOWN if name in found]:
+            steps = _curve(upper, name, found[name], 1, color=SHOWN[name])
             if name in ("summed", "gdmam"):
-                lower.plot(steps, np.median(record["cosines"], 0), color=color)
+                lower.plot(steps, np.median(found[name]["cosines"], 0), color=SHOWN[name])
         upper.set(title=equation, yscale="log")
-        lower.axhline(0, color="grey", linewidth=0.5)
+        lower.axhline(0, color="black", linewidth=0.5, linestyle=":")
         lower.set(xlabel="step", ylim=(-1, 1))
     for upper, lower in zip(axes[::2, 0], axes[1::2, 0], strict=True):
         upper.set_ylabel("relative error")
         lower.set_ylabel("cosine of the gradients")
+    _save(figure, path, axes[0, 0])
+
+
+def draw_over_seconds(records: Records, milliseconds: dict[str, float], path: Path) -> None:
+    """Errors over the time that the steps take, by equation: median and range over the seeds.
+
+    Args:
+      records: of `load`.
+      milliseconds: a step's, by method.
+      path: of the picture.
+    """
+    figure, axes = _axes(1, len(records), 4)
+    for axis, (equation, found) in zip(axes[0], records.items(), strict=True):
+        for name, (color, line) in OVER_SECONDS.items():
+            if name in found and name in milliseconds:
+                unit = 1e-3 * milliseconds[name]
+                _curve(axis, name, found[name], unit, color=color, linestyle=line)
+        axis.set(title=equation, xlabel="seconds on one core", yscale="log")
+    axes[0, 0].set_ylabel("relative error")
+    _save(figure, path, axes[0, 0])
+
+
+def draw_finals(csv: Path, path: Path) -> None:
+    """The final error of every run in a file of `write_csv`, by equation and method."""
+    runs: dict[str, dict[str, list[float]]] = {}
+    with csv.open() as lines:
+        for run in DictReader(lines):
+            found = runs.setdefault(run["equation"], {})
+            found.setdefault(run["method"], []).append(float(run["error"]))
+    runs = {name: found for name, found in runs.items() if set(FINALS) <= set(found)}
+    if not runs:
+        raise ValueError(f"no equation in {csv} has runs of all of: {', '.join(FINALS)}")
+    columns = min(5, len(runs))
+    bands = -(-len(runs) // columns)
+    figure, axes = _axes(bands, columns, 3 * bands, sharey=True)
+    for unused in axes.flat[len(runs) :]:
+        unused.set_visible(False)
+    for axis, (equation, found) in zip(axes.flat, runs.items(), strict=False):
+        for row, name in enumerate(FINALS):
+            color = "C0" if name in ("gdmam", "muon allocated") else "0.45"
+            axis.plot(found[name], [row] * len(found[name]), "o", color=color, alpha=0.4, ms=4)
+            axis.plot(np.median(found[name]), row, "|", color=color, ms=14, mew=2)
+        axis.set(title=equation, xscale="log", yticks=range(len(FINALS)), yticklabels=FINALS)
+        axis.xaxis.set_minor_formatter(lambda value, position: "")
+    axes[0, 0].invert_yaxis()
+    figure.supxlabel("relative error")
+    _save(figure, path)
+
+
+def _axes(bands: int, columns: int, height: float, **choices: Any) -> tuple[Any, np.ndarray]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = 2.6 * columns + 1, height
+    figure, axes = plt.subplots(
+        bands, columns, figsize=size, layout="constrained", squeeze=False, **choices
+    )
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure, axes
+
+
+def _curve(axis: Any, name: str, record: dict[str, Any], unit: float, **style: Any) -> np.ndarray:
+    """Draws the errors' median and range; returns the steps times ``unit``."""
+    errors = np.array(record["errors"])
+    every = record["settings"]["scale"]["steps"] / errors.shape[1]
+    times = unit * every * np.arange(1, errors.shape[1] + 1)
+    width = 2.5 if name == "gdmam" else 1.2
+    axis.plot(times, np.median(errors, 0), label=name, linewidth=width, **style)
+    axis.fill_between(
+        times, errors.min(0), errors.max(0), color=style["color"], alpha=0.12, linewidth=0
+    )
+    return times
+
+
+def _save(figure: Any, path: Path, named: Any = None) -> None:
+    """``named`` has the curves that a legend names."""
+    import matplotlib.pyplot as plt
+
+    if named is not None:
+        handles, labels = named.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

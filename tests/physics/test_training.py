@@ -8,9 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 import gdmam_jax as gdmam
+from benchmarks.physics import report as reports
 from benchmarks.physics.__main__ import app
 from benchmarks.physics.equations import EQUATIONS
 from benchmarks.physics.training import SMALL, train
+from gdmam_jax.ldl.laboratory import storage
 
 TINY = SMALL._replace(width=8, depth=2, residual_points=16, data_points=8, steps=200, records=2)
 HEAT = EQUATIONS["heat"]
@@ -105,6 +107,28 @@ def test_the_time_of_a_step_is_told_side_by_side(tmp_path, monkeypatch):
         refused = invoke("step", *given)
         assert refused.exit_code == 2
         assert word in refused.output
+
+
+def test_pictures_of_final_errors_and_over_seconds(tmp_path):
+    record = {
+        "errors": [[0.5, 0.1], [0.4, 0.2]], "rate": 1e-2, "milliseconds": 1.0,
+        "settings": {"scale": {"steps": 10}},
+    }  # fmt: skip
+    csv, step, drawn = (tmp_path / name for name in ("all.csv", "step.json", "new/picture.png"))
+    reports.write_csv({}, csv)
+    refused = invoke("finals", csv, drawn)
+    assert refused.exit_code == 2
+    assert "runs of all of" in " ".join(refused.output.split())
+    reports.write_csv({"heat": dict.fromkeys(reports.FINALS, record)}, csv)
+    assert invoke("finals", csv, drawn).exit_code == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    for name in ("muon summed", "gdmam"):
+        storage.write_json(tmp_path / f"heat-{name.replace(' ', '_')}.json", record)
+    storage.write_json(step, {"rows": [{"method": "gdmam", "milliseconds a step": 2.0}]})
+    drawn.unlink()
+    result = invoke("report", "--out", tmp_path, "--picture", drawn, "--step", step)
+    assert result.exit_code == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
