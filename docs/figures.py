@@ -94,7 +94,7 @@ def physics_table(
 ) -> str:
     """Median error in percent, smallest to largest, by equation and method; lowest median bold.
 
-    Without ``equations``, those on which all methods were run.
+    Without ``equations``, those on which all methods were run. The mean rank is over these.
     """
     errors = physics(file, methods)
     if equations is None:
@@ -103,10 +103,14 @@ def physics_table(
         ]
     rows = [["equation", *methods], ["---", *["---:"] * len(methods)]]
     ratios: dict[str, list[float]] = {method: [] for method in methods}
+    ranks: dict[str, list[int]] = {method: [] for method in methods}
     for equation in equations:
         runs = {method: errors[method][equation] for method in methods}
         medians = {method: statistics.median(each) for method, each in runs.items() if each}
         lowest, cells = min(medians.values()), []
+        if len(medians) == len(methods):
+            for method, middle in medians.items():
+                ranks[method].append(1 + sum(other < middle for other in medians.values()))
         for method, found in runs.items():
             if not found:
                 cells.append("not run")
@@ -125,6 +129,8 @@ def physics_table(
     ]
     rows.append(["failed", *map(str, failed)])
     rows.append(["worst over best", *(f"{max(each):.1f}" for each in ratios.values())])
+    if any(ranks.values()):
+        rows.append(["mean rank", *(f"{statistics.mean(each):.1f}" for each in ranks.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

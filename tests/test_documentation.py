@@ -189,6 +189,29 @@ def test_the_table_of_physics_is_that_of_its_runs():
     assert "{{ physics_table() }}" in text or figures.physics_table() in text
 
 
+def test_mean_ranks_are_over_the_equations_that_all_methods_were_run_on(tmp_path, monkeypatch):
+    runs = {
+        "heat": {"gdmam": (0.1, 0.2, 0.3), "summed": (0.4, 0.1, 0.6)},
+        "wave": {"gdmam": (0.2, 0.9, 0.7), "summed": (0.1, 0.1, 0.1)},
+        "burgers": {"gdmam": (0.1,)},
+    }
+    lines = ["equation,method,rate,seed,error"] + [
+        f"{equation},{method},0.01,{seed},{error}"
+        for equation, found in runs.items()
+        for method, errors in found.items()
+        for seed, error in enumerate(errors)
+    ]
+    (tmp_path / "made.csv").write_text("\n".join(lines))
+    monkeypatch.setattr(figures, "DOCS", tmp_path)
+    table = figures.physics_table("made", ["gdmam", "summed"], list(runs)).splitlines()
+    assert table[-3:] == [
+        "| failed | 2 | 1 |",
+        "| worst over best | 7.0 | 2.0 |",
+        "| mean rank | 1.5 | 1.5 |",
+    ]
+    assert table[4].endswith("| not run |")
+
+
 def test_the_readmes_table_of_kinds_is_that_of_the_runs():
     assert figures.kinds_short_table() in (ROOT / "README.md").read_text()
     page = (DOCS / "where_it_helps.md").read_text()

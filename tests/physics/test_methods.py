@@ -124,7 +124,7 @@ def test_weightings_are_those_of_conflictfree_and_torchjd(name, recorded, x64, f
 
 
 @pytest.mark.parametrize("losses", [2, 3])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.endswith(" data x 100")])
 def test_every_method_takes_pairs(name, losses):
     names = None if losses == 2 else ("boundary", "residual")
     optimizer = METHODS[name](lambda count: 0.1, names)
