@@ -65,12 +65,12 @@ class Plan(NamedTuple):
 
     Attributes:
       first: the method of the first half of the training, on new points at each step; or None.
-      solver: the quasi-Newton method, on fixed points, of the sum of the losses by the first
-        method's last weights, or by 1; or None.
+      solver: the quasi-Newton method, on fixed points, of the losses' sum by the first method's
+        last weights, or by 1.
     """
 
     first: str | None
-    solver: str | None
+    solver: str
 
 
 PLANS = {

@@ -23,7 +23,7 @@ from benchmarks.physics.methods import (
     gradients,
     momentum_config,
 )
-from benchmarks.physics.quasi_newton import FIXED, PLANS, Plan, minimise
+from benchmarks.physics.quasi_newton import FIXED, PLANS, minimise
 
 WARM_UP = 100
 """Steps over which the learning rate climbs to its peak; after them it follows half a cosine."""
@@ -205,7 +205,8 @@ def _prediction(method: str | Method, losses: int) -> str:
 def _program(equation: Equation, method: str | Method, scale: Scale, losses: int) -> Any:
     points, solution = (jnp.asarray(array, float) for array in equation.reference)
     both = objective(equation, method, scale, losses)
-    plan = PLANS.get(method, Plan(method, None))
+    plan = PLANS.get(method)
+    beginning = method if plan is None else plan.first
 
     def error(params: Layers) -> jax.Array:
         learned = network(params, equation)(points, (0,) * points.shape[1])[0][0]
@@ -215,7 +216,7 @@ def _program(equation: Equation, method: str | Method, scale: Scale, losses: int
         peak = optax.schedules.warmup_cosine_decay_schedule(
             0.0, 1.0, min(WARM_UP, keys.size // 2), keys.size
         )
-        start, step = stepper(plan.first, lambda count: rate * peak(count), both, losses)
+        start, step = stepper(beginning, lambda count: rate * peak(count), both, losses)
 
         def advance(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
             sample = equation.sample(key, scale.residual_points, scale.data_points)
@@ -241,7 +242,7 @@ def _program(equation: Equation, method: str | Method, scale: Scale, losses: int
         return Curves(errors, jnp.zeros_like(errors))
 
     def run(rate: jax.Array, params: Layers, keys: jax.Array) -> Curves:
-        if plan.first is None:
+        if beginning is None:
             return finished(params, jnp.ones(losses), keys[0, 0], scale.records)
         before = scale.records // 2
         (params, state), first = trained(rate, params, keys[:before])
@@ -252,7 +253,7 @@ def _program(equation: Equation, method: str | Method, scale: Scale, losses: int
         second = finished(params, weights, keys[-1, -1], scale.records - before)
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), first, second)
 
-    if plan.solver is None:
+    if plan is None:
         return jax.jit(jax.vmap(lambda *each: trained(*each)[1]))
     # One run after the other: their line searches are of different lengths.
     return jax.jit(lambda *starts: jax.lax.map(lambda each: run(*each), starts))
