@@ -160,22 +160,13 @@ def report(
     out: Folder = Path("results/physics"),
     picture: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Where to write every final error.")] = None,
-    step: Annotated[
-        Path | None, typer.Option(help="What `step` wrote: then the picture is over seconds.")
-    ] = None,
 ) -> None:
     """Print the table of what has been run; draw the errors over time."""
     records = reports.load(out)
     if not records:
         raise typer.BadParameter(f"no results in {out}; run the benchmark first")
     typer.echo(reports.table(records))
-    if picture is not None and step is not None:
-        times = {
-            row["method"]: row["milliseconds a step"]
-            for row in json.loads(step.read_text())["rows"]
-        }
-        reports.draw_over_seconds(records, times, picture)
-    elif picture is not None:
+    if picture is not None:
         reports.draw(records, picture)
     if csv is not None:
         reports.write_csv(records, csv)
@@ -185,10 +176,19 @@ def report(
 def finals(
     csv: Annotated[Path, typer.Argument(help="What `report --csv` wrote.")],
     picture: Annotated[Path, typer.Argument(help="Where to draw.")],
+    step: Annotated[
+        Path | None,
+        typer.Option(help="What `step --output` wrote: errors over the seconds of a training."),
+    ] = None,
 ) -> None:
     """Draw the final errors of all runs in a file."""
     try:
-        reports.draw_finals(csv, picture)
+        if step is None:
+            reports.draw_finals(csv, picture)
+        else:
+            rows = json.loads(step.read_text())["rows"]
+            times = {row["method"]: row["milliseconds a step"] for row in rows}
+            reports.draw_over_seconds(csv, times, SMALL.steps, picture)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -1,6 +1,7 @@
 """What the runs say: a table, curves, and a file with every error."""
 
 import json
+from collections.abc import Sequence
 from csv import DictReader
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,9 @@ SHOWN = {
 }
 """Methods in the picture of errors over the steps, and their colours."""
 
-OVER_SECONDS = {
-    "adamw summed": ("black", "-"),
-    "gdmam": ("black", "--"),
-    "muon summed": ("C1", "-"),
-    "muon allocated": ("C1", "--"),
-    "soap summed": ("C0", "-"),
-    "soap allocated": ("C0", "--"),
-}
-"""Methods in the picture of errors over the seconds; dashed what is behind the allocation."""
+OPTIMIZERS = {"adamw": "0.4", "muon": "C1", "soap": "C0"}
+MARKERS = {"summed": "o", "gradient norms": "s", "allocated": "^"}
+"""In the picture over seconds: optimizers' colours, and the signs of what stands before them."""
 
 FINALS = (
     "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config", "gdmam",
@@ -117,7 +112,7 @@ def draw(records: Records, path: Path) -> None:
         band, column = divmod(number, columns)
         upper, lower = axes[2 * band : 2 * band + 2, column]
         for name in [name for name in SHOWN if name in found]:
-            steps = _curve(upper, name, found[name], 1, color=SHOWN[name])
+            steps = _curve(upper, name, found[name])
             if name in ("summed", "gdmam"):
                 lower.plot(steps, np.median(found[name]["cosines"], 0), color=SHOWN[name])
         upper.set(title=equation, yscale="log")
@@ -129,35 +124,9 @@ def draw(records: Records, path: Path) -> None:
     _save(figure, path, axes[0, 0])
 
 
-def draw_over_seconds(records: Records, milliseconds: dict[str, float], path: Path) -> None:
-    """Errors over the time that the steps take, by equation: median and range over the seeds.
-
-    Args:
-      records: of `load`.
-      milliseconds: a step's, by method.
-      path: of the picture.
-    """
-    figure, axes = _axes(1, len(records), 4)
-    for axis, (equation, found) in zip(axes[0], records.items(), strict=True):
-        for name, (color, line) in OVER_SECONDS.items():
-            if name in found and name in milliseconds:
-                unit = 1e-3 * milliseconds[name]
-                _curve(axis, name, found[name], unit, color=color, linestyle=line)
-        axis.set(title=equation, xlabel="seconds on one core", yscale="log")
-    axes[0, 0].set_ylabel("relative error")
-    _save(figure, path, axes[0, 0])
-
-
 def draw_finals(csv: Path, path: Path) -> None:
     """The final error of every run in a file of `write_csv`, by equation and method."""
-    runs: dict[str, dict[str, list[float]]] = {}
-    with csv.open() as lines:
-        for run in DictReader(lines):
-            found = runs.setdefault(run["equation"], {})
-            found.setdefault(run["method"], []).append(float(run["error"]))
-    runs = {name: found for name, found in runs.items() if set(FINALS) <= set(found)}
-    if not runs:
-        raise ValueError(f"no equation in {csv} has runs of all of: {', '.join(FINALS)}")
+    runs = _runs(csv, FINALS)
     columns = min(5, len(runs))
     bands = -(-len(runs) // columns)
     figure, axes = _axes(bands, columns, 3 * bands, sharey=True)
@@ -175,6 +144,49 @@ def draw_finals(csv: Path, path: Path) -> None:
     _save(figure, path)
 
 
+def draw_over_seconds(csv: Path, milliseconds: dict[str, float], steps: int, path: Path) -> None:
+    """The final errors over the time of the training: medians, and ranges as bars.
+
+    Args:
+      csv: of `write_csv`.
+      milliseconds: a step's, by method.
+      steps: of a training.
+      path: of the picture.
+    """
+    needed = [f"{name} {front}" for name in OPTIMIZERS for front in ("summed", "allocated")]
+    runs = _runs(csv, needed)
+    figure, axes = _axes(1, len(runs), 3.5, sharex=True)
+    for axis, (equation, found) in zip(axes[0], runs.items(), strict=True):
+        for optimizer, color in OPTIMIZERS.items():
+            for front, marker in MARKERS.items():
+                name = f"{optimizer} {front}"
+                if name in found:
+                    errors = np.array(found[name])
+                    middle = np.median(errors)
+                    bar = [[middle - errors.min()], [errors.max() - middle]]
+                    seconds = 1e-3 * milliseconds[name] * steps
+                    axis.errorbar(
+                        seconds, middle, bar, fmt=marker, color=color, label=name, alpha=0.8
+                    )
+        axis.set(title=equation, yscale="log", xlabel="seconds on one core")
+    axes[0, 0].set_ylabel("relative error")
+    named = max(axes[0], key=lambda axis: len(axis.containers))
+    _save(figure, path, named)
+
+
+def _runs(csv: Path, methods: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """The final errors by equation and method, of the equations that have all of ``methods``."""
+    runs: dict[str, dict[str, list[float]]] = {}
+    with csv.open() as lines:
+        for run in DictReader(lines):
+            found = runs.setdefault(run["equation"], {})
+            found.setdefault(run["method"], []).append(float(run["error"]))
+    chosen = {name: found for name, found in runs.items() if set(methods) <= set(found)}
+    if not chosen:
+        raise ValueError(f"no equation in {csv} has runs of all of: {', '.join(methods)}")
+    return chosen
+
+
 def _axes(bands: int, columns: int, height: float, **choices: Any) -> tuple[Any, np.ndarray]:
     import matplotlib
 
@@ -190,17 +202,15 @@ def _axes(bands: int, columns: int, height: float, **choices: Any) -> tuple[Any,
     return figure, axes
 
 
-def _curve(axis: Any, name: str, record: dict[str, Any], unit: float, **style: Any) -> np.ndarray:
-    """Draws the errors' median and range; returns the steps times ``unit``."""
+def _curve(axis: Any, name: str, record: dict[str, Any]) -> np.ndarray:
+    """Draws the errors' median and range; returns the steps that they are of."""
     errors = np.array(record["errors"])
     every = record["settings"]["scale"]["steps"] / errors.shape[1]
-    times = unit * every * np.arange(1, errors.shape[1] + 1)
-    width = 2.5 if name == "gdmam" else 1.2
-    axis.plot(times, np.median(errors, 0), label=name, linewidth=width, **style)
-    axis.fill_between(
-        times, errors.min(0), errors.max(0), color=style["color"], alpha=0.12, linewidth=0
-    )
-    return times
+    steps = every * np.arange(1, errors.shape[1] + 1)
+    width, color = 2.5 if name == "gdmam" else 1.2, SHOWN[name]
+    axis.plot(steps, np.median(errors, 0), color=color, label=name, linewidth=width)
+    axis.fill_between(steps, errors.min(0), errors.max(0), color=color, alpha=0.12, linewidth=0)
+    return steps
 
 
 def _save(figure: Any, path: Path, named: Any = None) -> None:
@@ -209,7 +219,8 @@ def _save(figure: Any, path: Path, named: Any = None) -> None:
 
     if named is not None:
         handles, labels = named.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        columns = min(6, len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -110,25 +110,20 @@ def test_the_time_of_a_step_is_told_side_by_side(tmp_path, monkeypatch):
 
 
 def test_pictures_of_final_errors_and_over_seconds(tmp_path):
-    record = {
-        "errors": [[0.5, 0.1], [0.4, 0.2]], "rate": 1e-2, "milliseconds": 1.0,
-        "settings": {"scale": {"steps": 10}},
-    }  # fmt: skip
-    csv, step, drawn = (tmp_path / name for name in ("all.csv", "step.json", "new/picture.png"))
+    csv, times, drawn = (tmp_path / name for name in ("all.csv", "step.json", "new/picture.png"))
     reports.write_csv({}, csv)
     refused = invoke("finals", csv, drawn)
     assert refused.exit_code == 2
     assert "runs of all of" in " ".join(refused.output.split())
-    reports.write_csv({"heat": dict.fromkeys(reports.FINALS, record)}, csv)
-    assert invoke("finals", csv, drawn).exit_code == 0
-    assert drawn.read_bytes().startswith(b"\x89PNG")
-    for name in ("muon summed", "gdmam"):
-        storage.write_json(tmp_path / f"heat-{name.replace(' ', '_')}.json", record)
-    storage.write_json(step, {"rows": [{"method": "gdmam", "milliseconds a step": 2.0}]})
-    drawn.unlink()
-    result = invoke("report", "--out", tmp_path, "--picture", drawn, "--step", step)
-    assert result.exit_code == 0
-    assert drawn.read_bytes().startswith(b"\x89PNG")
+    methods = [f"{name} {front}" for name in reports.OPTIMIZERS for front in reports.MARKERS]
+    record = {"errors": [[0.5, 0.1], [0.4, 0.2]], "rate": 1e-2}
+    reports.write_csv({"heat": dict.fromkeys([*reports.FINALS, *methods], record)}, csv)
+    rows = [{"method": name, "milliseconds a step": 2.0} for name in methods]
+    storage.write_json(times, {"rows": rows})
+    for options in ((), ("--step", times)):
+        assert invoke("finals", csv, drawn, *options).exit_code == 0
+        assert drawn.read_bytes().startswith(b"\x89PNG")
+        drawn.unlink()
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
