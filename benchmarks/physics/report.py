@@ -168,7 +168,8 @@ def draw_over_seconds(csv: Path, milliseconds: dict[str, float], steps: int, pat
                     axis.errorbar(
                         seconds, middle, bar, fmt=marker, color=color, label=name, alpha=0.8
                     )
-        axis.set(title=equation, yscale="log", xlabel="seconds on one core", xlim=(0, None))
+        end = 1.1e-3 * steps * max(milliseconds.values())
+        axis.set(title=equation, yscale="log", xlabel="seconds on one core", xlim=(0, end))
     axes[0, 0].set_ylabel("relative error")
     named = max(axes[0], key=lambda axis: len(axis.containers))
     _save(figure, path, named)
