@@ -1,6 +1,7 @@
 """Command line of the physics-informed benchmark."""
 
 import importlib.util
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
