@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +115,7 @@ def environment() -> dict[str, Any]:
     found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     device = jax.devices()[0]
     return {
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "versions": {"python": platform.python_version()}
         | {name: found[name] for name in names if name in found},
         "device": device.device_kind,
