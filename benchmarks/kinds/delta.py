@@ -140,7 +140,7 @@ def _weighed(weighting: Any) -> Callable[[Any, int], Any]:
 VALUED = {
     "FAMO": gdmam.famo_weighting(),
     "uncertainty": gdmam.uncertainty_weighting(),
-    "DWA": gdmam.dwa_weighting(),
+    "DWA": gdmam.dwa_weighting(every=25),
 }
 """Weightings that look at the losses' values."""
 METHODS: dict[str, Callable[[Any, int], Any]] = {
