@@ -253,6 +253,21 @@ def absent_table() -> str:
     return "\n".join(lines)
 
 
+def delta_table() -> str:
+    """The relative change to single tasks, by method, and by problem and library."""
+    found: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
+    for each in read("delta")["rows"]:
+        where = each["problem"], each["library"]
+        found[each["method"]][where] = _with_range(*re.findall(r"-?[\d.]+", each["delta m, %"]))
+    columns = sorted({where for cells in found.values() for where in cells})
+    rows = [
+        ["method", *(f"{problem}, {library}" for problem, library in columns)],
+        ["---", *["---:"] * len(columns)],
+        *([name, *(cells.get(where, "") for where in columns)] for name, cells in found.items()),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def docstrings() -> dict[str, str]:
     """The first paragraph of every docstring in the package's private modules, by name."""
     found = {}
@@ -296,6 +311,7 @@ def define_env(env: Any) -> None:
     for function in (
         absent_table,
         api_table,
+        delta_table,
         defaults_table,
         figure,
         group,
