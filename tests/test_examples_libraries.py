@@ -1,0 +1,139 @@
+"""The examples inside other libraries: an optimizer of pairs gets the gradients of their losses."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdmam_jax as gdmam
+
+# jinns silences it when it is imported, which pytest undoes.
+pytestmark = pytest.mark.filterwarnings(r"ignore:Using `field\(init=False\)`")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    return importlib.import_module
+
+
+def load_installed(load, library):
+    pytest.importorskip(library, reason=f"the example is of {library}: pip install {library}")
+    return load(f"with_{library}")
+
+
+def recorder(first):
+    """An optimizer that moves nothing: its state is the last gradients, shaped like first's."""
+
+    def update(updates, state, params=None):
+        # DeepXDE's own step gives no parameters; its gradients have their shapes.
+        return jax.tree.map(jnp.zeros_like, updates if params is None else params), updates
+
+    return optax.GradientTransformation(first, update)
+
+
+def first_of_jinns(example, optimizer, weights):
+    _, params, points, loss = example.make_problem(seed=0)
+    terms = None
+    if weights is None:
+        optimizer, terms = example.paired(optimizer), example.TERMS
+    else:
+        names = ("dyn_loss", "initial_condition", "boundary_loss")
+        weights = example.jinns.loss.LossWeightsPDENonStatio(
+            **dict(zip(names, map(float, weights), strict=True))
+        )
+        loss = example.eqx.tree_at(lambda loss: loss.loss_weights, loss, weights)
+    return example.jinns.solve(
+        n_iter=1,
+        init_params=params,
+        data=points,
+        loss=loss,
+        optimizer=optimizer,
+        extra_optax_args_and_kwargs=terms,
+        verbose=False,
+    )[5]
+
+
+def first_of_deepxde(example, optimizer, weights):
+    model = example.make_model(seed=0)
+    model.compile(optimizer, loss_weights=weights)
+    if weights is None:
+        example.allocate_losses(model)
+    model.train(iterations=1, display_every=1)
+    return model.opt_state
+
+
+def first_of_pinnx(example, optimizer, weights):
+    trainer = example.pinnx.Trainer(example.make_problem(0, weights))
+    trainer.compile(example.braintools.optim.OptaxOptimizer(optimizer))
+    if weights is None:
+        example.allocate_losses(trainer)
+    trainer.train(1, display_every=1)
+    return trainer.optimizer.opt_state.value
+
+
+FIRST = {"jinns": first_of_jinns, "deepxde": first_of_deepxde, "pinnx": first_of_pinnx}
+
+
+@pytest.mark.parametrize("library", FIRST)
+def test_pairs_are_the_gradients_of_the_librarys_own_step(library, load):
+    """A loss's own gradient is what the library's step gives when the others weigh nothing."""
+    example = load_installed(load, library)
+    first = FIRST[library]
+    pairs = first(example, recorder(lambda params: gdmam.pair_gradients(params, params)), None)
+    found = gdmam.unpair_gradients(pairs)
+    for gradient, weights in zip(found, ([0, 1, 1], [1, 0, 0]), strict=True):
+        expected = first(example, recorder(lambda params: params), weights)
+        scale = optax.tree.norm(expected)
+        assert scale > 1e-3
+        for one, other in zip(*map(jax.tree.leaves, (gradient, expected)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("library", FIRST)
+def test_a_training_lowers_the_error(library, load):
+    example = load_installed(load, library)
+    untrained = example.error("GDMAM, Muon", 0, 1, 1e-12)
+    assert example.error("GDMAM, Muon", 0, 150, 1e-2) < 0.8 * untrained
+
+
+@pytest.mark.parametrize("library", FIRST)
+def test_a_missing_library_is_named(library, load, monkeypatch):
+    for name in (library, "equinox", "brainstate"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"with_{library}", raising=False)
+    with pytest.raises(SystemExit, match=f"pip install {library}"):
+        load(f"with_{library}")
+
+
+def test_the_table_holds_medians_and_ranges(load, monkeypatch, capsys):
+    flags = ["--seeds", "3", "--methods", "second", "--steps", "7"]
+    monkeypatch.setattr(sys, "argv", ["with_it.py", *flags])
+    load("comparing").compare("It.", ["first", "second"], lambda *given: given[1] ** 2 / 100, 5)
+    printed = capsys.readouterr().out
+    assert "first" not in printed
+    assert printed.splitlines()[1].split()[:4] == ["second", "0.0100", "0.0000", "0.0400"]
+
+
+def test_flags_without_sense_are_refused(load, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["with_it.py", "--seeds", "0"])
+    with pytest.raises(SystemExit):
+        load("comparing").compare("It.", ["first"], None, 5)
+    assert "--steps and --seeds must be at least 1" in capsys.readouterr().err
+
+
+def test_the_error_is_relative_to_the_exact_solution(load):
+    comparing = load("comparing")
+
+    def solution(x, t):
+        return comparing.exact(np.stack([x, t], axis=1))
+
+    assert comparing.relative_error(solution) < 1e-3
+    assert comparing.relative_error(lambda x, t: 1.5 * solution(x, t)) == pytest.approx(
+        0.5, abs=1e-3
+    )
