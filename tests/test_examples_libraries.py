@@ -1,6 +1,7 @@
 """The examples inside other libraries: an optimizer of pairs gets the gradients of their losses."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import gdmam_jax as gdmam
 
 # jinns silences it when it is imported, which pytest undoes.
 pytestmark = pytest.mark.filterwarnings(r"ignore:Using `field\(init=False\)`")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def load(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples")
     return importlib.import_module
 
 
@@ -82,24 +84,23 @@ FIRST = {"jinns": first_of_jinns, "deepxde": first_of_deepxde, "pinnx": first_of
 
 @pytest.mark.parametrize("library", FIRST)
 def test_pairs_are_the_gradients_of_the_librarys_own_step(library, load):
-    """A loss's own gradient is what the library's step gives when the others weigh nothing."""
+    """Of which the library's own, plain step makes a weighted sum."""
     example = load_installed(load, library)
     first = FIRST[library]
     pairs = first(example, recorder(lambda params: gdmam.pair_gradients(params, params)), None)
-    found = gdmam.unpair_gradients(pairs)
-    for gradient, weights in zip(found, ([0, 1, 1], [1, 0, 0]), strict=True):
-        expected = first(example, recorder(lambda params: params), weights)
-        scale = optax.tree.norm(expected)
-        assert scale > 1e-3
-        for one, other in zip(*map(jax.tree.leaves, (gradient, expected)), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * scale)
+    data, equation = gdmam.unpair_gradients(pairs)
+    expected = first(example, recorder(lambda params: params), [1, 3, 3])
+    sizes = [float(optax.tree.norm(tree)) for tree in (data, equation, expected)]
+    assert min(sizes) > 1e-2
+    for one, other, total in zip(*map(jax.tree.leaves, (data, equation, expected)), strict=True):
+        np.testing.assert_allclose(3 * one + other, total, rtol=0, atol=1e-5 * sum(sizes))
 
 
 @pytest.mark.parametrize("library", FIRST)
-def test_a_training_lowers_the_error(library, load):
+def test_a_training_comes_nearer_to_the_solution_than_nothing(library, load):
+    """A network of zeros has an error of 1."""
     example = load_installed(load, library)
-    untrained = example.error("GDMAM, Muon", 0, 1, 1e-12)
-    assert example.error("GDMAM, Muon", 0, 150, 1e-2) < 0.8 * untrained
+    assert example.error("GDMAM, Muon", 0, 200, 1e-2) < 0.9
 
 
 @pytest.mark.parametrize("library", FIRST)
@@ -137,3 +138,11 @@ def test_the_error_is_relative_to_the_exact_solution(load):
     assert comparing.relative_error(lambda x, t: 1.5 * solution(x, t)) == pytest.approx(
         0.5, abs=1e-3
     )
+
+
+def test_the_page_shows_the_functions_of_the_examples():
+    page = (ROOT / "docs/other_libraries.md").read_text()
+    shown = re.findall(r"^def .+?(?=\n\n\n|\n```)", page, re.M | re.S)
+    examples = "".join(path.read_text() for path in (ROOT / "examples").glob("with_*.py"))
+    assert len(shown) == 4
+    assert all(function in examples for function in shown)
