@@ -13,14 +13,19 @@ import pytest
 
 import gdmam_jax as gdmam
 
-# jinns silences it when it is imported, which pytest undoes.
-pytestmark = pytest.mark.filterwarnings(r"ignore:Using `field\(init=False\)`")
+pytestmark = [
+    # jinns silences it when it is imported, which pytest undoes.
+    pytest.mark.filterwarnings(r"ignore:Using `field\(init=False\)`"),
+    # PINNx calls functions of brainstate by names that will go.
+    pytest.mark.filterwarnings("ignore:Accessing .* from 'brainstate:DeprecationWarning"),
+]
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def load(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setenv("DDE_BACKEND", "jax")  # before anything imports DeepXDE
     return importlib.import_module
 
 
