@@ -10,7 +10,7 @@ are the example's; fewer points are drawn anew now and then; seeds and rate are 
     pip install deepxde flax
     python examples/with_deepxde.py
 
-Prints the errors against the exact solution. Two minutes on two cores.
+Prints the errors against the exact solution, and processor seconds. It takes some minutes.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ gradients. Network, loss and conditions are the tutorial's; seeds, points and ra
     pip install jinns
     python examples/with_jinns.py
 
-Prints the errors against the exact solution. Two minutes on two cores.
+Prints the errors against the exact solution, and processor seconds. It takes some minutes.
 """
 
 import jax

@@ -10,7 +10,7 @@ the tutorial's; fewer points are drawn anew now and then; seeds and rate are the
     pip install pinnx
     python examples/with_pinnx.py
 
-Prints the errors against the exact solution. Two minutes on two cores.
+Prints the errors against the exact solution, and processor seconds. It takes some minutes.
 """
 
 import contextlib
