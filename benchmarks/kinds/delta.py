@@ -125,7 +125,8 @@ def delta_m(found: np.ndarray, single: np.ndarray, higher: bool) -> np.ndarray:
 def _weighed(weighting: Any) -> Callable[[Any, int], Any]:
     """Adam behind a weighting of the trunk's gradients, as the field does; heads keep their own.
 
-    What looks at the losses' values weighs the losses, for trunk and heads.
+    What looks at the losses' values weighs the losses, for trunk and heads. Not for MGDA: in the
+    scope of a head the other losses' gradients are 0, and so is the shortest combination.
     """
     whole = isinstance(weighting, gdmam.RememberingWeighting)
     scope = None if whole else lambda path: path.split("/")[0]
@@ -149,7 +150,6 @@ METHODS: dict[str, Callable[[Any, int], Any]] = {
     "fork": lambda rate, others: optax.adam(rate),
     "PCGrad": _weighed(gdmam.pcgrad_weighting),
     "UPGrad": _weighed(gdmam.upgrad_weighting),
-    "MGDA": _weighed(gdmam.mgda_weighting),
     "IMTL-G": _weighed(gdmam.imtl_g_weighting),
     "Nash-MTL": _weighed(gdmam.nash_mtl_weighting),
     "CAGrad": _weighed(gdmam.cagrad_weighting),
