@@ -232,10 +232,8 @@ def weightings(
     sets: Annotated[
         str, typer.Option(help="Of label distributions, commas between; see gdmam-ldl data list.")
     ] = "SCUT_FBP",
-    seeds: Annotated[int, typer.Option(help="Of equations and digits.", min=1)] = 5,
-    steps: Annotated[
-        int | None, typer.Option(help="Of the equations' trainings; 5,000 unless given.", min=101)
-    ] = None,
+    seeds: Annotated[int, typer.Option(help="Of equations and digits.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Of the equations' trainings.", min=101)] = 1000,
     epochs: Annotated[int, typer.Option(help="Of the sets' trainings.", min=1)] = 100,
     data_folder: Annotated[
         Path | None, typer.Option(help="Where the sets lie, if not in the cache.")

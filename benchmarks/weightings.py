@@ -32,6 +32,7 @@ WEIGHTINGS: dict[str, Any] = {
     if name.endswith("_weighting")
     and name not in ("constant_weighting", "running_weighting", "normalised_weighting")
 } | {
+    "pcd(0.3)": gdmam.pcd_weighting(tau=0.3),
     "running(mgda)": gdmam.running_weighting(gdmam.mgda_weighting),
     "normalised(upgrad)": gdmam.normalised_weighting(gdmam.upgrad_weighting),
     "gradient_norm": gdmam.gradient_norm_weighting(every=10),
@@ -60,7 +61,7 @@ def benchmark(
     folder: Path,
     data_folder: Path | None,
     seeds: int,
-    steps: int | None,
+    steps: int,
     epochs: int,
 ) -> list[dict[str, Any]]:
     """The median of each problem's measure by weighting, its lowest and highest.
@@ -72,11 +73,11 @@ def benchmark(
       folder: for results; what is there is not run again.
       data_folder: where the sets lie, None for the cache.
       seeds: how many trainings are reported, of equations and digits.
-      steps: of each training of an equation; None for the benchmark's own.
+      steps: of each training of an equation.
       epochs: of each fold's training.
     """
     chosen = list(names or GATED)
-    scale = SMALL if steps is None else SMALL._replace(steps=steps)
+    scale = SMALL._replace(steps=steps)
     columns = {
         each: functools.partial(network, each, scale=scale, seeds=seeds) for each in equations
     }

@@ -268,6 +268,22 @@ def delta_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def weighting(name: str) -> str:
+    """Cells of ``docs/figures/weightings.json``: the medians of one weighting."""
+    found = row("weightings", weighting=name)
+    columns = ("burgers", "reaction", "SCUT_FBP", "digits")
+    return " | ".join(found[column].split(" ")[0] for column in columns)
+
+
+def weightings_table(*names: str) -> str:
+    """Medians and ranges of some weightings, all problems."""
+    rows = [row("weightings", weighting=name) for name in names]
+    problems = [column for column in rows[0] if column != "weighting"]
+    lines = [["weighting", *problems], ["---", *["---:"] * len(problems)]]
+    lines += [[f"`{each['weighting']}`", *(each[name] for name in problems)] for each in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def docstrings() -> dict[str, str]:
     """The first paragraph of every docstring in the package's private modules, by name."""
     found = {}
@@ -319,5 +335,7 @@ def define_env(env: Any) -> None:
         label_distributions_table,
         measured,
         physics_table,
+        weighting,
+        weightings_table,
     ):
         env.macro(function)
