@@ -177,8 +177,10 @@ def test_figures_of_the_pages_are_in_their_files():
 def test_contributing_has_the_command_of_every_file_of_figures(path):
     table = (ROOT / "CONTRIBUTING.md").read_text()
     [told] = re.findall(rf"^\| `docs/figures/{path.name}` \| `([^`]+)` \|", table, re.MULTILINE)
-    told = told.replace('"', "")  # what the shell has taken off in the file
-    command = figures.read(path.stem).get("command", told)
+    told, command = (
+        re.sub("[\"']", "", each)  # which the file has where a shell needs them
+        for each in (told, figures.read(path.stem).get("command", told))
+    )
     # Where pieces of a long run are kept, and where its data are, is one's own affair.
     assert told == re.sub(r" --(out|data-folder) \S+", "", command) or told.startswith(
         f"{command} --output"

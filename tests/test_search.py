@@ -2,12 +2,15 @@
 
 import re
 
-import markdown
 import pytest
-from material.plugins.search.plugin import Parser
 
 from docs import find
 from tests.test_documentation import PAGES
+
+markdown = pytest.importorskip("markdown", reason="the extra docs is not installed")
+plugin = pytest.importorskip(
+    "material.plugins.search.plugin", reason="the extra docs is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +18,7 @@ def sections():
     """Of all pages, as the search's own parser divides them."""
     found = []
     for page in PAGES:
-        parser = Parser()
+        parser = plugin.Parser()
         extensions = ["toc", "tables", "attr_list", "pymdownx.superfences"]
         parser.feed(markdown.markdown(page.read_text(), extensions=extensions))
         parser.close()
