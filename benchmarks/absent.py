@@ -16,7 +16,19 @@ import optax
 
 import gdmam_jax as gdmam
 from benchmarks import timing
-from benchmarks.weightings import WEIGHTINGS
+
+WEIGHTINGS: dict[str, Any] = {
+    name.removesuffix("_weighting"): getattr(gdmam, name)
+    for name in dir(gdmam)
+    if name.endswith("_weighting")
+    and name not in ("constant_weighting", "running_weighting", "normalised_weighting")
+} | {
+    "pcd(0.3)": gdmam.pcd_weighting(tau=0.3),
+    "running(mgda)": gdmam.running_weighting(gdmam.mgda_weighting),
+    "normalised(upgrad)": gdmam.normalised_weighting(gdmam.upgrad_weighting),
+    "gradient_norm": gdmam.gradient_norm_weighting(every=10),
+}
+"""By name, with the numbers they come with."""
 
 FEATURES, HIDDEN, BATCH, TESTS = 10, 32, 32, 2000
 RATE = 0.01

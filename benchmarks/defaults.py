@@ -31,6 +31,7 @@ SOLVED = {
 """How long a solved loss's gradient is, over the prediction's first, and whether the rate falls."""
 
 SEEDS = 5
+RATES = (3e-3, 1e-2)
 SELECTION = "natural"
 """Which epoch of a training on label distributions is tested."""
 
@@ -61,8 +62,12 @@ def benchmark(
     failed = {
         name: sum(np.sum(~(each[name] <= FAILED)) for each in found.values()) for name in OURS
     }
+    methods = [
+        Method(candidate, candidate, functools.partial(gdmam.gdmam, amsgrad=True, **choices))
+        for candidate, choices in OURS.items()
+    ]
     for name in sets:
-        found[name] = distributions(folder / Path(name).stem, name, epochs, data_folder)
+        found[name] = distributions(folder / Path(name).stem, name, methods, epochs, data_folder)
         for candidate, runs in found[name].items():
             failed[candidate] += np.sum(~np.isfinite(runs))
     beside = {problem: solved(*each) for problem, each in SOLVED.items()}
@@ -91,15 +96,11 @@ def networks(
 
 
 def distributions(
-    folder: Path, name: str, epochs: int, data_folder: Path | None
+    folder: Path, name: str, methods: Sequence[Method], epochs: int, data_folder: Path | None
 ) -> dict[str, np.ndarray]:
-    """Test KLDs of the folds by candidate, at the rate and epoch that natural rows choose."""
-    methods = [
-        Method(candidate, candidate, functools.partial(gdmam.gdmam, amsgrad=True, **choices))
-        for candidate, choices in OURS.items()
-    ]
+    """Test KLDs of the folds by method, at the rate and epoch that natural rows choose."""
     dataset = data.find(name, folder=data_folder, normalize=True, drop_constant=True)
-    configuration = Configuration(seeds=1, epochs=epochs, learning_rates=(3e-3, 1e-2))
+    configuration = Configuration(seeds=1, epochs=epochs, learning_rates=RATES)
     experiment.run(dataset, methods, configuration, folder=folder)
     return {
         result.name: result.values("kld", SELECTION).ravel()

@@ -16,35 +16,21 @@ import optax
 
 import gdmam_jax as gdmam
 from benchmarks import timing
+from benchmarks.absent import WEIGHTINGS
+from benchmarks.defaults import RATES, distributions
 from benchmarks.kinds import images
 from benchmarks.kinds.training import train as train_kind
 from benchmarks.physics.equations import EQUATIONS
 from benchmarks.physics.training import SMALL
 from benchmarks.physics.training import train as train_network
-from gdmam_jax.ldl import data
-from gdmam_jax.ldl.laboratory import experiment, results, storage
+from gdmam_jax.ldl.laboratory import storage
 from gdmam_jax.ldl.laboratory.methods import Method
-from gdmam_jax.ldl.laboratory.protocol import Configuration
-
-WEIGHTINGS: dict[str, Any] = {
-    name.removesuffix("_weighting"): getattr(gdmam, name)
-    for name in dir(gdmam)
-    if name.endswith("_weighting")
-    and name not in ("constant_weighting", "running_weighting", "normalised_weighting")
-} | {
-    "pcd(0.3)": gdmam.pcd_weighting(tau=0.3),
-    "running(mgda)": gdmam.running_weighting(gdmam.mgda_weighting),
-    "normalised(upgrad)": gdmam.normalised_weighting(gdmam.upgrad_weighting),
-    "gradient_norm": gdmam.gradient_norm_weighting(every=10),
-}
-"""By name, with the numbers they come with."""
 
 GATED: dict[str, tuple[Any, gdmam.Gate]] = {
     "unit + priority gate": (gdmam.unit_weighting, gdmam.priority_gate)
 } | {name: (weighting, gdmam.open_gate) for name, weighting in WEIGHTINGS.items()}
 """The default's choice, and every weighting with the gate open."""
 
-RATES = (3e-3, 1e-2)
 CHOOSING = 1
 """How many seeds choose the rate; the others are reported."""
 
@@ -82,8 +68,11 @@ def benchmark(
         each: functools.partial(network, each, scale=scale, seeds=seeds) for each in equations
     }
     columns["digits"] = functools.partial(digits, seeds=seeds)
+    methods = [
+        Method(name, name, functools.partial(optimizer, name=name), flat=True) for name in chosen
+    ]
     found = {
-        each: distributions(folder / Path(each).stem, each, chosen, epochs, data_folder)
+        each: distributions(folder / Path(each).stem, each, methods, epochs, data_folder)
         for each in sets
     }
     rows = []
@@ -134,18 +123,3 @@ def at_the_best_rate(
     choosing, reported = (each.reshape(rates.shape) for each in run(rates.ravel(), numbers.ravel()))
     scores = np.nan_to_num(choosing[:, seeds:].mean(axis=1), nan=np.inf if lower else -np.inf)
     return reported[np.argmin(scores) if lower else np.argmax(scores), :seeds]
-
-
-def distributions(
-    folder: Path, name: str, weightings: Sequence[str], epochs: int, data_folder: Path | None
-) -> dict[str, np.ndarray]:
-    """Test KLDs of the folds by weighting, at the rate and epoch that natural rows choose."""
-    methods = [
-        Method(each, each, functools.partial(optimizer, name=each), flat=True)
-        for each in weightings
-    ]
-    dataset = data.find(name, folder=data_folder, normalize=True, drop_constant=True)
-    configuration = Configuration(seeds=1, epochs=epochs, learning_rates=RATES)
-    experiment.run(dataset, methods, configuration, folder=folder)
-    found = results.load(folder).methods
-    return {each.name: each.values("kld", "natural").ravel() for each in found}
