@@ -20,6 +20,7 @@ from benchmarks.absent import WEIGHTINGS
 from benchmarks.defaults import RATES, distributions
 from benchmarks.kinds import images
 from benchmarks.kinds.training import train as train_kind
+from benchmarks.options import already_run
 from benchmarks.physics.equations import EQUATIONS
 from benchmarks.physics.training import SMALL
 from benchmarks.physics.training import train as train_network
@@ -75,21 +76,23 @@ def benchmark(
         each: distributions(folder / Path(each).stem, each, methods, epochs, data_folder)
         for each in sets
     }
-    rows = []
+    rows, settings = [], {"seeds": seeds, "steps": steps}
     for name in timing.tracked("weightings", chosen):
-        runs = {problem: kept(folder / problem, name, run) for problem, run in columns.items()}
+        runs = {
+            problem: kept(folder / problem / f"{name}.json", settings, functools.partial(run, name))
+            for problem, run in columns.items()
+        }
         runs |= {each: at_end[name] for each, at_end in found.items()}
         rows.append({"weighting": name} | {key: timing.spread(each) for key, each in runs.items()})
     return rows
 
 
-def kept(folder: Path, name: str, run: Callable[[str], np.ndarray]) -> Any:
-    """What the folder has of this weighting, or a run, which is then kept there."""
-    path = folder / f"{name}.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        storage.write_json(path, run(name).tolist())
-    return json.loads(path.read_text())
+def kept(path: Path, settings: dict[str, int], run: Callable[[], np.ndarray]) -> list[float]:
+    """The scores that lie there, or those of a run, which are then kept there."""
+    if not already_run(path, settings):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_json(path, {"settings": settings, "scores": run().tolist()})
+    return json.loads(path.read_text())["scores"]
 
 
 def network(equation: str, name: str, scale: Any, seeds: int) -> np.ndarray:

@@ -271,9 +271,13 @@ def test_weightings(tmp_path, monkeypatch):
     out = tmp_path / "out"
     (row,) = run(tmp_path, *command, "--out", str(out))
     assert row == {"weighting": "famo", "burgers": "0.5 (0 to 1)", "digits": "3.5 (3 to 4)"}
-    (out / "burgers" / "famo.json").write_text("[7.0]")
+    path = out / "burgers" / "famo.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scores": [7.0]}))
     (row,) = run(tmp_path, *command, "--out", str(out))
     assert row["burgers"] == "7 (7 to 7)"
+    refused = CliRunner().invoke(app, [*command, "--out", str(out), "--steps", "200"])
+    assert refused.exit_code == 2
+    assert "made with other settings" in refused.output
 
 
 def test_absent(tmp_path):
