@@ -4,6 +4,7 @@ The models are those of `benchmarks.pair`. Each way's cost is given over that of
 gradient in the same framework. The heads are small, so that nothing hides what a fork costs.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,11 +71,12 @@ def _jax_cases(
     def total(params: Any, *batch: Any, **given: Any) -> jax.Array:
         return sum(jax.tree.leaves(losses(params, *batch, **given)))
 
-    def forked(params: Any, state: Any, *batch: Any) -> jax.Array:
-        def split(features: Any, count: int) -> Any:
-            return gdmam.fork(features, count, weighting=gdmam.upgrad_weighting, state=state)
-
+    def forked(params: Any, state: Any, *batch: Any, **choices: Any) -> jax.Array:
+        split = functools.partial(gdmam.fork, state=state, **choices)
         return total(params, *batch, split=split)
+
+    of_gdmam = functools.partial(forked, weighting=gdmam.unit_weighting, gate=gdmam.priority_gate)
+    of_upgrad = functools.partial(forked, weighting=gdmam.upgrad_weighting)
 
     upgrad = gdmam.weighed(optax.identity(), gdmam.upgrad_weighting, alignment_losses=count - 1)
     opt_state = upgrad.init(params)
@@ -86,9 +88,11 @@ def _jax_cases(
     state = gdmam.fork_state(count)
     ways = {
         SUMMED: (jax.value_and_grad(total), (params, *batch)),
-        "JAX fork, UPGrad": (jax.value_and_grad(forked), (params, None, *batch)),
+        "JAX fork": (jax.value_and_grad(forked), (params, None, *batch)),
+        "JAX fork, GDMAM": (jax.value_and_grad(of_gdmam), (params, None, *batch)),
+        "JAX fork, UPGrad": (jax.value_and_grad(of_upgrad), (params, None, *batch)),
         "JAX fork, UPGrad, state": (
-            jax.value_and_grad(forked, argnums=(0, 1)),
+            jax.value_and_grad(of_upgrad, argnums=(0, 1)),
             (params, state, *batch),
         ),
         "JAX pairs, UPGrad": (paired, (params, opt_state, *batch)),

@@ -59,6 +59,16 @@ def two_gradients(angle, ratio):
     return np.array([1.0, 0.0]), ratio * np.array([np.cos(angle), np.sin(angle)])
 
 
+@jax.jit
+def first_update(pair, preference):
+    optimizer = gdmam.scale_by_gdmam(
+        weighting=gdmam.unit_weighting(preference=preference),
+        momentum=gdmam.constant_momentum(initial=0.0),
+    )
+    update, state = optimizer.update(pair, optimizer.init(jnp.zeros_like(pair.prediction)))
+    return update, gdmam.diagnostics(state)
+
+
 @settings(max_examples=100)
 @given(
     st.floats(0, np.pi), st.floats(-3, 3), st.floats(-2, 2), st.sampled_from(["float32", "float64"])
@@ -67,13 +77,9 @@ def test_the_priority_gate_is_against_neither_loss(angle, exponent, preference, 
     """To first order, over angles, scales and preferences, wherever the prediction allows it."""
     with jax.enable_x64(True):
         g_p, g_a = two_gradients(angle, 10.0**exponent)
-        optimizer = gdmam.scale_by_gdmam(
-            weighting=gdmam.unit_weighting(preference=10.0**preference),
-            momentum=gdmam.constant_momentum(initial=0.0),
-        )
         pair = gdmam.GradientPair(jnp.asarray(g_p, dtype), jnp.asarray(g_a, dtype))
-        update, state = optimizer.update(pair, optimizer.init(jnp.zeros(2, dtype)))
-        update, seen = np.float64(update), gdmam.diagnostics(state)
+        update, seen = first_update(pair, 10.0**preference)
+        update = np.float64(update)
     size = np.linalg.norm(update) + 10.0**preference
     rounding = 8 * float(jnp.finfo(dtype).eps) * size
     assert update @ g_p >= -rounding

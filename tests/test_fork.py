@@ -396,7 +396,7 @@ def test_inside_shard_map_the_axis_is_named(gradient_outside, x64):
     found = jax.jit(wrapped)(params, state, x)
     chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="manual axis types do not match"):
-        mapped(differentiated(value))(params, state, x)
+        jax.eval_shape(mapped(differentiated(value)), params, state, x)
 
 
 def test_inside_pmap_the_axis_is_named(x64):

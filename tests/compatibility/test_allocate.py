@@ -190,8 +190,8 @@ def fighting(w):
     return jnp.sum((w - 1) ** 2) + jnp.sum(w**4 - 1) ** 2, 100 * jnp.sum((w[:-1] - w[1:]) ** 2)
 
 
-def minimised(optimizer, steps, with_grad=True):
-    w = jnp.array([1.8, -0.6, 0.4])
+def minimised(optimizer, steps, with_grad=True, start=(1.8, -0.6, 0.4)):
+    w = jnp.array(start)
     state = optimizer.init(w)
 
     @jax.jit
@@ -224,12 +224,15 @@ def test_line_searches_get_the_function_whose_gradient_they_are_given(inner, wei
     w = jnp.array([1.8, -0.6, 0.4])
     optimizer, found, expected = make(), minimised(gdmam.weighed(make(), weighting), 8)[0], w
     state = optimizer.init(expected)
+
+    @jax.jit
+    def step(w, state):
+        value, grad = jax.value_and_grad(total)(w)
+        updates, state = optimizer.update(grad, state, w, value=value, grad=grad, value_fn=total)
+        return optax.apply_updates(w, updates), state
+
     for _ in range(8):
-        value, grad = jax.value_and_grad(total)(expected)
-        updates, state = optimizer.update(
-            grad, state, expected, value=value, grad=grad, value_fn=total
-        )
-        expected = optax.apply_updates(expected, updates)
+        expected, state = step(expected, state)
     np.testing.assert_allclose(found, expected, rtol=1e-8)
     summed = gdmam.summed(make(), *weights.tolist())
     np.testing.assert_allclose(minimised(summed, 8)[0], expected, rtol=1e-8)
@@ -269,13 +272,16 @@ def test_first_gdmam_then_lbfgs_with_its_last_weights_reaches_a_stationary_point
     last = gdmam.diagnostics(state)
     frozen = gdmam.constant_weighting(last["prediction_weight"], last["alignment_weight"])
     optimizer = gdmam.weighed(optax.lbfgs(), frozen)
-    state = optimizer.init(w)
-    for _ in range(60):
+
+    def step(carry, _):
+        w, state = carry
         values, pairs = gdmam.value_and_paired_grad(fighting)(w)
         updates, state = optimizer.update(
             pairs, state, w, value=values, grad=pairs, value_fn=fighting
         )
-        w = optax.apply_updates(w, updates)
+        return (optax.apply_updates(w, updates), state), None
+
+    (w, _), _ = jax.lax.scan(step, (w, optimizer.init(w)), length=60)
     weights = jnp.array([last["prediction_weight"], last["alignment_weight"]])
     gradient = jax.grad(lambda w: weights @ jnp.stack(fighting(w)))(w)
     assert jnp.linalg.norm(gradient) < 1e-8
