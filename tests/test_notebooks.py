@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHORTER = {
-    "first_training": {"STEPS = 2000": "STEPS = 600"},
+    "first_training": {"STEPS = 2000": "STEPS = 400"},
     "is_there_conflict": {"STEPS = 400": "STEPS = 150"},
-    "physics_informed_network": {"STEPS = 2000": "STEPS = 500"},
+    "physics_informed_network": {"STEPS = 2000": "STEPS = 300"},
     "label_distributions": {"EPOCHS = 50, 60": "EPOCHS = 50, 20"},
 }
 """What a test replaces in a notebook, to be quick."""

@@ -260,7 +260,9 @@ def test_inside_shard_map_the_axis_names_sum_the_inner_products(x64, form):
         alignment = jax.tree.map(lambda g, noise=noise: noise * g**2 - 0.3 * g, prediction)
         pairs = gdmam.pair_gradients(prediction, alignment)
         expected = jax.jit(alone.update)(pairs, state, params)
-        assert_same(update(pairs, state, params), expected, tolerance=1e-12)
+        # What is left of nearly parallel gradients has the rounding of what was taken off.
+        tolerance = max(1e-12, 1e-15 / noise**2)
+        assert_same(update(pairs, state, params), expected, tolerance)
     program = update.lower(pairs, state, params).compile().as_text()
     usual = [found[1:] for found in collectives(program) if found[0] == "main"]
     assert usual == [("all-reduce", ["f64[3]"])]
