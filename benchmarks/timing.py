@@ -111,7 +111,7 @@ def use_threads(threads: int | None) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, device, and how busy the machine was."""
-    names = ("jax", "jaxlib", "optax", "flax", "torch", "torchjd")
+    names = ("jax", "jaxlib", "optax", "flax", "torch", "torchjd", "libmtl")
     found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     device = jax.devices()[0]
     return {

@@ -1,17 +1,17 @@
 """Which sections the site's search finds first for the questions that newcomers ask.
 
-    mkdocs build && python docs/find.py site/search/search_index.json
+    mkdocs build && python docs/find.py site
 
-Prints the rank of the answer for each try. Sections are ranked as by the site's search: by the
-share of the words in the title, a thousand times as important as in the text, rare words first.
+Prints the rank of the answer for each try, as the search of the built site finds it: its own
+program is run by Node.js.
 """
 
 import json
-import math
-import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 QUESTIONS: dict[str, tuple[str, str]] = {
     "a-vae-a-beta-vae-a-diffusion-model-any-likelihood-and-prior": ("VAE", "likelihood prior"),
@@ -26,47 +26,52 @@ QUESTIONS: dict[str, tuple[str, str]] = {
     "no-main-loss-all-losses-equal": ("no main loss", "all losses equal"),
     "muon-lion-any-optimizer": ("Muon", "Lion"),
     "learning-rates-by-layer-frozen-embeddings": ("frozen embeddings", "learning rate per layer"),
-    "it-became-slower": ("slower", "became slow"),
+    "it-became-slower-what-does-it-cost": ("slower", "became slow"),
 }
 """Two tries for each answer, by its anchor on the page *Questions*."""
 
 
-def ranked(sections: Sequence[dict[str, str]], query: str) -> list[str]:
-    """Locations of the sections that have a word of the query, best first.
+WORKER = "assets/javascripts/workers/search.*.min.js"
+"""The search's program, in the folder of the theme or of the site."""
+
+
+def search(index: dict[str, Any], queries: Sequence[str], worker: Path) -> list[list[str]]:
+    """What the site shows for each query: of each page that it finds, the best section.
 
     Args:
-      sections: of all pages, with ``location``, ``title`` and ``text``.
-      query: words; one that begins a word of a section counts as that word.
+      index: as in ``search/search_index.json``.
+      queries: what is typed into the field.
+      worker: the search's program.
     """
-    words = re.findall(r"\w+", query.lower())
-    fields = [
-        [re.findall(r"\w+", section[name].lower()) for name in ("title", "text")]
-        for section in sections
-    ]
-    scores = [0.0] * len(sections)
-    for word in words:
-        counts = [[sum(w.startswith(word) for w in field) for field in pair] for pair in fields]
-        having = sum(any(pair) for pair in counts)
-        rarity = math.log(1 + len(sections) / (1 + having))
-        for place, pair in enumerate(counts):
-            for boost, count, field in zip((1000, 1), pair, fields[place], strict=True):
-                scores[place] += boost * rarity * count / (count + 1 + len(field) / 50)
-    order = sorted(range(len(sections)), key=lambda place: -scores[place])
-    return [sections[place]["location"] for place in order if scores[place]]
+    program = Path(__file__).with_suffix(".js")
+    given = json.dumps({"index": index, "queries": queries})
+    ran = subprocess.run(
+        ["node", program, worker], input=given, capture_output=True, text=True, check=True
+    )
+    return [[items[0]["location"] for items in pages] for pages in json.loads(ran.stdout)]
 
 
-def rank(sections: Sequence[dict[str, str]], query: str, anchor: str) -> int | None:
-    """The place of an answer among what a query finds, 1 the first; None if it is not found."""
-    found = [location.partition("#")[2] for location in ranked(sections, query)]
-    return found.index(anchor) + 1 if anchor in found else None
+def ranks(index: dict[str, Any], worker: Path) -> dict[str, list[int | None]]:
+    """Of each answer for its queries: 1 if it is shown first, None if it is not shown."""
+    queries = [query for each in QUESTIONS.values() for query in each]
+    found = iter(search(index, queries, worker))
+    places = {}
+    for anchor, each in QUESTIONS.items():
+        places[anchor] = [_place(next(found), f"questions/#{anchor}") for _ in each]
+    return places
 
 
-def main(path: Path) -> None:
+def _place(locations: Sequence[str], location: str) -> int | None:
+    return locations.index(location) + 1 if location in locations else None
+
+
+def main(site: Path) -> None:
     """Prints every question's ranks."""
-    sections = json.loads(path.read_text())["docs"]
-    for anchor, queries in QUESTIONS.items():
-        found = ", ".join(f"{query!r}: {rank(sections, query, anchor)}" for query in queries)
-        print(f"{anchor}\n    {found}")
+    index = json.loads((site / "search/search_index.json").read_text())
+    (worker,) = site.glob(WORKER)
+    for anchor, found in ranks(index, worker).items():
+        tries = zip(QUESTIONS[anchor], found, strict=True)
+        print(anchor, *(f"    {query}: {place}" for query, place in tries), sep="\n")
 
 
 if __name__ == "__main__":

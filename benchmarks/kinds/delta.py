@@ -6,7 +6,8 @@ their measures m in percent,
     delta m = 100 / (T M) sum (-1)^(more is better) (M - M_single) / M_single,
 
 so that below 0 is better than single tasks.
-The methods of the library and those of TorchJD get the same data, first parameters and batches.
+The methods of the library, of TorchJD and, where it is installed, of LibMTL get the same data,
+first parameters and batches. ``pip install --no-deps LibMTL`` is enough: it needs torch and SciPy.
 """
 
 import functools
@@ -18,13 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
 from sklearn.datasets import load_breast_cancer
-from torchjd import aggregation, autojac
 
 import gdmam_jax as gdmam
 from benchmarks import timing
-from benchmarks.kinds import images, networks
+from benchmarks.kinds import images, networks, pytorch
 
 BATCH, WIDTH = 64, 64
 SINGLE = "single tasks"
@@ -156,23 +155,9 @@ METHODS: dict[str, Callable[[Any, int], Any]] = {
     "Aligned-MTL": _weighed(gdmam.aligned_mtl_weighting),
     **{name: _weighed(weighting) for name, weighting in VALUED.items()},
 }
-TORCH_METHODS: dict[str, Callable[[], Any]] = {
-    "equal weights": aggregation.Sum,
-    "PCGrad": aggregation.PCGrad,
-    "UPGrad": aggregation.UPGrad,
-    "MGDA": aggregation.MGDA,
-    "IMTL-G": aggregation.IMTLG,
-    "CAGrad": functools.partial(aggregation.CAGrad, 0.5),
-    "Aligned-MTL": aggregation.AlignedMTL,
-    "ConFIG": aggregation.ConFIG,
-    "DualProj": aggregation.DualProj,
-    "GradDrop": aggregation.GradDrop,
-    "GradVac": aggregation.GradVac,
-    "Random": aggregation.Random,
-}
 
 
-def train(tasks: Tasks, name: str, seeds: int, steps: int, rate: float) -> np.ndarray:
+def train(name: str, tasks: Tasks, seeds: int, steps: int, rate: float) -> np.ndarray:
     """The measures of a method of `METHODS`, or of one network a task; ``(seeds, tasks)``."""
     count = len(tasks.names)
     start = jax.tree.map(lambda *each: jnp.stack(each), *(init(tasks, s) for s in range(seeds)))
@@ -209,43 +194,30 @@ def train(tasks: Tasks, name: str, seeds: int, steps: int, rate: float) -> np.nd
     return np.asarray(jnp.diagonal(found, axis1=0, axis2=2))
 
 
-def train_torch(tasks: Tasks, name: str, seeds: int, steps: int, rate: float) -> np.ndarray:
-    """The same by a method of `TORCH_METHODS`: ``mtl_backward``, then Adam."""
-    return np.stack([_train_torch(tasks, name, seed, steps, rate) for seed in range(seeds)])
+def train_torch(
+    make: Callable[[Any], Any], tasks: Tasks, seeds: int, steps: int, rate: float
+) -> np.ndarray:
+    """The same by a method of `pytorch.TORCHJD` or `pytorch.LIBMTL`."""
+    found = []
+    for seed in range(seeds):
+        pytorch.seed(seed)
+        rows = batches(tasks, seed, steps)
+        trained = pytorch.train(make(init(tasks, seed)), rows, tasks.training, tasks.classes, rate)
+        found.append(measures(tasks, trained))
+    return np.stack(found)
 
 
-def _train_torch(tasks: Tasks, name: str, seed: int, steps: int, rate: float) -> np.ndarray:
-    torch.manual_seed(seed)  # Some methods draw.
-    params = jax.tree.map(
-        lambda array: torch.tensor(np.asarray(array), requires_grad=True), init(tasks, seed)
-    )
-    trunk, *heads = (params[key] for key in ("trunk", *(k for k in params if k != "trunk")))
-    everything = jax.tree.leaves(params)
-    adam = torch.optim.Adam(everything, rate)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    aggregator = TORCH_METHODS[name]()
-    inputs, targets = (torch.tensor(np.asarray(array)) for array in tasks.training)
-    loss = torch.nn.functional.cross_entropy if tasks.classes else torch.nn.functional.mse_loss
-
-    def layers(x: torch.Tensor, layers: Any) -> torch.Tensor:
-        for kernel, bias in layers:
-            x = torch.tanh(x @ kernel + bias)
-        return x
-
-    for rows in np.array(batches(tasks, seed, steps)):
-        features = layers(inputs[rows], trunk)
-        found = [features @ kernel + bias for ((kernel, bias),) in heads]
-        wanted = targets[rows].long() if tasks.classes else targets[rows]
-        each = [
-            loss(out if tasks.classes else out[:, 0], wanted[:, k]) for k, out in enumerate(found)
+def ways() -> list[tuple[str, str, Callable[..., np.ndarray]]]:
+    """Library, method and what trains by it, single tasks first."""
+    found = [("gdmam_jax", name, functools.partial(train, name)) for name in (SINGLE, *METHODS)]
+    others = {"TorchJD": pytorch.TORCHJD, "LibMTL": pytorch.LIBMTL}
+    if not pytorch.libmtl_is_installed():
+        del others["LibMTL"]
+    for library, methods in others.items():
+        found += [
+            (library, name, functools.partial(train_torch, make)) for name, make in methods.items()
         ]
-        autojac.mtl_backward(each, features=features)
-        autojac.jac_to_grad(jax.tree.leaves(trunk), aggregator)
-        adam.step()
-        adam.zero_grad()
-        falling.step()
-    trained = jax.tree.map(lambda tensor: jnp.asarray(tensor.detach().numpy()), params)
-    return np.asarray(measures(tasks, trained))
+    return found
 
 
 def benchmark(problems: Sequence[str], seeds: int, steps: int, rate: float) -> list[dict[str, Any]]:
@@ -258,13 +230,11 @@ def benchmark(problems: Sequence[str], seeds: int, steps: int, rate: float) -> l
       rate: of Adam for all, at first; falls along half a cosine.
     """
     rows = []
-    ways = [("gdmam_jax", name, train) for name in (SINGLE, *METHODS)]
-    ways += [("TorchJD", name, train_torch) for name in TORCH_METHODS]
     for problem, (library, name, trainer) in timing.tracked(
-        "trainings", list(itertools.product(problems, ways))
+        "trainings", list(itertools.product(problems, ways()))
     ):
         tasks = PROBLEMS[problem]()
-        found = trainer(tasks, name, seeds, steps, rate)
+        found = trainer(tasks, seeds, steps, rate)
         if name == SINGLE:
             single = found.mean(axis=0)
         deltas = delta_m(found, single, higher=bool(tasks.classes))

@@ -1,4 +1,6 @@
-"""Several tasks on a shared trunk: delta m is what it says, and both libraries train alike."""
+"""Several tasks on a shared trunk: delta m is what it says, and all libraries train alike."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.kinds import delta
+from benchmarks.kinds import delta, pytorch
 from benchmarks.kinds.__main__ import app
 
 
@@ -24,19 +26,51 @@ def test_delta_m_is_a_mean_of_signed_relative_changes():
     np.testing.assert_allclose(delta.delta_m(found, single, higher=True), [25, -25])
 
 
+@pytest.fixture
+def libmtl():
+    if not pytorch.libmtl_is_installed():
+        pytest.skip("LibMTL is not installed")
+
+
+def same_steps(tasks, ours, theirs):
+    found = [train(tasks, 1, 20, 1e-3) for train in (ours, theirs)]
+    np.testing.assert_allclose(*found, rtol=1e-2)
+
+
 @pytest.mark.parametrize("method", ["equal weights", "UPGrad"])
-def test_both_libraries_take_the_same_steps(tasks, method):
-    ours, torchs = (train(tasks, method, 1, 20, 1e-3) for train in (delta.train, delta.train_torch))
-    np.testing.assert_allclose(ours, torchs, rtol=1e-2)
+def test_torchjd_takes_the_same_steps(tasks, method):
+    make = pytorch.TORCHJD[method]
+    same_steps(tasks, partial(delta.train, method), partial(delta.train_torch, make))
+
+
+@pytest.mark.parametrize("method", ["equal weights", "PCGrad"])
+def test_libmtl_takes_the_same_steps(libmtl, tasks, method):
+    make = pytorch.LIBMTL[method]
+    same_steps(tasks, partial(delta.train, method), partial(delta.train_torch, make))
+
+
+@pytest.mark.parametrize("method", pytorch.LIBMTL)
+def test_each_method_of_libmtl_moves_trunk_and_heads(libmtl, tasks, method):
+    start = delta.init(tasks, 0)
+    # Into a second epoch, where some begin to look at losses.
+    rows = delta.batches(tasks, 0, 2 * pytorch.EPOCH + 2)
+    model = pytorch.LIBMTL[method](start)
+    trained = pytorch.train(model, rows, tasks.training, tasks.classes, 1e-3)
+    for part, layers in trained.items():
+        moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), layers, start[part])
+        assert all(1e-4 < each < 0.1 for each in jax.tree.leaves(moved)), (part, moved)
+    losses = model.train_loss_buffer
+    assert losses.shape == (2, 3)
+    assert np.all(losses[:, 1] < losses[:, 0])
 
 
 def test_a_single_task_is_trained_as_if_there_were_no_other(tasks):
-    found = delta.train(tasks, delta.SINGLE, 1, 20, 1e-2)
+    found = delta.train(delta.SINGLE, tasks, 1, 20, 1e-2)
     # A task alone, beside one whose targets are noise.
     noise = jax.random.normal(jax.random.key(0), tasks.training[1].shape)
     noisy = tasks.training[1].at[:, 1].set(noise[:, 1])
     others = tasks._replace(training=(tasks.training[0], noisy))
-    again = delta.train(others, delta.SINGLE, 1, 20, 1e-2)
+    again = delta.train(delta.SINGLE, others, 1, 20, 1e-2)
     np.testing.assert_allclose(again[0, 0], found[0, 0], rtol=1e-3)
     assert abs(again[0, 1] / found[0, 1] - 1) > 0.01
 
@@ -51,9 +85,10 @@ def test_a_digit_lies_over_another(tasks):
     assert jnp.all(corners == 0)
 
 
-def test_the_command_reports_both_libraries(tmp_path, monkeypatch):
+def test_the_command_reports_every_library(tmp_path, monkeypatch):
     monkeypatch.setattr(delta, "METHODS", {"gdmam": delta.METHODS["gdmam"]})
-    monkeypatch.setattr(delta, "TORCH_METHODS", {"PCGrad": delta.TORCH_METHODS["PCGrad"]})
+    monkeypatch.setattr(pytorch, "TORCHJD", {"PCGrad": pytorch.TORCHJD["PCGrad"]})
+    monkeypatch.setattr(pytorch, "libmtl_is_installed", lambda: False)
     output = tmp_path / "delta.json"
     small = ["--problems", "tumours", "--seeds", "1", "--steps", "3", "--output", str(output)]
     ran = CliRunner().invoke(app, ["delta", *small])

@@ -5,14 +5,12 @@ those of the whole batch's gradients: of one example these are the same. What th
 applied to is the same for any batch.
 """
 
-import sys
-from types import ModuleType
-
 import jax
 import pytest
 import torch
 
 import gdmam_jax as gdmam
+from benchmarks.kinds import pytorch
 from tests.parity.test_torchjd_uses import (
     TASKS,
     X,
@@ -27,14 +25,10 @@ from tests.parity.test_torchjd_uses import (
 
 
 @pytest.fixture
-def libmtl(monkeypatch):
-    """Its residual networks, unused here, import what torchvision has no longer."""
-    missing = ModuleType("torchvision.models.utils")
-    missing.load_state_dict_from_url = None
-    for name in ("torchvision", "torchvision.models"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, missing.__name__, missing)
-    library = pytest.importorskip("LibMTL", reason="LibMTL is not installed")
+def libmtl():
+    if not pytorch.libmtl_is_installed():
+        pytest.skip("LibMTL is not installed")
+    library = pytorch.libmtl()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield library
