@@ -3,7 +3,7 @@
     mkdocs build && python docs/find.py site
 
 Prints the rank of the answer for each try, as the search of the built site finds it: its own
-program is run by Node.js.
+program is run by Node.js. Fails if an answer is not found within the two tries.
 """
 
 import json
@@ -65,13 +65,21 @@ def _place(locations: Sequence[str], location: str) -> int | None:
     return locations.index(location) + 1 if location in locations else None
 
 
+def is_found(places: Sequence[int | None]) -> bool:
+    """Whether one of the tries shows the answer first or second."""
+    return any(place in (1, 2) for place in places)
+
+
 def main(site: Path) -> None:
-    """Prints every question's ranks."""
+    """Prints every question's ranks; fails if an answer is not found."""
     index = json.loads((site / "search/search_index.json").read_text())
     (worker,) = site.glob(WORKER)
-    for anchor, found in ranks(index, worker).items():
+    places = ranks(index, worker)
+    for anchor, found in places.items():
         tries = zip(QUESTIONS[anchor], found, strict=True)
         print(anchor, *(f"    {query}: {place}" for query, place in tries), sep="\n")
+    if lost := [anchor for anchor, found in places.items() if not is_found(found)]:
+        sys.exit(f"not found: {', '.join(lost)}")
 
 
 if __name__ == "__main__":

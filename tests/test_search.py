@@ -45,7 +45,14 @@ def ranks():
 
 @pytest.mark.parametrize("anchor", find.QUESTIONS)
 def test_each_question_is_found_within_two_tries(ranks, anchor):
-    assert any(rank in (1, 2) for rank in ranks[anchor]), ranks[anchor]
+    assert find.is_found(ranks[anchor]), ranks[anchor]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [([1, None], True), ([3, 2], True), ([None, 3], False), ([], False)]
+)
+def test_an_answer_is_found_if_a_try_shows_it_first_or_second(ranks, expected):
+    assert find.is_found(ranks) is expected
 
 
 def test_of_each_page_the_best_section_is_shown():

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from benchmarks import timing
-from benchmarks.kinds import adversarial, game, images, others
+from benchmarks.kinds import adversarial, game, images, others, regularisers
 from benchmarks.kinds import delta as deltas
 from benchmarks.kinds import report as reports
 from benchmarks.kinds.kind import Kind
@@ -37,6 +37,8 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "robustness": images.robustness,
     "contrastive": images.contrastive,
     "vq-gan": adversarial.vq_gan,
+    "consistency": regularisers.consistency,
+    "conservation": regularisers.conservation,
 }
 Folder = Annotated[
     Path, typer.Option(help="Where the results lie; what is there is not run again.")
@@ -94,7 +96,7 @@ def delta(
     rate: Annotated[float, typer.Option(help="Of Adam, for all.", min=0)] = 3e-3,
     output: Output = None,
 ) -> None:
-    """Multi-task learning: the relative change to single tasks, beside TorchJD's methods."""
+    """Multi-task learning: the relative change to single tasks, beside other libraries."""
     names = known_names(problems, list(deltas.PROBLEMS))
     rows = deltas.benchmark(names, seeds, steps, rate)
     timing.report(f"delta m, {seeds} seeds, {steps} steps", rows, output)

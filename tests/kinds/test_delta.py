@@ -85,7 +85,8 @@ def test_a_digit_lies_over_another(tasks):
     assert jnp.all(corners == 0)
 
 
-def test_the_command_reports_every_library(tmp_path, monkeypatch):
+def test_the_command_reports_every_library(tasks, tmp_path, monkeypatch):
+    monkeypatch.setitem(delta.PROBLEMS, "tumours", lambda: tasks)
     monkeypatch.setattr(delta, "METHODS", {"gdmam": delta.METHODS["gdmam"]})
     monkeypatch.setattr(pytorch, "TORCHJD", {"PCGrad": pytorch.TORCHJD["PCGrad"]})
     monkeypatch.setattr(pytorch, "libmtl_is_installed", lambda: False)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 import gdmam_jax as gdmam
-from benchmarks.kinds import adversarial, game, methods, others, report
+from benchmarks.kinds import adversarial, game, methods, others, regularisers, report
 from benchmarks.kinds.__main__ import KINDS, app
 from benchmarks.kinds.kind import Opponent
 from benchmarks.kinds.methods import METHODS, TUNED, WEIGHTINGS, one_of_all
@@ -108,6 +109,27 @@ def test_two_atoms_rest_where_the_potential_is_least():
     energy, slope = jax.value_and_grad(others._lennard_jones)(apart)
     assert energy == pytest.approx(-1, abs=1e-5)
     np.testing.assert_allclose(slope, 0, atol=1e-4)
+
+
+def test_a_trajectory_on_a_circle():
+    starts = jnp.array([[1.0, 0.0], [0.0, -2.0]])
+    found = regularisers.trajectories(lambda at: at[..., ::-1] * jnp.array([-1.0, 1.0]), starts, 6)
+    angles = regularisers.INTERVAL * np.arange(1, 7)
+    np.testing.assert_allclose(found[0], np.stack([np.cos(angles), np.sin(angles)], 1), atol=1e-4)
+    np.testing.assert_allclose(
+        found[1], 2 * np.stack([np.sin(angles), -np.cos(angles)], 1), atol=1e-4
+    )
+
+
+def test_the_area_under_the_curve_is_that_of_scikit_learn(monkeypatch):
+    data = regularisers.make_multilabel_classification(
+        4000, n_features=30, n_classes=8, n_labels=1, allow_unlabeled=True, random_state=0
+    )
+    kind = regularisers.consistency()
+    monkeypatch.setattr(regularisers.networks, "apply", lambda params, inputs: params)
+    logits = np.random.default_rng(0).normal(size=(2000, 8)) + data[1][2000:]
+    expected = roc_auc_score(data[1][2000:], logits, average="macro")
+    assert kind.score(jnp.asarray(logits), None, 1) == pytest.approx(100 * expected, rel=1e-4)
 
 
 def test_cart_and_pole_move_by_their_equations():
