@@ -20,14 +20,17 @@ DOCS = Path(__file__).parent
 PHYSICS = (
     "gdmam", "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config",
 )  # fmt: skip
-KINDS = {
-    "sum x 0.01": "sum x 0.01", "sum x 1": "x 1", "sum x 100": "x 100", "sum x 1000": "x 1,000",
-    "sum tuned": "tuned",
+COMPARED = {
+    "gdmam 1": "`gdmam`", "gdmam tuned": "`gdmam`, tuned", "sum tuned": "sum, tuned",
     "pcgrad": "PCGrad, UPGrad", "gradient norm": "gradient norms", "uncertainty": "uncertainty",
-    "gdmam 1": "`gdmam`", "gdmam tuned": "`gdmam`, tuned", "fork": "`fork`",
+    "fork": "`fork`",
+}  # fmt: skip
+SUMS = {
+    "sum x 0.01": "sum x 0.01", "sum x 1": "x 1", "sum x 100": "x 100", "sum x 1000": "x 1,000",
     "last layer 1": "last layer", "last layer tuned": "last layer, tuned",
 }  # fmt: skip
-"""Methods of `benchmarks.kinds`, and their columns."""
+KINDS = COMPARED | SUMS
+"""Methods of `benchmarks.kinds`, and their columns, in two tables that fit on a screen."""
 API = (
     "gradients", "optimizers", "allocation", "weightings", "remembering", "momentum", "fork",
     "diagnostics", "nnx", "laboratory",
@@ -148,25 +151,30 @@ def median(runs: Sequence[dict[str, str]], column: str = "score") -> float:
     return statistics.median(float(run[column]) for run in runs)
 
 
-def kinds_table() -> str:
-    """Median score, smallest to largest, by kind of problem and method; best median bold."""
-    rows = [
-        ["kind", "measure", *KINDS.values(), "cosine", "norms"],
-        ["---", "---", *["---:"] * (len(KINDS) + 2)],
-    ]
+def kinds_table(sums: bool = False) -> str:
+    """Median score, smallest to largest, by kind of problem and method; best median bold.
+
+    ``sums``: of the methods with a given factor, with the gradients' cosines and norms.
+    """
+    columns = SUMS if sums else COMPARED
+    seen = {"cosine": "cosine", "ratio": "norms"} if sums else {}
+    header = ["kind", *([] if sums else ["measure"]), *columns.values(), *seen.values()]
+    rows = [header, ["---" if name in ("kind", "measure") else "---:" for name in header]]
     for methods in kinds().values():
         summed = methods["sum x 1"]
         better = max if summed[0]["better"] == "higher" else min
         best = better(median(runs) for name, runs in methods.items() if name in KINDS)
-        cells = [summed[0]["title"], f"{summed[0]['measure']} ({summed[0]['better']} is better)"]
-        for name in KINDS:
+        cells = [summed[0]["title"]]
+        if not sums:
+            cells.append(f"{summed[0]['measure']} ({summed[0]['better']} is better)")
+        for name in columns:
             if not (scores := [float(run["score"]) for run in methods[name]]):
                 cells.append("")
                 continue
             middle, *ends = (f"{x:.3g}" for x in (median(methods[name]), min(scores), max(scores)))
             bold = "**" * (median(methods[name]) == best)
             cells.append(_with_range(bold + middle + bold, *ends))
-        cells += [f"{median(summed, 'cosine'):.2f}", f"{median(summed, 'ratio'):.2g}"]
+        cells += [f"{median(summed, name):.2g}" for name in seen]
         rows.append(cells)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
