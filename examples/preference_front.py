@@ -8,6 +8,7 @@ that should count. So a dozen preferences are trained at once, with `jax.vmap` o
 labels are as wrong, picks one.
 
     python examples/preference_front.py            # under 30 seconds on two cores
+    python examples/preference_front.py --wrong 0  # all labels right: the default is picked
     python examples/preference_front.py --help
 
 Prints what the pick, the default and the sum come to on the test images, and draws the front.
@@ -35,7 +36,7 @@ BLOCK = 100
 """Steps in one compiled call, between two signs of progress."""
 TRAINING, VALIDATION = 300, 500
 """Images; the other 997 are for testing."""
-BATCH, WRONG = 64, 1 / 3
+BATCH = 64
 
 
 def gdmam_of(rate, number):
@@ -51,14 +52,14 @@ def adam_on_the_sum(rate, number):
 METHODS = {"GDMAM": gdmam_of, "sum": adam_on_the_sum}
 
 
-def load(seed):
+def load(seed, wrong):
     """Images and labels to train on, to pick by and to test on; the last has all labels right."""
     random = np.random.default_rng(seed)
     digits = load_digits()
     order = random.permutation(len(digits.target))
     pixels, labels = np.float32(digits.data[order] / 16), digits.target[order]
     drawn = np.where(
-        random.random(len(labels)) < WRONG, random.integers(0, 10, len(labels)), labels
+        random.random(len(labels)) < wrong, random.integers(0, 10, len(labels)), labels
     )
     end = TRAINING + VALIDATION
     parts = (
@@ -210,6 +211,7 @@ def main():
     parser.add_argument("--steps", type=int, default=600, help="per training (600)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="at first (3e-3)")
     parser.add_argument("--width", type=int, default=48, help="of the hidden layers (48)")
+    parser.add_argument("--wrong", type=float, default=1 / 3, help="share of labels drawn (1/3)")
     parser.add_argument("--seed", type=int, default=0, help="of data, parameters, batches (0)")
     parser.add_argument("--picture", type=Path, default=Path("preference_front.png"))
     options = parser.parse_args()
@@ -217,10 +219,12 @@ def main():
         parser.error(f"--steps must be a multiple of {BLOCK}, at least {BLOCK}")
     if options.count < 2 or options.width < 1:
         parser.error("--count must be at least 2, and --width at least 1")
+    if not 0 <= options.wrong <= 1:
+        parser.error("--wrong must be between 0 and 1")
 
     # 1 is GDMAM's default, and the plain sum.
     numbers = np.unique(np.append(np.geomspace(0.01, 100, options.count), 1.0))
-    parts, fronts, console = load(options.seed), {}, Console()
+    parts, fronts, console = load(options.seed, options.wrong), {}, Console()
     with Progress(console=console) as progress:
         for method, make_optimizer in METHODS.items():
             task = progress.add_task(method, total=options.steps)

@@ -45,7 +45,7 @@ def test_it_reports_the_pick_and_the_default(example, tmp_path, monkeypatch, cap
 
 def test_a_training_in_the_front_is_the_training_alone(example):
     options = types.SimpleNamespace(steps=100, learning_rate=1e-2, width=8, seed=0)
-    data = example.load(0)[0]
+    data = example.load(0, 1 / 3)[0]
     start, block = example.make_front(example.METHODS["GDMAM"], data, options)
     keys = jax.random.split(jax.random.key(1), 5)
     together = block(start(jnp.array([0.1, 3.0])), keys)[0]
@@ -64,16 +64,21 @@ def test_a_third_of_the_labels_is_drawn_and_none_of_the_test_images(example):
         found = [known[image.tobytes()] for image in np.asarray(pixels)]
         return np.mean(np.array(found) == labels)
 
-    training, validation, test = example.load(0)
+    training, validation, test = example.load(0, 1 / 3)
     assert right(*test) == 1
+    assert right(*example.load(0, 0.0)[0]) == 1
     # Of a third drawn among ten, a tenth is right by chance.
     assert right(*training) == pytest.approx(0.7, abs=0.08)
     assert right(*validation) == pytest.approx(0.7, abs=0.08)
 
 
-def test_steps_that_make_no_block_are_refused(example, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["preference_front.py", "--steps", "150"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--steps", "150", "multiple of 100"), ("--wrong", "1.5", "between 0 and 1")],
+)
+def test_impossible_options_are_refused(example, monkeypatch, capsys, option, value, message):
+    monkeypatch.setattr(sys, "argv", ["preference_front.py", option, value])
     with pytest.raises(SystemExit) as stopped:
         example.main()
     assert stopped.value.code == 2
-    assert "multiple of 100" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

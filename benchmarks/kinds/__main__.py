@@ -39,6 +39,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "vq-gan": adversarial.vq_gan,
     "consistency": regularisers.consistency,
     "conservation": regularisers.conservation,
+    "denoising": regularisers.denoising,
 }
 Folder = Annotated[
     Path, typer.Option(help="Where the results lie; what is there is not run again.")

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.datasets import make_multilabel_classification
+from sklearn.datasets import load_digits, make_multilabel_classification
 
 from benchmarks.kinds import networks
 from benchmarks.kinds.kind import Kind
@@ -118,5 +118,39 @@ def consistency() -> Kind:
         features=lambda params, batch: None,
         prediction=prediction,
         alignment=alignment,
+        score=score,
+    )
+
+
+def denoising() -> Kind:
+    """Digits without their noise, learned from 200 pairs; their total variation should be small."""
+    random = np.random.default_rng(0)
+    pixels = load_digits().data[random.permutation(1797)] / 16
+    noisy = jnp.asarray(pixels + 0.4 * random.normal(size=pixels.shape), jnp.float32)
+    clean = jnp.asarray(pixels, jnp.float32)
+    parts = slice(300, 800), slice(800, 1797)
+
+    def sample(params: Any, key: jax.Array) -> Any:
+        which = jax.random.randint(key, (64,), 0, 200)
+        return noisy[which], clean[which]
+
+    def variation(params: Any, found: Any, batch: Any) -> jax.Array:
+        images = found.reshape(-1, 8, 8)
+        return sum(jnp.mean(jnp.abs(jnp.diff(images, axis=axis))) for axis in (1, 2))
+
+    def score(params: Any, key: jax.Array, part: int) -> jax.Array:
+        found, wanted = networks.apply(params, noisy[parts[part]]), clean[parts[part]]
+        return 100 * jnp.mean((found - wanted) ** 2) / jnp.var(clean)
+
+    return Kind(
+        title="denoising, total variation",
+        losses=("squared error", "total variation"),
+        measure="squared error, %",
+        higher=False,
+        init=lambda key: networks.init(key, 64, 64, 64, 64),
+        sample=sample,
+        features=lambda params, batch: networks.apply(params, batch[0]),
+        prediction=lambda params, found, batch: jnp.mean((found - batch[1]) ** 2),
+        alignment=variation,
         score=score,
     )
