@@ -99,7 +99,7 @@ def network(equation: str, name: str, scale: Any, seeds: int) -> np.ndarray:
     """Relative errors of the learned solution; lower is better."""
 
     def errors(rates: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        method = lambda rate, _: optimizer(rate, name)  # noqa: E731
+        method = lambda rate, *_: optimizer(rate, name)  # noqa: E731
         final = train_network(EQUATIONS[equation], method, rates, numbers, scale).errors[:, -1]
         return final, final
 

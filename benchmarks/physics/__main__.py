@@ -22,7 +22,15 @@ from benchmarks.physics import report as reports
 from benchmarks.physics.equations import CHOSEN_ON, EQUATIONS, HELD_OUT
 from benchmarks.physics.methods import ALL_METHODS, CHOICES
 from benchmarks.physics.quasi_newton import PLANS
-from benchmarks.physics.training import PAPER, SMALL, WARM_UP, Scale, objective, train
+from benchmarks.physics.training import (
+    EXTRAS,
+    SCALES,
+    SMALL,
+    WARM_UP,
+    Scale,
+    objective,
+    train,
+)
 from gdmam_jax.ldl.laboratory import storage
 
 app = typer.Typer(
@@ -39,9 +47,12 @@ Losses = Annotated[
     int,
     typer.Option(help="2: residual and data. 3: residual, boundary and initial.", min=2, max=3),
 ]
-Paper = Annotated[
-    bool,
-    typer.Option("--paper", help="For a GPU: the ConFIG paper's 5 x 50 networks; fewer points."),
+Configuration = Annotated[
+    str,
+    typer.Option(
+        help="small: 4 x 32 networks. For a GPU, config: the ConFIG paper's 5 x 50 networks, fewer "
+        "points; jaxpi: its examples' default, for --rates 1e-3."
+    ),
 ]
 Methods = Annotated[str, typer.Option(help=f"Commas between, or all: {', '.join(ALL_METHODS)}.")]
 Folder = Annotated[
@@ -65,12 +76,21 @@ def run(
     seeds: Annotated[int, typer.Option(help="Of the results, from 0.", min=1)] = 5,
     tuning_seeds: Annotated[int, typer.Option(help="That the rate is tuned on.", min=1)] = 2,
     steps: Annotated[
-        int | None, typer.Option(help="Fewer or more than the scale's.", min=1)
+        int | None, typer.Option(help="Fewer or more than the configuration's.", min=1)
     ] = None,
-    paper: Paper = False,
+    points: Annotated[
+        int | None, typer.Option(help="Fewer or more than the configuration's, inside.", min=1)
+    ] = None,
+    configuration: Configuration = "small",
+    extras: Annotated[
+        str, typer.Option(help=f"What helps beyond weights; commas between: {', '.join(EXTRAS)}.")
+    ] = "",
 ) -> None:
     """Tune each method's rate on seeds of their own, then train; resumes where it was stopped."""
-    scale = PAPER if paper else SMALL
+    scale = _scale(configuration, extras)
+    if points is not None:
+        data = -(-points * scale.data_points // scale.residual_points)
+        scale = scale._replace(residual_points=points, data_points=data)
     if steps is not None:
         records = min(scale.records, steps)
         scale = scale._replace(steps=steps - steps % records, records=records)
@@ -87,7 +107,7 @@ def run(
         for method in _chosen(methods, ALL_METHODS)
     ]
     for pair in pairs:
-        _check(*pair, losses)
+        _check(*pair, scale, losses)
     out.mkdir(parents=True, exist_ok=True)
     started, fresh = time.perf_counter(), 0
     for number, (equation, method) in enumerate(pairs):
@@ -107,13 +127,20 @@ def run(
     typer.echo(reports.table(reports.load(out)))
 
 
-def _check(equation: str, method: str, losses: int) -> None:
+def _scale(configuration: str, extras: str = "") -> Scale:
+    scale = SCALES[known_name(configuration, "--configuration", list(SCALES))]
+    for name in known_names(extras, list(EXTRAS)):
+        scale = scale._replace(**EXTRAS[name])
+    return scale
+
+
+def _check(equation: str, method: str, scale: Scale, losses: int) -> None:
     if method.startswith("ssbroyden") and not importlib.util.find_spec("ssbroyden_optimistix"):
         raise typer.BadParameter(
             f"{method} needs another package: pip install ssbroyden-optimistix"
         )
     try:
-        objective(EQUATIONS[equation], method, SMALL, losses)
+        objective(EQUATIONS[equation], method, scale, losses)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -201,7 +228,7 @@ def step(
     losses: Losses = 2,
     steps: Annotated[int, typer.Option(help="In one measurement.", min=1)] = 50,
     rounds: Rounds = 20,
-    paper: Paper = False,
+    configuration: Configuration = "small",
     threads: Threads = None,
     output: Output = None,
 ) -> None:
@@ -210,12 +237,11 @@ def step(
     from benchmarks.physics import step as module
 
     problem = known_name(equation, "--equation", list(EQUATIONS))
-    chosen = _chosen(methods, ALL_METHODS)
+    scale, chosen = _scale(configuration), _chosen(methods, ALL_METHODS)
     for method in chosen:
-        _check(problem, method, losses)
+        _check(problem, method, scale, losses)
         if method in PLANS:
             raise typer.BadParameter(f"{method} has steps of two kinds: no time of a step is told")
-    scale = PAPER if paper else SMALL
     rows = module.benchmark(EQUATIONS[problem], chosen, scale, losses, steps, rounds)
     timing.report(f"physics step: {problem}, {losses} losses, one network", rows, output)
 

@@ -100,11 +100,19 @@ class Equation:
             points["initial"] = drawn[residual + count :].at[:, -1].set(lower[-1])
         return points
 
-    def losses(self, network: Network, points: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Mean squares of the residual and of the errors on the boundary and at first."""
+    def losses(
+        self, network: Network, points: dict[str, jax.Array], chunks: int = 0
+    ) -> dict[str, jax.Array]:
+        """Mean squares of the residual and of the errors on the boundary and at first.
+
+        With ``chunks`` of time, the residual's have causal weights.
+        """
         inside, boundary = points["residual"], points["boundary"]
         values = (0,) * len(self.lower)
-        found = {"residual": _mean_square(self.residual(network(inside, self.orders), inside))}
+        if chunks:
+            inside = inside[jnp.argsort(inside[:, -1])]
+        residual = self.residual(network(inside, self.orders), inside)
+        found = {"residual": _causal(residual, chunks) if chunks else _mean_square(residual)}
         if self.periodic:
             # What a solution of this order need not repeat is left free.
             slopes = (max(self.orders[0] - 1, 0), *values[1:])
@@ -132,6 +140,18 @@ class Equation:
 def _mean_square(values: jax.Array) -> jax.Array:
     """The sum over the outputs of their mean squares over the points."""
     return jnp.sum(jnp.mean(values**2, axis=0))
+
+
+def _causal(values: jax.Array, chunks: int) -> jax.Array:
+    """Mean squares of points in the order of time, each chunk's times exp(- those before it).
+
+    References:
+      Wang, Sankaran and Perdikaris, Respecting Causality for Training Physics-Informed Neural
+      Networks, 2024.
+    """
+    squares = jnp.mean(jnp.sum(values**2, axis=1).reshape(chunks, -1), axis=1)
+    weights = jnp.exp(squares - jnp.cumsum(squares))
+    return jnp.mean(jax.lax.stop_gradient(weights) * squares)
 
 
 def _exact(formula: Callable[[Any, Any], Any]) -> dict[str, Any]:
@@ -611,3 +631,9 @@ HELD_OUT = (
     "membrane",
 )  # fmt: skip
 """Equations that no choice was made on: they judge."""
+
+REPEATING = (
+    "burgers", "advection", "advection-30",
+    *(name for name, equation in EQUATIONS.items() if equation.periodic),
+)  # fmt: skip
+"""Equations whose solution repeats in space, whatever their boundary loss says."""

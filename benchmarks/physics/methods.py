@@ -16,11 +16,12 @@ Rate = Callable[[Any], Any]
 Losses = tuple[str, ...] | None
 """The names of several alignment losses, or None for one."""
 
-Method = Callable[[Rate, Losses], optax.GradientTransformation]
+Method = Callable[[Rate, Losses, int], optax.GradientTransformation]
+"""``(rate, losses, steps of the training) -> optimizer of pairs``."""
 
 
 def ours(**choices: Any) -> Method:
-    return lambda rate, losses: gdmam.gdmam(rate, alignment_losses=losses, **choices)
+    return lambda rate, losses, _: gdmam.gdmam(rate, alignment_losses=losses, **choices)
 
 
 def common_descent_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,24 +82,33 @@ OPTIMIZERS: dict[str, Callable[[Rate], optax.GradientTransformation]] = {
 """Optimizers of one gradient, by name: functions of the rate."""
 
 
-Front = Callable[[optax.GradientTransformation, Losses], optax.GradientTransformation]
+Front = Callable[[optax.GradientTransformation, Losses, int], optax.GradientTransformation]
+"""``(optimizer of one gradient, losses, steps of the training) -> optimizer of pairs``."""
 
 
 def _weighed(weighting: gdmam.Weighting | gdmam.RememberingWeighting) -> Front:
-    return lambda optimizer, losses: gdmam.weighed(optimizer, weighting, alignment_losses=losses)
+    return lambda optimizer, losses, _: gdmam.weighed(optimizer, weighting, alignment_losses=losses)
 
 
 def _fixed(data_weight: float) -> Front:
-    def front(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
+    def front(optimizer: optax.GradientTransformation, losses: Losses, steps: int) -> Any:
         # The residual comes last.
         weights = [data_weight] * len(losses or (None,)) + [1.0]
-        return _weighed(gdmam.constant_weighting(*weights))(optimizer, losses)
+        return _weighed(gdmam.constant_weighting(*weights))(optimizer, losses, steps)
 
     return front
 
 
+def _gradient_norms(
+    optimizer: optax.GradientTransformation, losses: Losses, steps: int
+) -> optax.GradientTransformation:
+    """jaxpi renews its weights every 1,000 of 200,000 steps; this is the same share."""
+    weighting = gdmam.gradient_norm_weighting(every=max(1, steps // 200))
+    return _weighed(weighting)(optimizer, losses, steps)
+
+
 def _allocated(gate: gdmam.Gate) -> Front:
-    def front(optimizer: optax.GradientTransformation, losses: Losses) -> Any:
+    def front(optimizer: optax.GradientTransformation, losses: Losses, _: int) -> Any:
         link = gdmam.allocate(gdmam.unit_weighting, gate, alignment_losses=losses)
         return optax.chain(link, optimizer)
 
@@ -109,8 +119,7 @@ FRONTS: dict[str, Front] = {
     "summed": _fixed(1.0),
     "data x 10": _fixed(10.0),
     "data x 100": _fixed(100.0),
-    # jaxpi renews its weights every 1,000 of 200,000 steps; this is the same share of 5,000.
-    "gradient norms": _weighed(gdmam.gradient_norm_weighting(every=25)),
+    "gradient norms": _gradient_norms,
     "allocated": _allocated(gdmam.priority_gate),
     "allocated open": _allocated(gdmam.open_gate),
 }
@@ -118,7 +127,7 @@ FRONTS: dict[str, Front] = {
 
 
 def behind(front: Front, optimizer: Callable[[Rate], optax.GradientTransformation]) -> Method:
-    return lambda rate, losses: front(optimizer(rate), losses)
+    return lambda rate, losses, steps: front(optimizer(rate), losses, steps)
 
 
 def adam_weighed(weighting: gdmam.Weighting) -> Method:

@@ -40,12 +40,16 @@ def benchmark(
     samples = jax.jit(
         jax.vmap(lambda key: equation.sample(key, scale.residual_points, scale.data_points))
     )(keys)
-    params = init(jax.random.key(0), layer_sizes(equation, scale))
+    params = init(
+        jax.random.key(0), layer_sizes(equation, scale), scale.frequencies, scale.factorised
+    )
     start, step = _of_the_summed_loss(objective(equation, PAIR, scale, losses))
     cases = {LOSS: _case(LOSS, params, samples, start, step)}
     for name in dict.fromkeys([PAIR, *methods]):
         both = objective(equation, name, scale, losses)
-        cases[name] = _case(name, params, samples, *stepper(name, lambda _: RATE, both, losses))
+        cases[name] = _case(
+            name, params, samples, *stepper(name, lambda _: RATE, both, losses, scale)
+        )
     measure_in_turn(list(cases.values()), rounds)
     return [
         {

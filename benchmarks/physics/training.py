@@ -13,7 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import gdmam_jax as gdmam
-from benchmarks.physics.equations import Along, Equation, Network
+from benchmarks.physics.equations import REPEATING, Along, Equation, Network
 from benchmarks.physics.methods import (
     METHODS,
     MOMENTUM_CONFIG,
@@ -30,7 +30,22 @@ WARM_UP = 100
 
 
 class Scale(NamedTuple):
-    """How large networks, point sets and budgets are."""
+    """How large networks, point sets and budgets are, and what helps beyond weights.
+
+    Attributes:
+      width: of the hidden layers.
+      depth: how many hidden layers.
+      residual_points: inside the domain, at each step.
+      data_points: at each step; of equations with time half are at the first moment.
+      steps: of a training.
+      records: how many errors of a training are kept.
+      periodic: whether the network repeats in space by itself. Then no boundary loss is left.
+      frequencies: of the waves, both learned, that the first layer has instead of the inputs.
+      factorised: whether each column of a kernel has a learned factor.
+      chunks: of time, each of whose residuals counts little while those before it are large.
+      exponential: whether the rate falls by a tenth each hundredth of the training, without
+        warm-up, instead of along half a cosine.
+    """
 
     width: int = 32
     depth: int = 4
@@ -38,10 +53,33 @@ class Scale(NamedTuple):
     data_points: int = 100
     steps: int = 5000
     records: int = 25
+    periodic: bool = False
+    frequencies: int = 0
+    factorised: bool = False
+    chunks: int = 0
+    exponential: bool = False
 
 
 SMALL = Scale()
-PAPER = Scale(width=50, depth=5, residual_points=1000, data_points=500, steps=100_000, records=100)
+SCALES = {
+    "small": SMALL,
+    "config": Scale(
+        width=50, depth=5, residual_points=1000, data_points=500, steps=100_000, records=100
+    ),
+    "jaxpi": Scale(
+        width=256, residual_points=4096, data_points=1024, steps=200_000, records=100,
+        periodic=True, frequencies=128, factorised=True, chunks=32, exponential=True,
+    ),
+}  # fmt: skip
+"""This benchmark's own, the ConFIG paper's, and the one that jaxpi's examples have by default."""
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "periodic": {"periodic": True},
+    "fourier": {"frequencies": 16},
+    "factorised": {"factorised": True},
+    "causal": {"chunks": 20},
+}
+"""What `SMALL` can have besides, by name."""
 
 
 class Curves(NamedTuple):
@@ -55,8 +93,18 @@ Layers = list[dict[str, jax.Array]]
 """Kernels and biases, as optimizers that know of matrices want them."""
 
 
-def init(key: jax.Array, sizes: list[int]) -> Layers:
-    """Glorot-normal layers without biases at first."""
+def init(
+    key: jax.Array, sizes: list[int], frequencies: int = 0, factorised: bool = False
+) -> Layers:
+    """Glorot-normal layers without biases at first.
+
+    With ``frequencies`` a layer of waves, which has no bias, comes before them. A kernel with
+    factors is their product at first as without them.
+    """
+    waves = []
+    if frequencies:
+        normal = jax.random.normal(jax.random.fold_in(key, 0), (sizes[0], frequencies))
+        waves, sizes = [{"kernel": normal}], [2 * frequencies, *sizes[1:]]
     deviations = [
         np.repeat([np.sqrt(2 / (rows + columns)), 0], [rows * columns, columns])
         for rows, columns in itertools.pairwise(sizes)
@@ -66,19 +114,25 @@ def init(key: jax.Array, sizes: list[int]) -> Layers:
     shapes = [(rows + 1, columns) for rows, columns in itertools.pairwise(sizes)]
     parts = jnp.split(flat, np.cumsum([np.prod(shape) for shape in shapes])[:-1])
     layers = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-    return [{"kernel": layer[:-1], "bias": layer[-1]} for layer in layers]
+    params = [{"kernel": layer[:-1], "bias": layer[-1]} for layer in layers]
+    for number, layer in enumerate(params if factorised else [], 1):
+        drawn = jax.random.normal(jax.random.fold_in(key, number), layer["bias"].shape)
+        layer["factor"] = jnp.exp(0.5 + 0.1 * drawn)
+        layer["kernel"] /= layer["factor"]
+    return waves + params
 
 
-def network(params: Layers, equation: Equation) -> Network:
+def network(params: Layers, equation: Equation, periodic: bool = False) -> Network:
     r"""Hyperbolic tangents over inputs scaled to [-1, 1], with their derivatives.
 
-    Derivatives go through the layers beside the values, all axes' of one order in one array. With
-    $y = \tanh z$ and $s = 1 - y^2$, so that $y_1 = s z_1$, Leibniz' rule gives
+    Derivatives by each input go through the layers beside the values. With $y = \tanh z$ and
+    $s = 1 - y^2$, so that $y_1 = s z_1$, Leibniz' rule gives
     $y_n = \sum_k \binom{n - 1}{k} s_k z_{n - k}$ and $s_n = -\sum_k \binom{n}{k} y_k y_{n - k}$.
 
     Args:
       params: of `init`.
       equation: whose domain the points lie in.
+      periodic: whether the first input is a point on a circle, and time runs from 0 to 1.
 
     Returns:
       A function ``(points, orders) -> along``.
@@ -86,39 +140,66 @@ def network(params: Layers, equation: Equation) -> Network:
     lower, upper = np.array(equation.lower), np.array(equation.upper)
 
     def along(points: jax.Array, orders: tuple[int, ...]) -> Along:
-        axes = sorted(range(len(orders)), key=lambda axis: -orders[axis])
-        counts = [sum(order >= k for order in orders) for k in range(1, max(orders) + 1)]
         scale = 2 / (upper - lower)
-        # Before the first layer derivatives are the same at all points.
-        slopes = np.diag(scale)[axes, None].astype(points.dtype)
-        z = [(scale * (points - lower) - 1).astype(points.dtype)]
-        z += [slopes[:count] * (k == 0) for k, count in enumerate(counts)]
-        for number, layer in enumerate(params):
-            z = [each @ layer["kernel"] for each in z]
-            z[0] += layer["bias"]
-            if number < len(params) - 1:
-                z = _tanh(z, counts)
-        return [
-            [z[0], *(z[k][axes.index(axis)] for k in range(1, order + 1))]
-            for axis, order in enumerate(orders)
+        value = (scale * (points - lower) - 1).astype(points.dtype)
+        slopes = [jnp.broadcast_to(row, value.shape) for row in np.diag(scale).astype(value.dtype)]
+        z = [
+            [value, *(slope * (k == 0) for k in range(order))]
+            for slope, order in zip(slopes, orders, strict=True)
         ]
+        if periodic:
+            z = _around(z)
+        for number, layer in enumerate(params):
+            kernel = layer["kernel"] * layer.get("factor", 1)
+            value = z[0][0] @ kernel + layer.get("bias", 0)
+            z = [[value, *(each @ kernel for each in terms[1:])] for terms in z]
+            if "bias" not in layer:
+                z = _waves(z)
+            elif number < len(params) - 1:
+                z = _tanh(z)
+        return z
 
     return along
 
 
-def _tanh(z: list[jax.Array], counts: list[int]) -> list[jax.Array]:
-    """The hyperbolic tangent of a value and of its derivatives, one array for each order."""
-    y = [jnp.tanh(z[0])]
-    s = [1 - y[0] ** 2]
-    for n, count in enumerate(counts, 1):
+def _tanh(z: Along) -> Along:
+    """The hyperbolic tangent of a value and its derivatives."""
+    value = jnp.tanh(z[0][0])
+    slope, found = 1 - value**2, []
+    for terms in z:
+        y, s = [value], [slope]
+        for n in range(1, len(terms)):
+            y.append(_leibniz(s, terms, n))
+            s.append(-sum(comb(n, k) * y[k] * y[n - k] for k in range(n + 1)))
+        found.append(y)
+    return found
 
-        def first(terms: list[jax.Array], k: int, count: int = count) -> jax.Array:
-            """What belongs to the axes that have this order, which come first."""
-            return terms[k] if k == 0 else terms[k][:count]
 
-        y.append(sum(comb(n - 1, k) * first(s, k) * first(z, n - k) for k in range(n)))
-        s.append(-sum(comb(n, k) * first(y, k) * first(y, n - k) for k in range(n + 1)))
-    return y
+def _waves(z: Along) -> Along:
+    """Cosine and sine, side by side, of a value and their derivatives."""
+    value, found = z[0][0], []
+    for terms in z:
+        cosine, sine = [jnp.cos(value)], [jnp.sin(value)]
+        for n in range(1, len(terms)):
+            cosine, sine = (
+                [*cosine, -_leibniz(sine, terms, n)],
+                [*sine, _leibniz(cosine, terms, n)],
+            )
+        pairs = zip(cosine, sine, strict=True)
+        found.append([jnp.concatenate(pair, axis=-1) for pair in pairs])
+    return found
+
+
+def _leibniz(s: list[jax.Array], z: list[jax.Array], n: int) -> jax.Array:
+    """The derivative of order n of what has the first derivative s times that of z."""
+    return sum(comb(n - 1, k) * s[k] * z[n - k] for k in range(n))
+
+
+def _around(z: Along) -> Along:
+    """The first input on a circle, and time from 0 to 1."""
+    circle = _waves([[np.pi * each[:, :1] for each in terms] for terms in z])
+    times = [[0.5 * each[:, 1:] + 0.5 * (k == 0) for k, each in enumerate(terms)] for terms in z]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), circle, times)
 
 
 def train(
@@ -154,7 +235,7 @@ def train(
 
 def layer_sizes(equation: Equation, scale: Scale) -> list[int]:
     """Inputs, hidden layers and outputs of the network."""
-    return [len(equation.lower), *[scale.width] * scale.depth, equation.outputs]
+    return [len(equation.lower) + scale.periodic, *[scale.width] * scale.depth, equation.outputs]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -167,7 +248,8 @@ def _start(sizes: tuple[int, ...], scale: Scale, seeds: jax.Array) -> tuple[Laye
 
     def start(seed: jax.Array) -> tuple[Layers, jax.Array]:
         first, second = jax.random.split(jax.random.key(seed))
-        return init(first, list(sizes)), jax.random.split(second, shape)
+        params = init(first, list(sizes), scale.frequencies, scale.factorised)
+        return params, jax.random.split(second, shape)
 
     return jax.vmap(start)(seeds)
 
@@ -181,10 +263,23 @@ def objective(
             f"{losses} losses are not to be had of {equation.name}: there are 2, or 3 where there "
             "is time"
         )
+    if scale.periodic and (losses == 3 or equation.name not in REPEATING):
+        raise ValueError(
+            f"a periodic network has 2 losses, and solves {', '.join(REPEATING)}; expected one of "
+            f"these, got {losses} losses of {equation.name}"
+        )
+    if scale.chunks and not (equation.timed and scale.residual_points % scale.chunks == 0):
+        raise ValueError(
+            f"causal weights need time, and points in {scale.chunks} equal parts; expected such an "
+            f"equation, got {equation.name} with {scale.residual_points} points"
+        )
     first = _prediction(method, losses)
 
     def both(params: Layers, sample: Any) -> tuple[jax.Array, Any]:
-        found = equation.losses(network(params, equation), sample)
+        learned = network(params, equation, scale.periodic)
+        found = equation.losses(learned, sample, scale.chunks)
+        if scale.periodic:
+            del found["boundary"]
         if losses == 2:
             found = {"residual": found.pop("residual"), "data": sum(found.values())}
         prediction = found.pop(first)
@@ -209,14 +304,11 @@ def _program(equation: Equation, method: str | Method, scale: Scale, losses: int
     beginning = method if plan is None else plan.first
 
     def error(params: Layers) -> jax.Array:
-        learned = network(params, equation)(points, (0,) * points.shape[1])[0][0]
+        learned = network(params, equation, scale.periodic)(points, (0,) * points.shape[1])[0][0]
         return jnp.linalg.norm(learned - solution) / jnp.linalg.norm(solution)
 
     def trained(rate: jax.Array, params: Layers, keys: jax.Array) -> tuple[Any, Curves]:
-        peak = optax.schedules.warmup_cosine_decay_schedule(
-            0.0, 1.0, min(WARM_UP, keys.size // 2), keys.size
-        )
-        start, step = stepper(beginning, lambda count: rate * peak(count), both, losses)
+        start, step = stepper(beginning, _schedule(rate, keys.size, scale), both, losses, scale)
 
         def advance(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
             sample = equation.sample(key, scale.residual_points, scale.data_points)
@@ -259,8 +351,18 @@ def _program(equation: Equation, method: str | Method, scale: Scale, losses: int
     return jax.jit(lambda *starts: jax.lax.map(lambda each: run(*each), starts))
 
 
+def _schedule(rate: jax.Array, steps: int, scale: Scale) -> Rate:
+    if scale.exponential:
+        falling = optax.schedules.exponential_decay(1.0, steps / 100, 0.9)
+    else:
+        falling = optax.schedules.warmup_cosine_decay_schedule(
+            0.0, 1.0, min(WARM_UP, steps // 2), steps
+        )
+    return lambda count: rate * falling(count)
+
+
 def stepper(
-    method: str | Method, rate: Rate, objective: Callable[..., Any], losses: int
+    method: str | Method, rate: Rate, objective: Callable[..., Any], losses: int, scale: Scale
 ) -> tuple[Callable[[Layers], Any], Callable[..., Any]]:
     """How a method starts, and its step ``(carry, sample) -> (carry, cosine)``.
 
@@ -269,6 +371,7 @@ def stepper(
       rate: the learning rate, a function of the step.
       objective: ``(params, sample) -> (prediction, alignment)``, see `objective`.
       losses: how many there are.
+      scale: sizes.
 
     Returns:
       ``(start, step)``; the carry is ``(params, start(params))`` at first.
@@ -278,7 +381,8 @@ def stepper(
     make = method if callable(method) else METHODS[method.removesuffix(RESIDUAL_FIRST)]
     parts = ["boundary", "initial", "residual"]
     parts.remove(_prediction(method, 3))
-    optimizer = optax.with_extra_args_support(make(rate, None if losses == 2 else tuple(parts)))
+    names = None if losses == 2 else tuple(parts)
+    optimizer = optax.with_extra_args_support(make(rate, names, scale.steps))
 
     def step(carry: Any, sample: Any) -> tuple[Any, jax.Array]:
         params, state = carry

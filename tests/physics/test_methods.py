@@ -1,5 +1,7 @@
 """The methods, beside ConFIG's own package and TorchJD, on gradients recorded in a training."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from benchmarks.physics.methods import (
     gradients,
     momentum_config,
 )
-from benchmarks.physics.training import SMALL, init, objective
+from benchmarks.physics.training import SMALL, init, network, objective
 
 torch = pytest.importorskip("torch")
 BURGERS = EQUATIONS["burgers"]
@@ -127,7 +129,7 @@ def test_weightings_are_those_of_conflictfree_and_torchjd(name, recorded, x64, f
 @pytest.mark.parametrize("name", [name for name in METHODS if not name.endswith(" data x 100")])
 def test_every_method_takes_pairs(name, losses):
     names = None if losses == 2 else ("boundary", "residual")
-    optimizer = METHODS[name](lambda count: 0.1, names)
+    optimizer = METHODS[name](lambda count: 0.1, names, 5000)
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
     random = np.random.default_rng(0)
 
@@ -173,12 +175,12 @@ def test_of_several_losses_the_common_descent_gate_is_never_against_the_predicti
 def test_gradient_norm_weights_are_renewed_at_jaxpis_share_of_the_steps():
     """Behind them SGD, whose steps show the weights."""
     front = behind(FRONTS["gradient norms"], lambda rate: optax.sgd(1.0))
-    optimizer = front(lambda count: 1.0, None)
+    optimizer = front(lambda count: 1.0, None, 1000)
     random = np.random.default_rng(0)
     state, weights = optimizer.init(jnp.ones(5)), np.ones(2)
-    for number in range(52):
+    for number in range(12):
         rows = random.normal(size=(2, 5)) * np.array([[1.0], [50.0]])
-        if number % 25 == 0:
+        if number % 5 == 0:
             norms = np.linalg.norm(rows, axis=1)
             weights = 0.9 * weights + 0.1 * norms.mean() / (norms + 1e-5 * norms.mean())
         pair = gdmam.GradientPair(*jnp.asarray(rows, jnp.float32))
@@ -199,7 +201,7 @@ def test_gradient_norm_weights_are_renewed_at_jaxpis_share_of_the_steps():
 def test_fixed_weights_are_on_each_data_loss(name, weight, alone):
     """The second step: Adam's first knows signs only, SOAP's only measures."""
     gradients = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-    optimizer, other = METHODS[name](lambda count: 0.1, ("boundary", "residual")), alone(0.1)
+    optimizer, other = METHODS[name](lambda _: 0.1, ("boundary", "residual"), 9), alone(0.1)
     params = jnp.ones(4)
     state, memory = optimizer.init(params), other.init(params)
     for i, b, r in gradients:
@@ -233,3 +235,51 @@ def test_three_losses_are_parts_of_two(x64):
     for equation, losses in (("kovasznay", 3), ("burgers", 4)):
         with pytest.raises(ValueError, match="losses"):
             objective(EQUATIONS[equation], "gdmam", SMALLEST, losses)
+
+
+def test_causal_weights_are_those_of_the_residuals_before(x64):
+    """The loss and its gradient, of a network that repeats: no boundary loss is left."""
+    scale = SMALLEST._replace(chunks=4, periodic=True)
+    params = optax.tree.cast(init(jax.random.key(0), [3, 6, 1]), jnp.float64)
+    sample = BURGERS.sample(jax.random.key(1), 20, 10)
+    learned = functools.partial(network, equation=BURGERS, periodic=True)
+
+    def expected(params, weights):
+        points = sample["residual"]
+        residual = BURGERS.residual(learned(params)(points, BURGERS.orders), points)[:, 0]
+        chunks = (residual[np.argsort(points[:, 1])] ** 2).reshape(4, 5).mean(axis=1)
+        return weights @ chunks / 4, chunks
+
+    _, chunks = expected(params, np.ones(4))
+    assert np.ptp(chunks) > 1e-3
+    weights = [np.exp(-sum(chunks[:number])) for number in range(4)]
+    (data, residual), gradient = jax.jit(
+        lambda params: (
+            objective(BURGERS, "gdmam", scale, 2)(params, sample),
+            jax.grad(lambda params: objective(BURGERS, "gdmam", scale, 2)(params, sample)[1])(
+                params
+            ),
+        )
+    )(params)
+    value, _ = expected(params, np.array(weights))
+    np.testing.assert_allclose(residual, value, rtol=1e-10)
+    frozen = jax.grad(lambda params: expected(params, np.array(weights))[0])(params)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(frozen), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-12)
+    first = sample["initial"]
+    wrong = learned(params)(first, (0, 0))[0][0] - BURGERS.values(first, jnp)
+    np.testing.assert_allclose(data, jnp.mean(wrong**2), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("equation", "change", "losses", "word"),
+    [
+        ("heat", {"periodic": True}, 2, "periodic"),
+        ("burgers", {"periodic": True}, 3, "periodic"),
+        ("helmholtz", {"chunks": 4}, 2, "causal"),
+        ("burgers", {"chunks": 3}, 2, "causal"),
+    ],
+)
+def test_what_an_equation_cannot_have_is_refused(equation, change, losses, word):
+    with pytest.raises(ValueError, match=word):
+        objective(EQUATIONS[equation], "gdmam", SMALLEST._replace(**change), losses)

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 import gdmam_jax as gdmam
 from benchmarks.physics import report as reports
+from benchmarks.physics import training
 from benchmarks.physics.__main__ import app
 from benchmarks.physics.equations import EQUATIONS
-from benchmarks.physics.training import SMALL, train
+from benchmarks.physics.training import SCALES, SMALL, train
 from gdmam_jax.ldl.laboratory import storage
 
 TINY = SMALL._replace(width=8, depth=2, residual_points=16, data_points=8, steps=200, records=2)
@@ -62,7 +63,7 @@ def invoke(*arguments):
 
 
 def test_the_command_resumes_reports_and_refuses(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.physics.__main__.SMALL", TINY)
+    monkeypatch.setitem(SCALES, "small", TINY)
     given = ["run", "--out", tmp_path, "--equations", "heat", "--seeds", 3, "--tuning-seeds", 1]
     assert invoke(*given, "--methods", "summed").exit_code == 0
     kept = (tmp_path / "heat-summed.json").read_bytes()
@@ -88,7 +89,7 @@ def test_the_command_resumes_reports_and_refuses(tmp_path, monkeypatch):
 
 
 def test_the_time_of_a_step_is_told_side_by_side(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.physics.__main__.SMALL", TINY)
+    monkeypatch.setitem(SCALES, "small", TINY)
     output = tmp_path / "step.json"
     given = ["step", "--equation", "heat", "--methods", "gdmam", "--steps", 2, "--rounds", 2]
     assert invoke(*given, "--output", output).exit_code == 0
@@ -131,3 +132,34 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     refused = invoke("run", "--out", tmp_path, "--methods", "ssbroyden")
     assert refused.exit_code == 2
     assert "ssbroyden-optimistix" in refused.output
+
+
+def test_jaxpis_configuration_trains_and_its_extras_are_options(tmp_path, monkeypatch):
+    small = {"width": 8, "residual_points": 32, "data_points": 8, "steps": 200, "records": 2}
+    jaxpi = SCALES["jaxpi"]._replace(**small, depth=2, frequencies=4)
+    extras = TINY._replace(residual_points=20)
+    for name, scale in (("jaxpi", jaxpi), ("small", extras)):
+        monkeypatch.setitem(SCALES, name, scale)
+    given = ["run", "--equations", "burgers", "--methods", "adamw gradient norms", "--seeds", 1]
+    given += ["--rates", "1e-3", "--out"]
+    assert invoke(*given, tmp_path / "jaxpi", "--configuration", "jaxpi").exit_code == 0
+    (found,) = (tmp_path / "jaxpi").glob("*.json")
+    settings = json.loads(found.read_text())["settings"]["scale"]
+    assert settings == jaxpi._asdict()
+    named = "periodic,fourier,factorised,causal"
+    assert invoke(*given, tmp_path / "extras", "--extras", named).exit_code == 0
+    (found,) = (tmp_path / "extras").glob("*.json")
+    settings = json.loads(found.read_text())["settings"]["scale"]
+    assert settings["periodic"]
+    assert settings["factorised"]
+    assert (settings["frequencies"], settings["chunks"]) == (16, 20)
+    for option in ("--extras", "--configuration"):
+        assert invoke(*given, tmp_path, option, "nonsense").exit_code == 2
+    refused = invoke(*given, tmp_path, "--equations", "heat", "--extras", "periodic")
+    assert refused.exit_code == 2
+    assert "periodic" in refused.output
+
+
+def test_the_exponential_schedule_falls_to_jaxpis_last_share():
+    rate = training._schedule(2.0, 500, SMALL._replace(exponential=True))
+    np.testing.assert_allclose([rate(0), rate(5), rate(500)], [2, 1.8, 2 * 0.9**100], rtol=1e-5)
