@@ -81,25 +81,30 @@ def measured(file: str) -> str:
 
 
 def physics(
-    file: str = "physics", methods: Sequence[str] = PHYSICS
+    file: str = "physics", methods: Sequence[str] = PHYSICS, extras: str = ""
 ) -> dict[str, dict[str, list[float]]]:
     """The final errors in ``docs/FILE.csv``: by method, then by equation."""
     errors: dict[str, dict[str, list[float]]] = {method: defaultdict(list) for method in methods}
     with (DOCS / f"{file}.csv").open() as lines:
         for run in csv.DictReader(lines):
-            if run["method"] in errors:
+            if run["method"] in errors and run["extras"] == extras:
                 errors[run["method"]][run["equation"]].append(float(run["error"]))
     return errors
 
 
 def physics_table(
-    file: str = "physics", methods: Sequence[str] = PHYSICS, equations: Sequence[str] | None = None
+    file: str = "physics",
+    methods: Sequence[str] = PHYSICS,
+    equations: Sequence[str] | None = None,
+    extras: str = "",
+    times: str | None = None,
 ) -> str:
     """Median error in percent, smallest to largest, by equation and method; lowest median bold.
 
-    Without ``equations``, those on which all methods were run. The mean rank is over these.
+    Without ``equations``, those on which all methods were run. The mean rank is over these. With
+    ``times``, a file of times of a step, these come last.
     """
-    errors = physics(file, methods)
+    errors = physics(file, methods, extras)
     if equations is None:
         equations = [
             name for name in errors[methods[0]] if all(each[name] for each in errors.values())
@@ -107,13 +112,16 @@ def physics_table(
     rows = [["equation", *methods], ["---", *["---:"] * len(methods)]]
     ratios: dict[str, list[float]] = {method: [] for method in methods}
     ranks: dict[str, list[int]] = {method: [] for method in methods}
+    level: dict[str, int] = dict.fromkeys(methods, 0)
     for equation in equations:
         runs = {method: errors[method][equation] for method in methods}
         medians = {method: statistics.median(each) for method, each in runs.items() if each}
         lowest, cells = min(medians.values()), []
         if len(medians) == len(methods):
+            best = max(max(runs[method]) for method in methods if medians[method] == lowest)
             for method, middle in medians.items():
                 ranks[method].append(1 + sum(other < middle for other in medians.values()))
+                level[method] += min(runs[method]) <= best
         for method, found in runs.items():
             if not found:
                 cells.append("not run")
@@ -134,6 +142,11 @@ def physics_table(
     rows.append(["worst over best", *(f"{max(each):.1f}" for each in ratios.values())])
     if any(ranks.values()):
         rows.append(["mean rank", *(f"{statistics.mean(each):.1f}" for each in ranks.values())])
+        count = len(ranks[methods[0]])
+        rows.append(["lowest or level", *(f"{each} of {count}" for each in level.values())])
+    if times is not None:
+        column = "over the pair's sum"
+        rows.append(["time of a step", *(figure(times, column, method=name) for name in methods)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -198,19 +198,21 @@ def test_mean_ranks_are_over_the_equations_that_all_methods_were_run_on(tmp_path
         "wave": {"gdmam": (0.2, 0.9, 0.7), "summed": (0.1, 0.1, 0.1)},
         "burgers": {"gdmam": (0.1,)},
     }
-    lines = ["equation,method,rate,seed,error"] + [
-        f"{equation},{method},0.01,{seed},{error}"
+    lines = ["equation,method,extras,steps,rate,seed,error"] + [
+        f"{equation},{method},{extras},5000,0.01,{seed},{error}"
         for equation, found in runs.items()
         for method, errors in found.items()
         for seed, error in enumerate(errors)
+        for extras in ("", "causal")
     ]
     (tmp_path / "made.csv").write_text("\n".join(lines))
     monkeypatch.setattr(figures, "DOCS", tmp_path)
     table = figures.physics_table("made", ["gdmam", "summed"], list(runs)).splitlines()
-    assert table[-3:] == [
+    assert table[-4:] == [
         "| failed | 2 | 1 |",
         "| worst over best | 7.0 | 2.0 |",
         "| mean rank | 1.5 | 1.5 |",
+        "| lowest or level | 1 of 2 | 2 of 2 |",
     ]
     assert table[4].endswith("| not run |")
 

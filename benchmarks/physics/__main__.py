@@ -25,7 +25,6 @@ from benchmarks.physics.quasi_newton import PLANS
 from benchmarks.physics.training import (
     EXTRAS,
     SCALES,
-    SMALL,
     WARM_UP,
     Scale,
     objective,
@@ -115,7 +114,7 @@ def run(
         if already_run(path, settings):
             continue
         record = _compare(equation, method, grid, seeds, tuning_seeds, scale, losses)
-        storage.write_json(path, record | {"settings": settings})
+        storage.write_json(path, record | {"settings": settings, "extras": extras})
         fresh += 1
         left = (time.perf_counter() - started) / fresh * (len(pairs) - number - 1)
         typer.echo(
@@ -188,14 +187,25 @@ def report(
     out: Folder = Path("results/physics"),
     picture: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Where to write every final error.")] = None,
+    step: Annotated[
+        Path | None,
+        typer.Option(help="What `step --output` wrote: the picture is over seconds on one core."),
+    ] = None,
 ) -> None:
-    """Print the table of what has been run; draw the errors over time."""
+    """Print the table of what has been run; draw the errors over the steps, or over seconds."""
     records = reports.load(out)
     if not records:
         raise typer.BadParameter(f"no results in {out}; run the benchmark first")
     typer.echo(reports.table(records))
-    if picture is not None:
+    if picture is not None and step is None:
         reports.draw(records, picture)
+    elif picture is not None:
+        rows = json.loads(step.read_text())["rows"]
+        times = {row["method"]: row["milliseconds a step"] for row in rows}
+        try:
+            reports.draw_over_seconds(records, times, picture)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
     if csv is not None:
         reports.write_csv(records, csv)
 
@@ -204,19 +214,10 @@ def report(
 def finals(
     csv: Annotated[Path, typer.Argument(help="What `report --csv` wrote.")],
     picture: Annotated[Path, typer.Argument(help="Where to draw.")],
-    step: Annotated[
-        Path | None,
-        typer.Option(help="What `step --output` wrote: errors over the seconds of a training."),
-    ] = None,
 ) -> None:
     """Draw the final errors of all runs in a file."""
     try:
-        if step is None:
-            reports.draw_finals(csv, picture)
-        else:
-            rows = json.loads(step.read_text())["rows"]
-            times = {row["method"]: row["milliseconds a step"] for row in rows}
-            reports.draw_over_seconds(csv, times, SMALL.steps, picture)
+        reports.draw_finals(csv, picture)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

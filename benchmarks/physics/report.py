@@ -70,12 +70,13 @@ def table(records: Records) -> str:
 
 
 def write_csv(records: Records, path: Path) -> None:
-    """One line a run: equation, method, rate, seed, final error."""
-    lines = ["equation,method,rate,seed,error"]
+    """One line a run: equation, method, extras, steps, rate, seed, final error."""
+    lines = ["equation,method,extras,steps,rate,seed,error"]
     for equation, found in records.items():
         for name, record in found.items():
-            for seed, error in enumerate(finals(record)):
-                lines.append(f"{equation},{name},{record['rate']:g},{seed},{error:.6g}")
+            steps, extras = record["settings"]["scale"]["steps"], record["extras"]
+            run = f"{equation},{name},{extras.replace(',', ' ')},{steps},{record['rate']:g}"
+            lines += [f"{run},{seed},{error:.6g}" for seed, error in enumerate(finals(record))]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 
@@ -91,8 +92,8 @@ SHOWN = {
 """Methods in the picture of errors over the steps, and their colours."""
 
 OPTIMIZERS = {"adamw": "0.4", "muon": "C1", "soap": "C0"}
-MARKERS = {"summed": "o", "gradient norms": "s", "allocated": "^"}
-"""In the picture over seconds: optimizers' colours, and the signs of what stands before them."""
+LINES = {"summed": ":", "gradient norms": "--", "allocated": "-"}
+"""In the picture over seconds: optimizers' colours, and the lines of what stands before them."""
 
 FINALS = (
     "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config", "gdmam",
@@ -144,34 +145,28 @@ def draw_finals(csv: Path, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_over_seconds(csv: Path, milliseconds: dict[str, float], steps: int, path: Path) -> None:
-    """The final errors over the time of the training: medians, and ranges as bars.
+def draw_over_seconds(records: Records, milliseconds: dict[str, float], path: Path) -> None:
+    """Median errors over the time of a training, by equation.
 
     Args:
-      csv: of `write_csv`.
+      records: of `load`.
       milliseconds: a step's, by method.
-      steps: of a training.
       path: of the picture.
     """
-    needed = [f"{name} {front}" for name in OPTIMIZERS for front in ("summed", "allocated")]
-    runs = _runs(csv, needed)
-    figure, axes = _axes(1, len(runs), 3.5, sharex=True)
-    for axis, (equation, found) in zip(axes[0], runs.items(), strict=True):
+    figure, axes = _axes(1, len(records), 3.5, sharex=True)
+    for axis, (equation, found) in zip(axes[0], records.items(), strict=True):
         for optimizer, color in OPTIMIZERS.items():
-            for front, marker in MARKERS.items():
+            for front, line in LINES.items():
                 name = f"{optimizer} {front}"
-                if name in found:
-                    errors = np.array(found[name])
-                    middle = np.median(errors)
-                    bar = [[middle - errors.min()], [errors.max() - middle]]
-                    seconds = 1e-3 * milliseconds[name] * steps
-                    axis.errorbar(
-                        seconds, middle, bar, fmt=marker, color=color, label=name, alpha=0.8
-                    )
-        end = 1.1e-3 * steps * max(milliseconds.values())
-        axis.set(title=equation, yscale="log", xlabel="seconds on one core", xlim=(0, end))
+                if name in found and name in milliseconds:
+                    seconds = 1e-3 * milliseconds[name] * _steps(found[name])
+                    errors = np.median(found[name]["errors"], axis=0)
+                    axis.plot(seconds, errors, line, color=color, label=name)
+        axis.set(title=equation, yscale="log", xlabel="seconds on one core", xlim=(0, None))
     axes[0, 0].set_ylabel("relative error")
-    named = max(axes[0], key=lambda axis: len(axis.containers))
+    named = max(axes[0], key=lambda axis: len(axis.lines))
+    if not named.lines:
+        raise ValueError("no optimizer has both a time of a step and results")
     _save(figure, path, named)
 
 
@@ -205,13 +200,17 @@ def _axes(bands: int, columns: int, height: float, **choices: Any) -> tuple[Any,
 
 def _curve(axis: Any, name: str, record: dict[str, Any]) -> np.ndarray:
     """Draws the errors' median and range; returns the steps that they are of."""
-    errors = np.array(record["errors"])
-    every = record["settings"]["scale"]["steps"] / errors.shape[1]
-    steps = every * np.arange(1, errors.shape[1] + 1)
+    errors, steps = np.array(record["errors"]), _steps(record)
     width, color = 2.5 if name == "gdmam" else 1.2, SHOWN[name]
     axis.plot(steps, np.median(errors, 0), color=color, label=name, linewidth=width)
     axis.fill_between(steps, errors.min(0), errors.max(0), color=color, alpha=0.12, linewidth=0)
     return steps
+
+
+def _steps(record: dict[str, Any]) -> np.ndarray:
+    """After which the errors were recorded."""
+    count = len(record["errors"][0])
+    return record["settings"]["scale"]["steps"] / count * np.arange(1, count + 1)
 
 
 def _save(figure: Any, path: Path, named: Any = None) -> None:

@@ -116,15 +116,34 @@ def test_pictures_of_final_errors_and_over_seconds(tmp_path):
     refused = invoke("finals", csv, drawn)
     assert refused.exit_code == 2
     assert "runs of all of" in " ".join(refused.output.split())
-    methods = [f"{name} {front}" for name in reports.OPTIMIZERS for front in reports.MARKERS]
-    record = {"errors": [[0.5, 0.1], [0.4, 0.2]], "rate": 1e-2}
+    methods = [f"{name} {front}" for name in reports.OPTIMIZERS for front in reports.LINES]
+    record = {"errors": [[0.5, 0.1], [0.4, 0.2]], "rate": 1e-2, "extras": "fourier,causal"}
+    record |= {"milliseconds": 1.0, "settings": {"scale": TINY._asdict()}}
     reports.write_csv({"heat": dict.fromkeys([*reports.FINALS, *methods], record)}, csv)
-    rows = [{"method": name, "milliseconds a step": 2.0} for name in methods]
-    storage.write_json(times, {"rows": rows})
-    for options in ((), ("--step", times)):
-        assert invoke("finals", csv, drawn, *options).exit_code == 0
-        assert drawn.read_bytes().startswith(b"\x89PNG")
-        drawn.unlink()
+    assert csv.read_text().splitlines()[2] == "heat,summed,fourier causal,200,0.01,1,0.2"
+    assert invoke("finals", csv, drawn).exit_code == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    drawn.unlink()
+    storage.write_json(tmp_path / "heat-muon_allocated.json", record)
+    for name, code in (("muon allocated", 0), ("soap allocated", 2)):
+        storage.write_json(times, {"rows": [{"method": name, "milliseconds a step": 2.0}]})
+        given = ["report", "--out", tmp_path, "--picture", drawn, "--step", times]
+        assert invoke(*given).exit_code == code
+        assert drawn.exists() == (code == 0)
+        drawn.unlink(missing_ok=True)
+
+
+def test_the_curves_over_seconds_end_at_the_time_of_the_training(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(reports, "_save", lambda figure, path, named: drawn.append(named))
+    record = {"errors": [[0.5, 0.1], [0.4, 0.2], [0.9, 0.3]]}
+    record |= {"settings": {"scale": TINY._asdict()}}
+    reports.draw_over_seconds(
+        {"heat": {"muon allocated": record}}, {"muon allocated": 2.0}, tmp_path
+    )
+    (line,) = drawn[0].lines
+    np.testing.assert_allclose(line.get_xdata(), [0.2, 0.4])  # 200 steps of 2 ms
+    np.testing.assert_allclose(line.get_ydata(), [0.5, 0.2])
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
