@@ -92,6 +92,20 @@ def physics(
     return errors
 
 
+def physics_error(file: str, equation: str, method: str, extras: str = "") -> str:
+    """One cell of `physics_table`."""
+    return _percent(physics(file, [method], extras)[method][equation])
+
+
+def _percent(errors: Sequence[float], bold: str = "") -> str:
+    middle, *ends = (
+        f"{100 * error:.{2 + (error >= 1)}g}"
+        for error in (statistics.median(errors), min(errors), max(errors))
+    )
+    middle = bold + middle + bold
+    return _with_range(middle, *ends) if len(errors) > 1 else middle
+
+
 def physics_table(
     file: str = "physics",
     methods: Sequence[str] = PHYSICS,
@@ -126,12 +140,7 @@ def physics_table(
             if not found:
                 cells.append("not run")
                 continue
-            middle, *ends = (
-                f"{100 * error:.{2 + (error >= 1)}g}"
-                for error in (medians[method], min(found), max(found))
-            )
-            bold = "**" * (medians[method] == lowest)
-            cells.append(_with_range(bold + middle + bold, *ends))
+            cells.append(_percent(found, bold="**" * (medians[method] == lowest)))
             ratios[method].append(medians[method] / lowest)
         rows.append([equation, *cells])
     failed = [
@@ -355,6 +364,7 @@ def define_env(env: Any) -> None:
         kinds_table,
         label_distributions_table,
         measured,
+        physics_error,
         physics_table,
         weighting,
         weightings_table,

@@ -188,7 +188,7 @@ def test_contributing_has_the_command_of_every_file_of_figures(path):
 
 
 def test_the_table_of_physics_is_that_of_its_runs():
-    text = (DOCS / "physics.md").read_text()
+    text = (DOCS / "physics_choices.md").read_text()
     assert "{{ physics_table() }}" in text or figures.physics_table() in text
 
 
@@ -225,7 +225,7 @@ def test_the_readmes_table_of_kinds_is_that_of_the_runs():
         assert {len(row) for row in rows} == {len(header)}
 
 
-@pytest.mark.parametrize("page", ["README", "docs/index", "docs/defaults", "docs/physics"])
+@pytest.mark.parametrize("page", ["README", "docs/index", "docs/defaults", "docs/physics_choices"])
 def test_the_result_on_physics_is_that_of_its_runs_and_worded_alike(page):
     text = " ".join((ROOT / f"{page}.md").read_text().replace("*", "").split())
     medians = {
