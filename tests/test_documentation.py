@@ -252,6 +252,17 @@ def test_the_result_on_physics_is_that_of_its_runs_and_worded_alike(page):
     assert all(ours[name] < medians["config"][name] for name in equations)
 
 
+def test_the_count_on_the_page_on_physics_is_that_of_its_table():
+    text = (DOCS / "physics.md").read_text()
+    methods = re.search(r"physics_table\(methods=(\[.*?\]),\s+times", text, re.DOTALL)[1]
+    table = figures.physics_table(methods=(names := ast.literal_eval(methods))).splitlines()
+    [row] = [line.strip("| ").split(" | ") for line in table if line.startswith("| lowest or l")]
+    counts = dict(zip(names, row[1:], strict=True))
+    plain = " ".join(text.replace("*", "").split())
+    assert f"SOAP behind it is lowest or level on {counts['soap allocated']} equations" in plain
+    assert f"Muon on {counts['muon allocated']}" in plain
+
+
 def test_the_state_is_as_large_as_that_of_adamw():
     assert round(figures.row("update", optimizer="gdmam")["memory"], 2) == 1
 

@@ -166,12 +166,14 @@ def test_jaxpis_configuration_trains_and_its_extras_are_options(tmp_path, monkey
     settings = json.loads(found.read_text())["settings"]["scale"]
     assert settings == jaxpi._asdict()
     named = "periodic,fourier,factorised,causal"
-    assert invoke(*given, tmp_path / "extras", "--extras", named).exit_code == 0
+    fewer = [tmp_path / "extras", "--extras", named, "--points", 40]
+    assert invoke(*given, *fewer).exit_code == 0
     (found,) = (tmp_path / "extras").glob("*.json")
     settings = json.loads(found.read_text())["settings"]["scale"]
     assert settings["periodic"]
     assert settings["factorised"]
     assert (settings["frequencies"], settings["chunks"]) == (16, 20)
+    assert (settings["residual_points"], settings["data_points"]) == (40, 16)
     for option in ("--extras", "--configuration"):
         assert invoke(*given, tmp_path, option, "nonsense").exit_code == 2
     refused = invoke(*given, tmp_path, "--equations", "heat", "--extras", "periodic")
