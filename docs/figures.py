@@ -94,7 +94,8 @@ def physics(
 
 def physics_error(file: str, equation: str, method: str, extras: str = "") -> str:
     """One cell of `physics_table`."""
-    return _percent(physics(file, [method], extras)[method][equation])
+    errors = physics(file, [method], extras)[method][equation]
+    return _percent(errors) if errors else "not run"
 
 
 def _percent(errors: Sequence[float], bold: str = "") -> str:

@@ -98,8 +98,8 @@ def init(
 ) -> Layers:
     """Glorot-normal layers without biases at first.
 
-    With ``frequencies`` a layer of waves, which has no bias, comes before them. A kernel with
-    factors is their product at first as without them.
+    With ``frequencies`` a layer of waves, which has no bias, comes before them. With
+    ``factorised`` the products of kernels and factors are at first what the kernels are without.
     """
     waves = []
     if frequencies:
