@@ -219,8 +219,11 @@ def _save(figure: Any, path: Path, named: Any = None) -> None:
 
     if named is not None:
         handles, labels = named.get_legend_handles_labels()
-        columns = min(6, len(labels))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        columns = min(6, len(labels), int(figure.get_figwidth() // 1.8))
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False,
+            fontsize="small",
+        )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
