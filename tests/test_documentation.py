@@ -260,7 +260,7 @@ def test_the_count_on_the_page_on_physics_is_that_of_its_table():
     counts = dict(zip(names, row[1:], strict=True))
     plain = " ".join(text.replace("*", "").split())
     assert f"SOAP behind it is lowest or level on {counts['soap allocated']} equations" in plain
-    assert f"Muon on {counts['muon allocated']}" in plain
+    assert f"Muon behind the allocation is lowest or level on {counts['muon allocated']};" in plain
 
 
 def test_the_state_is_as_large_as_that_of_adamw():
