@@ -35,10 +35,8 @@ def pairs_of(step, names):
     """Each loss's gradients go with its name, whatever the others are."""
 
     def tree(name):
-        key = jax.random.fold_in(jax.random.key(step), sum(map(ord, name)))
-        return jax.tree.map(
-            lambda leaf: jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape), PARAMS
-        )
+        drawn = np.random.default_rng([step, sum(map(ord, name))])
+        return jax.tree.map(lambda leaf: np.float32(drawn.normal(size=leaf.shape)), PARAMS)
 
     return gdmam.pair_gradients(tree("prediction"), {name: tree(name) for name in names})
 

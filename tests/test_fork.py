@@ -215,7 +215,8 @@ def test_the_state_goes_from_microbatch_to_microbatch():
 
     params = parameters()
     gradient, state = jax.jit(accumulated)(params, gdmam.fork_state(2))
-    each = [jax.grad(partial(loss, x=x))(params) for x in X.reshape(4, 4, 4)]
+    one = jax.jit(jax.grad(lambda params, x: loss(params, x=x)))
+    each = [one(params, x) for x in X.reshape(4, 4, 4)]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / 4, *each)
     chex.assert_trees_all_close(gradient, mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.remainder, 0.9**4, rtol=1e-6)
@@ -258,7 +259,7 @@ def test_a_fork_in_every_layer_of_a_scan_with_a_scheduled_preference(wrap, x64):
         return jnp.mean(x**2) + losses
 
     found = jax.jit(jax.grad(scanned, argnums=(0, 1)))(weights, states, 0.3)
-    expected = jax.grad(unrolled, argnums=(0, 1))(weights, states, 0.3)
+    expected = jax.jit(jax.grad(unrolled, argnums=(0, 1)))(weights, states, 0.3)
     chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-12)
     assert gdmam.diagnostics(found[1])["cosine"].shape == (3,)
     chex.assert_trees_all_close(
@@ -392,7 +393,7 @@ def test_inside_shard_map_the_axis_is_named(gradient_outside, x64):
     named = partial(value, axis_name="data")
     wrapped = differentiated(mapped(named)) if gradient_outside else mapped(differentiated(named))
     x = jnp.asarray(X, jnp.float64)
-    expected = jax.grad(partial(loss, **choices), argnums=(0, 1))(params, state, x)
+    expected = jax.jit(jax.grad(partial(loss, **choices), argnums=(0, 1)))(params, state, x)
     found = jax.jit(wrapped)(params, state, x)
     chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="manual axis types do not match"):
@@ -409,7 +410,7 @@ def test_inside_pmap_the_axis_is_named(x64):
 
     x = jnp.asarray(X, jnp.float64)
     found = jax.pmap(gradient, axis_name="i", in_axes=(None, 0))(params, x.reshape(8, 2, 4))
-    expected = jax.grad(partial(loss, weighting=gdmam.unit_weighting))(params, x=x)
+    expected = jax.jit(jax.grad(partial(loss, weighting=gdmam.unit_weighting)))(params, x=x)
     chex.assert_trees_all_close(
         jax.tree.map(lambda leaf: leaf[0], found), expected, rtol=1e-12, atol=1e-12
     )
@@ -427,15 +428,13 @@ def test_inside_a_vmap_over_examples_the_axis_is_named(x64):
 
         return jnp.mean(jax.vmap(one, axis_name="batch")(x))
 
-    expected = jax.grad(partial(loss, **choices), argnums=(0, 1))(params, state, x)
+    expected = jax.jit(jax.grad(partial(loss, **choices), argnums=(0, 1)))(params, state, x)
     found = jax.jit(jax.grad(partial(batched, axis_name="batch"), argnums=(0, 1)))(params, state)
     chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
 
-    alone = jax.grad(batched)(params, None)["trunk"]
-    each = [
-        jax.grad(lambda p, row=row: loss(p, None, row[None], **choices) / len(x))(params)["trunk"]
-        for row in x
-    ]
+    alone = jax.jit(jax.grad(batched))(params, None)["trunk"]
+    one = jax.jit(jax.grad(lambda p, row: loss(p, None, row[None], **choices) / len(x)))
+    each = [one(params, row)["trunk"] for row in x]
     np.testing.assert_allclose(alone, sum(each), rtol=1e-9)
     assert not np.allclose(alone, expected[0]["trunk"], rtol=0.1)
 

@@ -43,9 +43,8 @@ def losses(params, x=X, y=Y):
 
 def expected(losses, weighting, params, order=None):
     """Gramian, weights and gradient from the whole Jacobian."""
-    values = losses(params)
+    values, jacobian = jax.jit(lambda params: (losses(params), jax.jacrev(losses)(params)))(params)
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(values)])
-    jacobian = jax.jacrev(losses)(params)
     rows = [
         np.concatenate(
             [np.reshape(leaf, (np.size(value), -1)) for leaf in jax.tree.leaves(part)], axis=1
@@ -56,7 +55,7 @@ def expected(losses, weighting, params, order=None):
     ]
     rows = np.concatenate(rows)[order if order is not None else slice(None)]
     gramian = jnp.asarray(rows @ rows.T)
-    weights = weighting(gramian, jnp.sqrt(jnp.diagonal(gramian)))
+    weights = jax.jit(weighting)(gramian, jnp.sqrt(jnp.diagonal(gramian)))
     assert flat.size == len(weights)
     return gramian, weights, np.asarray(weights) @ rows
 
@@ -92,8 +91,11 @@ def test_equals_the_weighed_sum_of_all_gradients(name, chunk, x64):
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_losses_of_examples_are_differentiated_example_by_example(chunk, x64):
     params, weighting = double(), gdmam.unit_weighting
-    step = partial(gdmam.value_and_weighed_grad, weighting=weighting, chunk=chunk)
-    found = jax.jit(step(loss_of_example, example_argnums=(1, 2)))(params, X, Y)
+
+    def step(losses, **given):
+        return jax.jit(gdmam.value_and_weighed_grad(losses, weighting, chunk=chunk, **given))
+
+    found = step(loss_of_example, example_argnums=(1, 2))(params, X, Y)
     close(found[0], losses(params))
     assert_weighed(found, expected(losses, weighting, params))
 

@@ -237,9 +237,9 @@ def test_vmap_over_models():
         _, pairs = gdmam.value_and_paired_grad(losses)(params)
         return optimizer.update(pairs, optimizer.init(params), params)[0]
 
-    together = jax.vmap(step)(models)
+    together, single = jax.jit(jax.vmap(step))(models), jax.jit(step)
     for row in range(2):
-        alone = step(jax.tree.map(lambda leaf, row=row: leaf[row], models))
+        alone = single(jax.tree.map(lambda leaf, row=row: leaf[row], models))
         jax.tree.map(
             lambda a, b, row=row: np.testing.assert_allclose(a[row], b, rtol=1e-4, atol=1e-6),
             together,
@@ -252,7 +252,7 @@ def test_shards_send_one_message_of_all_inner_products(x64):
     params = {"w": jnp.arange(16.0).reshape(8, 2), "b": jnp.ones(8)}
     optimizer = gdmam.gdmam(0.1, alignment_losses=2)
     others = (jax.tree.map(jnp.sin, params), jax.tree.map(lambda x: -x + jnp.cos(x), params))
-    expected, _ = optimizer.update(
+    expected, _ = jax.jit(optimizer.update)(
         gdmam.pair_gradients(params, others), optimizer.init(params), params
     )
     with jax.set_mesh(mesh):

@@ -136,17 +136,18 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("case", DEGENERATE)
-def test_weights_and_derivatives_are_finite(name, case):
+def test_weights_and_derivatives_are_finite(name):
     def total(g):
         gramian = g @ g.T
         means = jnp.sqrt(jnp.diagonal(jax.lax.stop_gradient(gramian)))
         return jnp.sum(EVERY[name](gramian, means)), EVERY[name](gramian, means)
 
-    (_, weights), slope = jax.value_and_grad(total, has_aux=True)(jnp.float32(DEGENERATE[case]))
-    assert np.isfinite(weights).all()
-    assert np.isfinite(slope).all()
-    assert (weights >= 0).all()
+    slopes = jax.jit(jax.value_and_grad(total, has_aux=True))
+    for case, g in DEGENERATE.items():
+        (_, weights), slope = slopes(np.float32(g))
+        assert np.isfinite(weights).all(), case
+        assert np.isfinite(slope).all(), case
+        assert (weights >= 0).all(), case
 
 
 @pytest.mark.parametrize("name", ["balanced", "unit", "config"])
