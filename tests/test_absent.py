@@ -24,17 +24,16 @@ OPTIMIZERS = {
 
 def pairs_of(seed, broken=()):
     """Random pairs; the gradients of the losses named are not numbers."""
-    keys = jax.random.split(jax.random.key(seed), 3)
+    drawn = np.random.default_rng(seed)
     trees = [
         jax.tree.map(
-            lambda leaf, key=key: jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape),
+            lambda leaf, name=name: np.float32(
+                drawn.normal(size=leaf.shape) * (np.nan if name in broken else 1)
+            ),
             PARAMS,
         )
-        for key in keys
+        for name in ("prediction", *NAMES)
     ]
-    for number, name in enumerate(("prediction", *NAMES)):
-        if name in broken:
-            trees[number] = jax.tree.map(lambda leaf: leaf * jnp.nan, trees[number])
     return gdmam.pair_gradients(trees[0], dict(zip(NAMES, trees[1:], strict=True)))
 
 
@@ -97,25 +96,25 @@ WEIGHTINGS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("absent", NAMES)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_every_weighting_weighs_the_losses_that_are_there(weighting, absent, x64):
+def test_every_weighting_weighs_the_losses_that_are_there(weighting, x64):
     """As if the others had never been named; MGDA would put all weight on a gradient of 0."""
     pairs = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), pairs_of(3))
-    other = next(name for name in NAMES if name != absent)
-    link = gdmam.allocate(weighting, gdmam.open_gate, alignment_losses=NAMES)
-    _, state = jax.jit(link.update)(pairs, link.init(PARAMS), present=presence((absent,)))
-    alone = jax.tree.map(
-        lambda pair: gdmam.GradientPair(pair.prediction, pair.alignment[other]),
-        pairs,
-        is_leaf=lambda node: isinstance(node, gdmam.GradientPair),
-    )
-    link = gdmam.allocate(weighting, gdmam.open_gate)
-    _, expected = jax.jit(link.update)(alone, link.init(PARAMS))
-    found = gdmam.diagnostics(state)
-    weights = [found["prediction_weight"], found[f"alignment_weight/{other}"]]
-    np.testing.assert_allclose(weights, expected.weights, rtol=1e-6)
-    assert float(found[f"alignment_weight/{absent}"]) == 0
+    many = gdmam.allocate(weighting, gdmam.open_gate, alignment_losses=NAMES)
+    few = gdmam.allocate(weighting, gdmam.open_gate)
+    update, update_alone = jax.jit(many.update), jax.jit(few.update)
+    for absent, other in (NAMES, NAMES[::-1]):
+        _, state = update(pairs, many.init(PARAMS), present=presence((absent,)))
+        alone = jax.tree.map(
+            lambda pair, other=other: gdmam.GradientPair(pair.prediction, pair.alignment[other]),
+            pairs,
+            is_leaf=lambda node: isinstance(node, gdmam.GradientPair),
+        )
+        _, expected = update_alone(alone, few.init(PARAMS))
+        found = gdmam.diagnostics(state)
+        weights = [found["prediction_weight"], found[f"alignment_weight/{other}"]]
+        np.testing.assert_allclose(weights, expected.weights, rtol=1e-6)
+        assert float(found[f"alignment_weight/{absent}"]) == 0
 
 
 def test_running_means_of_an_absent_loss_wait_for_it():
