@@ -6,6 +6,7 @@ functions. A new measurement, written over the old file, changes the page.
 
 import ast
 import csv
+import functools
 import json
 import re
 import statistics
@@ -315,6 +316,7 @@ def weightings_table(*names: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+@functools.cache
 def docstrings() -> dict[str, str]:
     """The first paragraph of every docstring in the package's private modules, by name."""
     found = {}

@@ -215,8 +215,9 @@ def test_steered_momentum_is_the_components_mean_by_norm(x64):
         momentum=lambda statistics: decays,
     )
     state, m, product = optimizer.init(jnp.zeros(2)), np.zeros(2), 1.0
+    compiled = jax.jit(optimizer.update)
     for p, a in zip(g_p, g_a, strict=True):
-        update, state = optimizer.update(gdmam.GradientPair(p, a), state)
+        update, state = compiled(gdmam.GradientPair(p, a), state)
         p, a = np.asarray(p), np.asarray(a)
         parallel = (a @ p) / (p @ p) * p
         parts = [0.7 * p, 0.4 * 0.5 * parallel, 0.4 * 2.0 * (a - parallel)]
@@ -278,7 +279,7 @@ CHOICES = {
 def test_users_can_bring_choices_of_their_own(choices, scope):
     optimizer = gdmam.scale_by_gdmam(**CHOICES[choices], scope=scope)
     pair = gdmam.GradientPair(jnp.array([1.0, 0.0]), jnp.array([5.0, 1.0]))
-    update, _ = optimizer.update(pair, optimizer.init(jnp.zeros(2)))
+    update, _ = jax.jit(optimizer.update)(pair, optimizer.init(jnp.zeros(2)))
     np.testing.assert_allclose(update, [1, 6])
 
 

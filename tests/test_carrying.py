@@ -136,7 +136,7 @@ def test_losses_without_names_go_by_their_place():
     old, new = (gdmam.gdmam(0.1, alignment_losses=count) for count in (1, 3))
     w = jnp.zeros(2)
     pair = gdmam.GradientPair(jnp.array([3.0, 0.0]), jnp.array([0.0, 4.0]))
-    _, state = old.update(pair, old.init(w), w)
+    _, state = jax.jit(old.update)(pair, old.init(w), w)
     norms = gdmam.carry_over(state, new.init(w))[0].allocation.norms
     assert norms.tolist() == [3, 4, 0, 0]
 

@@ -397,14 +397,14 @@ def test_large_gradients_have_the_inner_products_of_small_ones(count, x64):
 
     rows = gradients.reshape(count, -1).astype(np.float64)
     exact = rows @ rows.T
-    np.testing.assert_allclose(inner_products(*gradients), exact, rtol=1e-6)
-    moved = jax.vmap(inner_products)(*np.stack([gradients, 2 * gradients], axis=1))
+    np.testing.assert_allclose(jax.jit(inner_products)(*gradients), exact, rtol=1e-6)
+    moved = jax.jit(jax.vmap(inner_products))(*np.stack([gradients, 2 * gradients], axis=1))
     np.testing.assert_allclose(moved, [exact, 4 * exact], rtol=1e-6)
     square = jax.grad(lambda *each: inner_products(*each)[-1, -1], argnums=(0, count - 1))
-    slopes = square(*gradients)
+    slopes = jax.jit(square)(*gradients)
     np.testing.assert_allclose(slopes[0], np.zeros_like(gradients[0]), atol=0)
     np.testing.assert_allclose(slopes[1], 2 * gradients[-1], rtol=1e-6)
-    mixed = jax.grad(lambda *each: inner_products(*each)[0, 1])(*gradients)
+    mixed = jax.jit(jax.grad(lambda *each: inner_products(*each)[0, 1]))(*gradients)
     np.testing.assert_allclose(mixed, gradients[1], rtol=1e-6)
 
     def loops(function):

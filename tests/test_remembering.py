@@ -177,12 +177,12 @@ def test_statistics_of_an_absent_loss_wait_for_it(name):
     random = np.random.default_rng(1)
     weighting = made(name)
     gradients = random.normal(size=(2, 3, 6)).astype(np.float32)
-    memory = weighting.init(jnp.zeros(3))
+    memory, update = weighting.init(jnp.zeros(3)), jax.jit(weighting.update)
     for g, present in zip(gradients, (None, jnp.array([True, False, True])), strict=True):
         g = g if present is None else np.where(present[:, None], g, 0)
         known = gdmam.Losses(values=jnp.asarray(random.uniform(1, 2, 3)), present=present)
         before = memory
-        _, memory = weighting.update(jnp.asarray(g @ g.T), jnp.ones(3), memory, known)
+        _, memory = update(g @ g.T, jnp.ones(3), memory, known)
     if name == "dwa":  # An epoch ends: its mean is that of the step in which the loss was there.
         assert (np.asarray(memory.last) > 0).all()
         return

@@ -311,7 +311,7 @@ def test_inner_products_of_few_and_of_many(count, scope, x64):
     pairs = many_pairs(count)
     leaves = jax.tree.leaves(pairs, is_leaf=lambda node: isinstance(node, gdmam.GradientPair))
     scopes = Scopes.of(PARAMS, scope)
-    found = gramian(leaves, scopes)
+    found = jax.jit(lambda leaves: gramian(leaves, scopes))(leaves)
     rows = [
         np.stack([np.ravel(half) for half in (pair.prediction, *pair.alignment)]) for pair in leaves
     ]
