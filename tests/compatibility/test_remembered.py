@@ -9,7 +9,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 import gdmam_jax as gdmam
-from tests.compatibility.harness import FAST_COMPILATION
 from tests.test_remembering import WEIGHTINGS
 
 STEPS = 6
@@ -30,7 +29,7 @@ def pieces(name):
         not_finite="skip_loss",
     )
     params = {"w": jnp.linspace(-1, 1, 32).reshape(8, 4), "v": jnp.linspace(0.1, 1, 4)}
-    targets = jax.random.normal(jax.random.key(0), (STEPS, 8))
+    targets = jax.device_get(jax.random.normal(jax.random.key(0), (STEPS, 8)))
 
     def step(carry, target):
         params, state = carry
@@ -42,27 +41,26 @@ def pieces(name):
     return optimizer, params, targets, step
 
 
-def run(step, carry, targets):
-    return jax.jit(lambda c, t: jax.lax.scan(step, c, t)[0], compiler_options=FAST_COMPILATION)(
-        carry, targets
-    )
-
-
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_scan_checkpoint_donation_vmap_sharding(name, tmp_path):
     optimizer, params, targets, step = pieces(name)
     start = (params, optimizer.init(params))
-    whole = run(step, start, targets)
+
+    @jax.jit
+    def scan(carry, targets):
+        return jax.lax.scan(step, carry, targets)[0]
+
+    middle = scan(start, targets[:3])
+    whole = scan(middle, targets[3:])
     chex.assert_tree_all_finite(whole)
 
     # Saved in the middle and continued, bit for bit.
-    middle = run(step, start, targets[:3])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "checkpoint", middle)
     like = jax.eval_shape(lambda: (params, optimizer.init(params)))
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "checkpoint", like)
-    chex.assert_trees_all_equal(run(step, restored, targets[3:]), run(step, middle, targets[3:]))
+    chex.assert_trees_all_equal(scan(restored, targets[3:]), whole)
 
     # One step a call, its state donated: compiled once.
     traces = []
@@ -71,7 +69,7 @@ def test_scan_checkpoint_donation_vmap_sharding(name, tmp_path):
         traces.append(None)
         return step(carry, target)[0]
 
-    donated = jax.jit(counted, donate_argnums=0, compiler_options=FAST_COMPILATION)
+    donated = jax.jit(counted, donate_argnums=0)
     carry = jax.tree.map(jnp.copy, start)
     for target in targets:
         carry = donated(carry, target)
@@ -80,7 +78,7 @@ def test_scan_checkpoint_donation_vmap_sharding(name, tmp_path):
 
     # Two trainings at once.
     doubled = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), start)
-    both = run(jax.vmap(step, in_axes=(0, None)), doubled, targets)
+    both = jax.device_get(jax.jit(jax.vmap(scan, in_axes=(0, None)))(doubled, targets))
     for one in range(2):
         chex.assert_trees_all_close(
             jax.tree.map(lambda leaf, one=one: leaf[one], both), whole, rtol=1e-4, atol=1e-6
@@ -90,7 +88,7 @@ def test_scan_checkpoint_donation_vmap_sharding(name, tmp_path):
     mesh = jax.make_mesh((8,), ("x",))
     over = {"w": jax.NamedSharding(mesh, jax.P("x")), "v": jax.NamedSharding(mesh, jax.P())}
     placed = jax.device_put(params, over)
-    found = run(step, (placed, optimizer.init(placed)), targets)
+    found = scan((placed, optimizer.init(placed)), targets)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(whole), rtol=1e-4, atol=1e-6)
 
 
@@ -102,6 +100,12 @@ def test_each_scope_remembers_for_itself(name):
     key = jax.random.key(1)
     params = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2))}
     state, single = link.init(params), alone.init(params["b"])
+
+    @jax.jit
+    def update(pairs, state, single, value):
+        _, state = link.update(pairs, state, value=value)
+        return state, alone.update(pairs["b"], single, value=value)[1]
+
     for step in range(3):
         value = (1.0 + step, 2.0 / (1 + step))
         drawn = iter(jax.random.split(jax.random.fold_in(key, step), 4))
@@ -111,6 +115,5 @@ def test_each_scope_remembers_for_itself(name):
             ),
             params,
         )
-        _, state = jax.jit(link.update)(pairs, state, value=value)
-        _, single = jax.jit(alone.update)(pairs["b"], single, value=value)
+        state, single = update(pairs, state, single, value)
         np.testing.assert_allclose(state.weights[1], single.weights, rtol=1e-4)
