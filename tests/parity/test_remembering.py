@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gdmam_jax as gdmam
-from tests.parity.test_torchjd import KINDS, jacobian
+from tests.parity.test_torchjd import KINDS, compiled, jacobian
 
 aggregation = pytest.importorskip("torchjd.aggregation")
 scalarization = pytest.importorskip("torchjd.scalarization")
@@ -102,9 +102,11 @@ def test_pcd_with_a_share_for_each(x64):
 def test_pcd_in_special_cases(rows, x64):
     expected = theirs(aggregation.PCDWeighting(tau=0.5, eps=1e-30), [rows])
     weighting = gdmam.pcd_weighting(tau=0.5)
-    found, _ = weighting.update(
-        jnp.asarray(rows @ rows.T), None, weighting.init(jnp.zeros(len(rows))), gdmam.Losses()
-    )
+    found, _ = jax.jit(
+        lambda gramian: weighting.update(
+            gramian, None, weighting.init(jnp.zeros(len(rows))), gdmam.Losses()
+        )
+    )(rows @ rows.T)
     np.testing.assert_allclose(found @ rows, expected[0] @ rows, rtol=1e-6, atol=1e-9)
 
 
@@ -163,7 +165,7 @@ def test_fairgrad_solves_its_equation(alpha, kind, x64):
         gramian = (rows := jacobian(kind, count)) @ rows.T
         if kind == "rank-deficient" and count > 2:
             continue  # There need be no solution.
-        weights = np.asarray(gdmam.fairgrad_weighting(alpha=alpha)(jnp.asarray(gramian), None))
+        weights = np.asarray(compiled(gdmam.fairgrad_weighting, alpha=alpha)(gramian))
         assert (weights > 0).all()
         np.testing.assert_allclose(weights ** (1 / alpha) * (gramian @ weights), 1, rtol=1e-6)
 
@@ -174,7 +176,7 @@ def test_fairgrad_is_torchjds(alpha, x64):
     for count in (2, 3, 5):
         rows = jacobian("random", count)
         expected = theirs(aggregation.FairGradWeighting(alpha), [rows])[0]
-        found = np.asarray(gdmam.fairgrad_weighting(alpha=alpha)(jnp.asarray(rows @ rows.T), None))
+        found = np.asarray(compiled(gdmam.fairgrad_weighting, alpha=alpha)(rows @ rows.T))
         # Theirs stops where a sum of squares no longer falls.
         np.testing.assert_allclose(found @ rows, expected @ rows, rtol=1e-3, atol=1e-3)
 
@@ -194,7 +196,7 @@ def test_dcgd(kind, direction, x64):
             "projection": total - least * (least @ total) if against else total,
             "average": np.mean(across, axis=0) if against else total,
         }[direction]
-        weights = gdmam.dcgd_weighting(direction=direction)(jnp.asarray(rows @ rows.T), None)
+        weights = compiled(gdmam.dcgd_weighting, direction=direction)(rows @ rows.T)
         scale = np.linalg.norm(rows, axis=1).max()
         np.testing.assert_allclose(weights @ rows, expected, rtol=0, atol=1e-8 * scale)
 
@@ -334,8 +336,9 @@ def test_random_weights_have_the_published_distribution():
 def test_normalise_then_weigh(weighting, x64):
     rows = jacobian("badly scaled", 3)
     units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    expected = np.asarray(weighting(jnp.asarray(units @ units.T), None)) @ units
-    found, _ = gdmam.normalised_weighting(weighting).update(
-        jnp.asarray(rows @ rows.T), None, None, gdmam.Losses()
+    expected = np.asarray(compiled(weighting)(units @ units.T)) @ units
+    normalised = gdmam.normalised_weighting(weighting)
+    found, _ = jax.jit(lambda gramian: normalised.update(gramian, None, None, gdmam.Losses()))(
+        rows @ rows.T
     )
     np.testing.assert_allclose(np.asarray(found) @ rows, expected, rtol=1e-9)

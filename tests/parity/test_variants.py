@@ -107,10 +107,11 @@ def test_every_choice_agrees_with_its_reference(variant, x64):
         params = optax.apply_updates(params, updates)
         return (params, state), jnp.concatenate([params[name].ravel() for name in SHAPES])
 
-    params = jax.tree.map(jnp.asarray, initial)
-    _, found = jax.jit(lambda *args: jax.lax.scan(step, *args))(
-        (params, optimizer.init(params)), (prediction, alignment)
-    )
+    @jax.jit
+    def run(params, gradients):
+        return jax.lax.scan(step, (params, optimizer.init(params)), gradients)[1]
+
+    found = run(initial, (prediction, alignment))
     np.testing.assert_allclose(found, trajectory, rtol=0, atol=1e-12 * np.max(np.abs(trajectory)))
 
 
@@ -137,15 +138,13 @@ def test_without_momentum_the_conflict_gate_is_pcgrad(seed, x64):
         gate=gdmam.conflict_gate,
         momentum=gdmam.constant_momentum(initial=0),
     )
-    params = {"a": jnp.zeros(12), "b": jnp.zeros((2, 4))}
 
     def tree(vector):
-        return {"a": jnp.asarray(vector[:12]), "b": jnp.asarray(vector[12:].reshape(2, 4))}
+        return {"a": vector[:12], "b": vector[12:].reshape(2, 4)}
 
-    state = optimizer.init(params)
+    pairs = gdmam.pair_gradients(tree(prediction), tree(alignment))
+    state, update = jax.jit(optimizer.init)(tree(prediction)), jax.jit(optimizer.update)
     for _ in range(2):  # the second step shows that nothing is remembered
-        direction, state = optimizer.update(
-            gdmam.pair_gradients(tree(prediction), tree(alignment)), state
-        )
+        direction, state = update(pairs, state)
         found = np.concatenate([direction["a"], direction["b"].ravel()])
         np.testing.assert_allclose(found, prediction + projected, rtol=0, atol=1e-11)

@@ -108,9 +108,6 @@ def run_jax(
     the new state and the pairs.
     """
 
-    def cast(array: np.ndarray) -> jax.Array:
-        return jnp.asarray(array, dtype)
-
     def step(carry: Any, batch: Any) -> Any:
         params, state = carry
         values, pairs = gdmam.value_and_paired_grad(problem.jax_losses)(params, *batch)
@@ -125,10 +122,13 @@ def run_jax(
         }
         return (params, state), report
 
-    params = problem.to_tree({name: cast(array) for name, array in problem.parameters.items()})
-    carry = params, optimizer.init(params)
-    _, record = jax.jit(lambda *args: jax.lax.scan(step, *args))(
-        carry, tuple(map(cast, problem.batches))
+    @jax.jit
+    def run(parameters: Any, batches: Any) -> Any:
+        params = problem.to_tree(parameters)
+        return jax.lax.scan(step, (params, optimizer.init(params)), batches)[1]
+
+    record = run(
+        *jax.tree.map(lambda array: np.asarray(array, dtype), (problem.parameters, problem.batches))
     )
     return {key: np.asarray(value, np.float64) for key, value in record.items()}
 
