@@ -111,10 +111,11 @@ def test_weightings_are_those_of_conflictfree_and_torchjd(name, recorded, x64, f
     operators = pytest.importorskip("conflictfree.grad_operator")
     aggregators = pytest.importorskip("torchjd.aggregation")
     own = {"ConFIG": "ConFIGOperator", "IMTLG": "IMTLGOperator", "PCGrad": "PCGradOperator"}[name]
+    weigh = jax.jit(lambda gramian: WEIGHTINGS[name](gramian, None))
     conflicts = 0
     for rows in recorded[:, :2].astype(np.float64):
         conflicts += rows[0] @ rows[1] < 0
-        weights = WEIGHTINGS[name](jnp.asarray(rows @ rows.T), None)
+        weights = weigh(rows @ rows.T)
         found, tensor = np.asarray(weights) @ rows, torch.tensor(rows)
         for other in (
             getattr(operators, own)().calculate_gradient(tensor),
@@ -130,7 +131,7 @@ def test_weightings_are_those_of_conflictfree_and_torchjd(name, recorded, x64, f
 def test_every_method_takes_pairs(name, losses):
     names = None if losses == 2 else ("boundary", "residual")
     optimizer = METHODS[name](lambda count: 0.1, names, 5000)
-    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    params = {"kernel": np.ones((3, 2), np.float32), "bias": np.ones(2, np.float32)}
     random = np.random.default_rng(0)
 
     def pair(leaf):
@@ -138,22 +139,27 @@ def test_every_method_takes_pairs(name, losses):
         alignment = dict(zip(("boundary", "residual"), others, strict=True))
         return gdmam.GradientPair(prediction, others[0] if losses == 2 else alignment)
 
-    pairs, state = jax.tree.map(pair, params), optimizer.init(params)
-    for _ in range(2):  # SOAP's first step only measures
-        update, state = optimizer.update(pairs, state, params)
-    for leaf in jax.tree.leaves(update):
-        assert 0.005 < float(jnp.max(jnp.abs(leaf))) < 0.4
+    @jax.jit
+    def updates(params, pairs):
+        def step(state, _):
+            update, state = optimizer.update(pairs, state, params)
+            return state, update
+
+        return jax.lax.scan(step, optimizer.init(params), length=2)[1]
+
+    for leaf in jax.tree.leaves(updates(params, jax.tree.map(pair, params))):
+        assert 0.005 < np.max(np.abs(leaf[1])) < 0.4  # SOAP's first step only measures
 
 
 def test_the_common_descent_gate_is_against_neither_loss_and_open_where_it_can_be(x64):
-    random = np.random.default_rng(0)
+    random, gate = np.random.default_rng(0), jax.jit(common_descent_gate)
     clipped = 0
     for _ in range(200):
         p, a = random.normal(size=(2, 3))
         a *= 10 ** random.uniform(-1.5, 1.5)
         cosine = p @ a / np.linalg.norm(p) / np.linalg.norm(a)
         ratio = np.linalg.norm(a) / np.linalg.norm(p)
-        kept, across = common_descent_gate(jnp.array(cosine), jnp.array(ratio))
+        kept, across = gate(cosine, ratio)
         along = p @ a / (p @ p) * p
         step = p + float(kept) * along + float(across) * (a - along)
         for gradient in (p, a):
@@ -165,10 +171,10 @@ def test_the_common_descent_gate_is_against_neither_loss_and_open_where_it_can_b
 
 
 def test_of_several_losses_the_common_descent_gate_is_never_against_the_prediction(x64):
-    random = np.random.default_rng(1)
+    random, gate = np.random.default_rng(1), jax.jit(common_descent_gate)
     for _ in range(100):
         cosine, ratio = random.uniform(-1, 1, size=4), 10 ** random.uniform(-1, 1, size=4)
-        kept, _ = common_descent_gate(jnp.array(cosine), jnp.array(ratio))
+        kept, _ = gate(cosine, ratio)
         assert 1 + np.sum(ratio * cosine * np.asarray(kept)) >= -1e-12
 
 
@@ -177,14 +183,15 @@ def test_gradient_norm_weights_are_renewed_at_jaxpis_share_of_the_steps():
     front = behind(FRONTS["gradient norms"], lambda rate: optax.sgd(1.0))
     optimizer = front(lambda count: 1.0, None, 1000)
     random = np.random.default_rng(0)
-    state, weights = optimizer.init(jnp.ones(5)), np.ones(2)
+    state, weights = jax.jit(optimizer.init)(np.ones(5, np.float32)), np.ones(2)
+    update = jax.jit(optimizer.update)
     for number in range(12):
         rows = random.normal(size=(2, 5)) * np.array([[1.0], [50.0]])
         if number % 5 == 0:
             norms = np.linalg.norm(rows, axis=1)
             weights = 0.9 * weights + 0.1 * norms.mean() / (norms + 1e-5 * norms.mean())
-        pair = gdmam.GradientPair(*jnp.asarray(rows, jnp.float32))
-        found, state = optimizer.update(pair, state, jnp.ones(5))
+        pair = gdmam.GradientPair(*rows.astype(np.float32))
+        found, state = update(pair, state, np.ones(5, np.float32))
         np.testing.assert_allclose(found, -weights @ rows, rtol=1e-4, atol=1e-4)
 
 
@@ -202,12 +209,19 @@ def test_fixed_weights_are_on_each_data_loss(name, weight, alone):
     """The second step: Adam's first knows signs only, SOAP's only measures."""
     gradients = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     optimizer, other = METHODS[name](lambda _: 0.1, ("boundary", "residual"), 9), alone(0.1)
+
+    def step(states, losses):
+        (i, b, r), (state, memory) = losses, states
+        pair = gdmam.GradientPair(i, {"boundary": b, "residual": r})
+        found, state = optimizer.update(pair, state, params)
+        expected, memory = other.update(r + weight * (b + i), memory, params)
+        return (state, memory), (found, expected)
+
     params = jnp.ones(4)
-    state, memory = optimizer.init(params), other.init(params)
-    for i, b, r in gradients:
-        alignment = {"boundary": jnp.array(b), "residual": jnp.array(r)}
-        found, state = optimizer.update(gdmam.GradientPair(jnp.array(i), alignment), state, params)
-        expected, memory = other.update(jnp.array(r + weight * (b + i)), memory, params)
+    run = jax.jit(
+        lambda: jax.lax.scan(step, (optimizer.init(params), other.init(params)), gradients)
+    )
+    found, expected = (each[1] for each in run()[1])
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -244,10 +258,11 @@ def test_causal_weights_are_those_of_the_residuals_before(x64):
     sample = BURGERS.sample(jax.random.key(1), 20, 10)
     learned = functools.partial(network, equation=BURGERS, periodic=True)
 
+    @jax.jit
     def expected(params, weights):
         points = sample["residual"]
         residual = BURGERS.residual(learned(params)(points, BURGERS.orders), points)[:, 0]
-        chunks = (residual[np.argsort(points[:, 1])] ** 2).reshape(4, 5).mean(axis=1)
+        chunks = (residual[jnp.argsort(points[:, 1])] ** 2).reshape(4, 5).mean(axis=1)
         return weights @ chunks / 4, chunks
 
     _, chunks = expected(params, np.ones(4))
@@ -261,14 +276,15 @@ def test_causal_weights_are_those_of_the_residuals_before(x64):
             ),
         )
     )(params)
-    value, _ = expected(params, np.array(weights))
+    value, frozen = jax.value_and_grad(lambda params: expected(params, np.array(weights))[0])(
+        params
+    )
     np.testing.assert_allclose(residual, value, rtol=1e-10)
-    frozen = jax.grad(lambda params: expected(params, np.array(weights))[0])(params)
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(frozen), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-12)
     first = sample["initial"]
-    wrong = learned(params)(first, (0, 0))[0][0] - BURGERS.values(first, jnp)
-    np.testing.assert_allclose(data, jnp.mean(wrong**2), rtol=1e-10)
+    wrong = jax.jit(lambda: learned(params)(first, (0, 0))[0][0])() - BURGERS.values(first, np)
+    np.testing.assert_allclose(data, np.mean(wrong**2), rtol=1e-10)
 
 
 @pytest.mark.parametrize(
