@@ -1,5 +1,6 @@
 """One trajectory, whatever the parameters' sharding, and nothing but scalars sent for it."""
 
+import functools
 import re
 
 import jax
@@ -42,6 +43,7 @@ def mesh_of(shape, axis_type=AxisType.Auto):
     return jax.make_mesh(shape, ("data", "model"), axis_types=(axis_type,) * 2)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def parameters(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), len(SHAPES))
     return {
@@ -77,7 +79,7 @@ def place(tree, mesh, specs):
 
 
 def train(optimizer, params, x, loss=losses, steps=4):
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     step = jax.jit(make_step(optimizer, loss))
     for _ in range(steps):
         params, state = step(params, state, x)
@@ -172,7 +174,7 @@ def compiled_update(optimizer, layout, axis_type=AxisType.Auto):
     pairs = jax.tree.map(gdmam.GradientPair, params, params)
     with jax.set_mesh(mesh):
         update = jax.jit(optimizer.update)
-        return update.lower(pairs, optimizer.init(params), params).compile().as_text()
+        return update.lower(pairs, jax.jit(optimizer.init)(params), params).compile().as_text()
 
 
 # The released form's clipping needs no sum of its own. Where types do not tell shardings, XLA
@@ -207,7 +209,7 @@ def test_a_step_moves_no_more_arrays_than_the_summed_loss():
 
     def arrays_moved(optimizer):
         step = jax.jit(make_step(optimizer))
-        program = step.lower(params, optimizer.init(params), x).compile().as_text()
+        program = step.lower(params, jax.jit(optimizer.init)(params), x).compile().as_text()
         return sorted(
             (kind, shape)
             for _, kind, shapes in collectives(program)
