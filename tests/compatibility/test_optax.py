@@ -1,5 +1,7 @@
 """Every row of the Optax table in docs/compatibility.md, tested for what it computes."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -33,19 +35,20 @@ def assert_close(found, expected, rtol=1e-5, atol=1e-6):
     chex.assert_trees_all_close(found, expected, rtol=rtol, atol=atol)
 
 
+@functools.cache
+def plain():
+    """GDMAM by itself, over the example's pairs."""
+    return train({"it": base()}, example_params(), example_pairs())["it"]
+
+
 def assert_equal_runs(optimizer, reference, pairs=None, extra=None, keywords=False):
     """The optimizer and the one written by hand walk the same way, and it is not GDMAM's own."""
     pairs = example_pairs() if pairs is None else pairs
-    runs = train(
-        {"found": optimizer, "expected": reference, "plain": base()},
-        example_params(),
-        pairs,
-        extra,
-        keywords,
-    )
+    optimizers = {"found": optimizer, "expected": reference}
+    runs = train(optimizers, example_params(), pairs, extra, keywords)
     assert_close(runs["found"].params, runs["expected"].params)
-    difference = jax.tree.map(jnp.subtract, runs["found"].params, runs["plain"].params)
-    assert not optax.tree.norm(difference) < 1e-3
+    difference = jax.tree.map(np.subtract, runs["found"].params, plain().params)
+    assert optax.tree.norm(difference) >= 1e-3
     return runs
 
 
@@ -98,7 +101,7 @@ def test_clip_by_global_norm_before():
     runs = assert_equal_runs(
         optax.chain(optax.clip_by_global_norm(0.5), base()), optax.chain(stateless(clip), base())
     )
-    cosines = [gdmam.diagnostics(runs[name].after(1)[1])["cosine"] for name in ("found", "plain")]
+    cosines = [gdmam.diagnostics(run.after(1)[1])["cosine"] for run in (runs["found"], plain())]
     assert_close(*cosines)
 
 
@@ -384,13 +387,14 @@ def test_labels_by_a_function(function):
     """Optax calls it with the updates, here pairs: call it once on the parameters instead."""
     labels = label if function else label(example_params())
     optimizer = optax.partition({"trunk": base(), "head": base()}, labels)
-    params, pairs = example_params(), jax.tree.map(lambda leaf: leaf[0], example_pairs())
+    params = example_params()
+    pairs = jax.tree.map(lambda leaf: leaf[0], jax.device_get(example_pairs()))
     state = optimizer.init(params)
     if function:
         with pytest.raises(ValueError, match="GradientPair"):
             optimizer.update(pairs, state, params)
     else:
-        optimizer.update(pairs, state, params)
+        jax.jit(optimizer.update)(pairs, state, params)
 
 
 # Numbers that change.
