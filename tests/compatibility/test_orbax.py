@@ -67,7 +67,7 @@ def test_save_restore_continue(name, tmp_path):
         prediction, alignment = gdmam.unpair_gradients(pairs)
         pairs = gdmam.pair_gradients(prediction, {"one": alignment, "two": prediction})
     first, second = (
-        jax.tree.map(lambda leaf, part=part: leaf[part], pairs)
+        jax.tree.map(lambda leaf, part=part: leaf[part], jax.device_get(pairs))
         for part in (slice(0, 4), slice(4, 8))
     )
     middle = run((params, optimizer.init(params)), first)
