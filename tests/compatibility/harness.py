@@ -1,6 +1,5 @@
 """What every row of the compatibility table is run by."""
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -13,28 +12,6 @@ import optax
 import gdmam_jax as gdmam
 
 STEPS = 12
-
-
-def _fast_compilation():
-    """Compiler options by which XLA compiles small CPU programs several times faster.
-
-    What they make slow is the programs, which matters nowhere here. XLA's options come and go, so
-    those that this version does not know are left out.
-    """
-    options = {
-        "xla_backend_optimization_level": 0,
-        "xla_cpu_parallel_codegen_split_count": 1,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    known = {}
-    for name, value in options.items() if jax.default_backend() == "cpu" else ():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda x: x).lower(0.0).compile(compiler_options={name: value})
-            known[name] = value
-    return known
-
-
-FAST_COMPILATION = _fast_compilation()
 
 
 @functools.cache
@@ -117,7 +94,7 @@ def train(optimizers, params, pairs, extra=None, keywords=False):
 
     traces = []
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     def scan(carry, inputs):
         traces.append(None)
         return jax.lax.scan(step, carry, inputs)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import gdmam_jax as gdmam
-from tests.compatibility.harness import FAST_COMPILATION, example_pairs, example_params, train
+from tests.compatibility.harness import example_pairs, example_params, train
 
 OPTIMIZERS = {
     "gdmam": (lambda rate: gdmam.gdmam(rate, weight_decay=0.0), 0.05),
@@ -70,7 +70,7 @@ def test_convergence(problem, optimizer):
         shifted = squares(params, jax.tree.map(lambda x: x + SHIFT, target))
         return prediction, agree * prediction + conflict * shifted
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     @jax.vmap
     def run(agree, conflict):
         def step(carry, _):

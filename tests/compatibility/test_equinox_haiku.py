@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import gdmam_jax as gdmam
-from tests.compatibility.harness import FAST_COMPILATION, example_pairs, train
+from tests.compatibility.harness import example_pairs, train
 
 X = jax.random.normal(jax.random.key(1), (16, 3))
 Y = jnp.sin(X.sum(axis=1, keepdims=True))
@@ -44,7 +44,7 @@ def test_equinox(name):
         updates, state = optimizer.update(pairs, state, params)
         return (eqx.apply_updates(params, updates), state), values
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     def run(carry):
         return jax.lax.scan(step, carry, length=40)
 
@@ -95,7 +95,7 @@ def test_haiku(name):
         updates, state = optimizer.update(pairs, state, params)
         return (optax.apply_updates(params, updates), state), values
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     def run(carry):
         return jax.lax.scan(step, carry, length=40)
 

@@ -12,7 +12,6 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 import gdmam_jax as gdmam
-from tests.compatibility.harness import FAST_COMPILATION
 
 
 class Model(nn.Module):
@@ -62,7 +61,7 @@ def test_train_state(optimizer):
         (hidden,) = changed["intermediates"]["hidden"]
         return (jnp.mean((output - y) ** 2), jnp.mean(hidden**2)), changed["batch_stats"]
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     def step(state, key):
         (values, batch_stats), pairs = gdmam.value_and_paired_grad(losses, has_aux=True)(
             state.params, state, key
@@ -73,7 +72,7 @@ def test_train_state(optimizer):
     state = state.replace(step=jnp.asarray(0))
     types = jax.tree.map(jax.typeof, state)
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     def both(params):
         def prediction_loss(params):
             (prediction, _), batch_stats = losses(params, state, keys[0])

@@ -9,7 +9,6 @@ from flax import nnx
 
 import gdmam_jax as gdmam
 from gdmam_jax.nnx import value_and_paired_grad
-from tests.compatibility.harness import FAST_COMPILATION
 
 
 class Model(nnx.Module):
@@ -96,7 +95,7 @@ def test_optimizer_goes_the_way_of_plain_parameters(name):
         updates, state = transformation.update(pairs, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     def run(carry):
         return jax.lax.scan(plain_step, carry, BATCHES)[0]
 

@@ -8,7 +8,6 @@ import optax
 import pytest
 
 import gdmam_jax as gdmam
-from tests.compatibility.harness import FAST_COMPILATION
 
 X = jax.random.normal(jax.random.key(1), (16, 3))
 Y = jnp.sin(X.sum(axis=1))
@@ -54,14 +53,14 @@ def test_an_ensemble_in_one_program(name):
     optimizer = OPTIMIZERS[name]
     keys = jax.random.split(jax.random.key(0), 3)
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     def ensemble(keys):
         return jax.vmap(lambda key: train(optimizer, init(key)))(keys)
 
     params, states = ensemble(keys)
     reports = gdmam.diagnostics(states)
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     def alone(key):
         return train(optimizer, init(key))
 
@@ -104,7 +103,7 @@ def test_gradient_through_a_few_steps(name):
         trained, _ = train(make(value), start, steps=4, penalty=2.0)
         return losses(trained)[0]
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     def gradient_and_differences(value):
         shifted = jnp.stack([value, 1.0]) + 1e-6 * jnp.concatenate([jnp.eye(2), -jnp.eye(2)])
         above, below = jax.vmap(final_loss)(*shifted.T).reshape(2, 2)
@@ -125,4 +124,4 @@ def test_gradient_through_steps_without_any_gradient_is_finite(name):
         trained, _ = train(OPTIMIZERS[name], params, steps=3, penalty=0.0)
         return losses(trained)[0]
 
-    assert jnp.isfinite(jax.jit(jax.grad(final_loss), compiler_options=FAST_COMPILATION)(1.0))
+    assert jnp.isfinite(jax.jit(jax.grad(final_loss))(1.0))

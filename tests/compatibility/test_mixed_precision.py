@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import gdmam_jax as gdmam
-from tests.compatibility.harness import FAST_COMPILATION, train
+from tests.compatibility.harness import train
 
 STEPS = 50
 # dtypes of (parameters, gradients, momenta), and bounds on the errors of (the update without and
@@ -122,7 +122,7 @@ def test_training_in_half_precision(name, optimizer):
 
         return jax.lax.scan(step, (params, transformation.init(params)), length=200)[1]
 
-    half, full = jax.jit(lambda: (run(name), run("float32")), compiler_options=FAST_COMPILATION)()
+    half, full = jax.jit(lambda: (run(name), run("float32")))()
     assert full[-1] < 0.5 * full[0]
     assert half[-1] < 1.1 * full[-1] + 0.01
 

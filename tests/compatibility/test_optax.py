@@ -12,7 +12,6 @@ from optax import contrib
 
 import gdmam_jax as gdmam
 from tests.compatibility.harness import (
-    FAST_COMPILATION,
     STEPS,
     example_pairs,
     example_params,
@@ -523,7 +522,7 @@ def test_inject_hyperparams_every_scalar_matters(name):
         for number, key in enumerate(names)
     }
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     @jax.vmap
     def final_params(hyperparams):
         # What an argument like initial_momentum does, it does in init.

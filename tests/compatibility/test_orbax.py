@@ -10,7 +10,7 @@ from flax import nnx
 
 import gdmam_jax as gdmam
 import gdmam_jax.nnx
-from tests.compatibility.harness import FAST_COMPILATION, example_pairs, example_params
+from tests.compatibility.harness import example_pairs, example_params
 
 OPTIMIZERS = {
     "gdmam": gdmam.gdmam(optax.cosine_decay_schedule(0.1, 8), amsgrad=True),
@@ -33,7 +33,7 @@ def steps_of(optimizer):
     """A compiled run over stacked pairs, and a list with an entry for every time it is traced."""
     traces = []
 
-    @jax.jit(compiler_options=FAST_COMPILATION)
+    @jax.jit
     def run(carry, pairs):
         traces.append(None)
 
