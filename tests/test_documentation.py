@@ -263,6 +263,47 @@ def test_the_count_on_the_page_on_physics_is_that_of_its_table():
     assert f"Muon behind the allocation is lowest or level on {counts['muon allocated']};" in plain
 
 
+def test_the_counts_of_failed_runs_of_each_optimizer_are_those_of_its_tables():
+    ways = ("summed", "gradient norms", "allocated")
+    failed = {way: [] for way in ways}
+    clear = {"gradient norms": [], "allocated": []}
+    for optimizer in ("adamw", "muon", "soap"):
+        runs = [
+            figures.physics(methods=[f"{optimizer} {way}"])[f"{optimizer} {way}"] for way in ways
+        ]
+        errors = {
+            equation: dict(zip(ways, each, strict=True))
+            for equation, *each in ((name, *(found[name] for found in runs)) for name in runs[0])
+            if all(each)
+        }
+        assert len(errors) == 18
+        hard = {"allen-cahn", "korteweg-de-vries", "kuramoto-sivashinsky"}
+        for way in ways:
+            failed[way].append(
+                sum(e > 0.5 for name in set(errors) - hard for e in errors[name][way])
+            )
+        for each in errors.values():
+            for *others, ours in zip(*each.values(), strict=True):
+                assert ours <= 0.5 or min(others) > 0.5
+        for way, other in (("allocated", "gradient norms"), ("gradient norms", "allocated")):
+            clear[way].append(sum(max(each[way]) < min(each[other]) for each in errors.values()))
+    text, first = (
+        " ".join((DOCS / f"{page}.md").read_text().replace("*", "").split())
+        for page in ("physics_optimizers", "physics")
+    )
+    norms, ours = failed["gradient norms"], failed["allocated"]
+    assert (
+        f"{norms[0]} of AdamW's runs fail with gradient norms, {norms[1]} of Muon's and "
+        f"{norms[2]} of SOAP's. Behind the allocation {ours[0]}, {ours[1]} and {ours[2]} fail."
+    ) in text
+    summed = failed["summed"]
+    assert (
+        f"{summed[0]} of AdamW's runs, {summed[1]} of Muon's and {summed[2]} of SOAP's fail on the "
+        f"sum, and behind the allocation {ours[0]}, {ours[1]} and {ours[2]}."
+    ) in first
+    assert clear == {"gradient norms": [0, 0, 0], "allocated": [6, 4, 2]}
+
+
 def test_the_state_is_as_large_as_that_of_adamw():
     assert round(figures.row("update", optimizer="gdmam")["memory"], 2) == 1
 
