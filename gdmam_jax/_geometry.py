@@ -172,7 +172,9 @@ def _groups(count: int) -> list[list[tuple[int, int]]]:
 def _terms(gradients: list[Any], across: Across) -> list[jax.Array]:
     """What one leaf, or a shard of it, adds to the inner products: a vector for each group."""
     if len(gradients) >= MANY:
-        return [across.share(_matrix(gradients) / across.copies(gradients)).ravel()]
+        products = _matrix(gradients)
+        copies = jnp.asarray(across.copies(gradients), products.dtype)
+        return [across.share(products / copies).ravel()]
     return [jnp.stack([*map(across.share, group)]) for group in _products(gradients)]
 
 

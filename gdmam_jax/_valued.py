@@ -59,7 +59,7 @@ def _logarithms(values: jax.Array, lowest: Any, losses: Losses) -> jax.Array:
 
 
 def _count(present: Any, like: jax.Array) -> Any:
-    return like.size if present is None else jnp.sum(present)
+    return like.size if present is None else jnp.sum(present, dtype=like.dtype)
 
 
 class _Learned(NamedTuple):
@@ -233,8 +233,8 @@ def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeigh
         values, here = values_of("dwa_weighting", losses), losses.present
         ratio = jnp.where(memory.epochs >= 2, divide(memory.last, memory.before), 1)
         weights = _count(here, values) * _softmax(ratio / temperature, here)
-        there = 1 if here is None else here.astype(jnp.int32)
-        totals, counts = memory.totals + there * values, memory.counts + there
+        totals = memory.totals + kept(here, values, 0)
+        counts = memory.counts + (1 if here is None else here.astype(jnp.int32))
         steps = memory.steps + 1
         ends = steps % every == 0
         new = ends & (counts > 0)
@@ -243,7 +243,7 @@ def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeigh
             counts=jnp.where(ends, 0, counts),
             last=jnp.where(new, divide(totals, counts.astype(totals.dtype)), memory.last),
             before=jnp.where(new, memory.last, memory.before),
-            epochs=jnp.minimum(memory.epochs + new, 2),
+            epochs=jnp.minimum(memory.epochs + new.astype(jnp.int32), 2),
             steps=jnp.where(ends, 0, steps),
         )
 

@@ -478,7 +478,7 @@ def fairgrad_weighting(gramian: jax.Array, norms: jax.Array, *, alpha: Any = 2.0
         active = lengths > 0
         size = jnp.where(active, lengths, 1) ** ((power - 1) / (power + 1))
         size = size / jnp.max(size)
-        matrix = size[:, None] * between * size
+        matrix = size[:, None] * between * size[None]
         y = jnp.ones_like(lengths)
 
         def newton(y: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -541,7 +541,7 @@ def aligned_mtl_weighting(
     turned = jnp.swapaxes(vectors, -1, -2) @ (gramian - fixed) @ vectors
     pairs = inverse[..., :, None] * inverse[..., None, :]
     pairs = divide(pairs**2, inverse[..., :, None] + inverse[..., None, :])
-    root = inverse[..., None] * jnp.eye(count, dtype=dtype) - pairs * turned
+    root = jnp.vectorize(jnp.diag, signature="(k)->(k,k)")(inverse) - pairs * turned
     least = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1, keepdims=True)
     least = jnp.where(jnp.isfinite(least), least, 0)
     first = jnp.argmax(kept, axis=-1)[..., None]
@@ -681,7 +681,7 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
         total = jnp.sum(lengths, axis=-1, keepdims=True)
         return divide(divide(total, jnp.sum(active, axis=-1, keepdims=True)), lengths)
     _, inverses, between = cosines(gramian)
-    wanted = active * _preferences(preference, gramian)
+    wanted = active * jnp.broadcast_to(_preferences(preference, gramian), active.shape)
     combined = jnp.einsum("...ij,...j->...i", jnp.linalg.pinv(between, hermitian=True), wanted)
     projections = jnp.einsum("...ij,...j->...i", between, combined)
     square = jnp.sum(combined * projections, axis=-1, keepdims=True)

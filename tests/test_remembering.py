@@ -223,6 +223,16 @@ def test_finite_where_gradients_and_losses_are_zero(name, dtype):
                 assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(memory))
 
 
+# Optax's Adam, which learns the weights of the others, mixes dtypes itself.
+@pytest.mark.parametrize("name", sorted({*WEIGHTINGS} - {"gradnorm", "uncertainty", "famo"}))
+@pytest.mark.parametrize("present", [None, np.array([True, False, True])], ids=["all", "absent"])
+def test_strict_promotion_of_ranks_and_dtypes(name, present):
+    weighting, losses = made(name), gdmam.Losses(values=jnp.ones(3), present=present)
+    memory = weighting.init(jnp.zeros(3))
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(weighting.update, jnp.eye(3), jnp.ones(3), memory, losses)
+
+
 @pytest.mark.parametrize("name", BY_VALUE)
 def test_one_backward_pass_does_the_same(name):
     """Weights taken inside the loss, and an ordinary optimizer; beside pairs."""

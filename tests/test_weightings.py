@@ -210,6 +210,15 @@ def compiled(name):
     return jax.jit(jax.value_and_grad(combination, has_aux=True))
 
 
+@pytest.mark.parametrize("name", EVERY | SEVERAL)
+def test_strict_promotion_of_ranks_and_dtypes(name):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        for count in (2, 3) if name in SEVERAL else (2,):
+            jax.eval_shape(
+                (EVERY | SEVERAL)[name], jnp.zeros((4, count, count)), jnp.ones((4, count))
+            )
+
+
 @pytest.mark.parametrize("name", SEVERAL)
 def test_weights_and_derivatives_of_three_are_finite(name):
     for case, g in DEGENERATE_OF_THREE.items():
