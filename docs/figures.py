@@ -101,7 +101,7 @@ def physics_error(file: str, equation: str, method: str, extras: str = "") -> st
 
 def _percent(errors: Sequence[float], bold: str = "") -> str:
     middle, *ends = (
-        f"{100 * error:.{2 + (error >= 1)}g}"
+        f"{100 * error:.{2 + (error >= 0.995)}g}"
         for error in (statistics.median(errors), min(errors), max(errors))
     )
     middle = bold + middle + bold
