@@ -82,20 +82,29 @@ def measured(file: str) -> str:
 
 
 def physics(
-    file: str = "physics", methods: Sequence[str] = PHYSICS, extras: str = ""
+    file: str = "physics",
+    methods: Sequence[str] = PHYSICS,
+    extras: str = "",
+    steps: int | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """The final errors in ``docs/FILE.csv``: by method, then by equation."""
+    """The final errors in ``docs/FILE.csv``: by method, then by equation.
+
+    With ``steps``, those of trainings of that length.
+    """
     errors: dict[str, dict[str, list[float]]] = {method: defaultdict(list) for method in methods}
     with (DOCS / f"{file}.csv").open() as lines:
         for run in csv.DictReader(lines):
-            if run["method"] in errors and run["extras"] == extras:
+            wanted = run["extras"] == extras and steps in (None, int(run["steps"]))
+            if run["method"] in errors and wanted:
                 errors[run["method"]][run["equation"]].append(float(run["error"]))
     return errors
 
 
-def physics_error(file: str, equation: str, method: str, extras: str = "") -> str:
+def physics_error(
+    file: str, equation: str, method: str, extras: str = "", steps: int | None = None
+) -> str:
     """One cell of `physics_table`."""
-    errors = physics(file, [method], extras)[method][equation]
+    errors = physics(file, [method], extras, steps)[method][equation]
     return _percent(errors) if errors else "not run"
 
 
