@@ -122,8 +122,9 @@ def test_following_the_page(library, tmp_path, monkeypatch, loggers):
     assert (tmp_path / "checkpoint").is_dir()
     chex.assert_trees_all_equal(reader["seen"], expected[-1])
 
-    # A second time, in the same folder: what was written is overwritten.
-    for block in (*middle, checkpoint):
+    # A second time, in the same folder: what was written is overwritten. All libraries share the
+    # blocks in the middle.
+    for block in (*middle, checkpoint) if library == "Optax" else (checkpoint,):
         exec(block, reader)
 
 
