@@ -304,6 +304,15 @@ def test_the_counts_of_failed_runs_of_each_optimizer_are_those_of_its_tables():
     assert clear == {"gradient norms": [0, 0, 0], "allocated": [6, 4, 2]}
 
 
+@pytest.mark.parametrize("page", ["README", "docs/physics", "docs/physics_optimizers"])
+def test_the_error_in_jaxpis_configuration_is_that_of_its_run(page):
+    text = " ".join((ROOT / f"{page}.md").read_text().replace("*", "").split())
+    errors = figures.physics("physics_jaxpi", ["soap allocated"], steps=20000)["soap allocated"]
+    assert f"{100 * errors['allen-cahn'][0]:.2g}%" in text
+    if page == "docs/physics_optimizers":
+        assert f"{100 * errors['burgers'][0]:.2g}%" in text
+
+
 def test_the_state_is_as_large_as_that_of_adamw():
     assert round(figures.row("update", optimizer="gdmam")["memory"], 2) == 1
 
