@@ -29,6 +29,11 @@ def prose(page):
     return text
 
 
+def wording(page):
+    """A page's words on one line, without emphasis."""
+    return " ".join(page.read_text().replace("*", "").split())
+
+
 def anchors(page):
     """The headings of a page as Python-Markdown's `toc` and GitHub name them, and ids."""
     text = prose(page)
@@ -227,7 +232,7 @@ def test_the_readmes_table_of_kinds_is_that_of_the_runs():
 
 @pytest.mark.parametrize("page", ["README", "docs/index", "docs/defaults", "docs/physics_choices"])
 def test_the_result_on_physics_is_that_of_its_runs_and_worded_alike(page):
-    text = " ".join((ROOT / f"{page}.md").read_text().replace("*", "").split())
+    text = wording(ROOT / f"{page}.md")
     medians = {
         method: {equation: statistics.median(errors) for equation, errors in found.items()}
         for method, found in figures.physics().items()
@@ -258,7 +263,7 @@ def test_the_count_on_the_page_on_physics_is_that_of_its_table():
     table = figures.physics_table(methods=(names := ast.literal_eval(methods))).splitlines()
     [row] = [line.strip("| ").split(" | ") for line in table if line.startswith("| lowest or l")]
     counts = dict(zip(names, row[1:], strict=True))
-    plain = " ".join(text.replace("*", "").split())
+    plain = wording(DOCS / "physics.md")
     assert f"SOAP behind it is lowest or level on {counts['soap allocated']} equations" in plain
     assert f"Muon behind the allocation is lowest or level on {counts['muon allocated']};" in plain
 
@@ -280,17 +285,14 @@ def test_the_counts_of_failed_runs_of_each_optimizer_are_those_of_its_tables():
         hard = {"allen-cahn", "korteweg-de-vries", "kuramoto-sivashinsky"}
         for way in ways:
             failed[way].append(
-                sum(e > 0.5 for name in set(errors) - hard for e in errors[name][way])
+                sum(e > figures.FAILED for name in set(errors) - hard for e in errors[name][way])
             )
         for each in errors.values():
             for *others, ours in zip(*each.values(), strict=True):
-                assert ours <= 0.5 or min(others) > 0.5
+                assert ours <= figures.FAILED or min(others) > figures.FAILED
         for way, other in (("allocated", "gradient norms"), ("gradient norms", "allocated")):
             clear[way].append(sum(max(each[way]) < min(each[other]) for each in errors.values()))
-    text, first = (
-        " ".join((DOCS / f"{page}.md").read_text().replace("*", "").split())
-        for page in ("physics_optimizers", "physics")
-    )
+    text, first = (wording(DOCS / f"{page}.md") for page in ("physics_optimizers", "physics"))
     norms, ours = failed["gradient norms"], failed["allocated"]
     assert (
         f"{norms[0]} of AdamW's runs fail with gradient norms, {norms[1]} of Muon's and "
@@ -306,7 +308,7 @@ def test_the_counts_of_failed_runs_of_each_optimizer_are_those_of_its_tables():
 
 @pytest.mark.parametrize("page", ["README", "docs/physics", "docs/physics_optimizers"])
 def test_the_error_in_jaxpis_configuration_is_that_of_its_run(page):
-    text = " ".join((ROOT / f"{page}.md").read_text().replace("*", "").split())
+    text = wording(ROOT / f"{page}.md")
     methods = ("soap allocated", "soap gradient norms")
     runs = figures.physics("physics_jaxpi", methods, steps=20000)
     assert f"{100 * runs[methods[0]]['allen-cahn'][0]:.2g}%" in text
@@ -322,7 +324,7 @@ def test_the_state_is_as_large_as_that_of_adamw():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/questions.md"])
 def test_times_in_sentences_are_those_of_the_files(page):
-    text = " ".join((ROOT / page).read_text().replace("*", "").split())
+    text = wording(ROOT / page)
     measured = {
         "([Uu]pdate takes|Cost of an update \\|)": [
             figures.row("update", optimizer="gdmam")["over summed"]["median"],
