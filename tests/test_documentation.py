@@ -11,6 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 import gdmam_jax as gdmam
+from benchmarks.physics.equations import EQUATIONS
 from conftest import WHOLE_PAGES
 from docs import figures, pages
 
@@ -316,6 +317,12 @@ def test_the_error_in_jaxpis_configuration_is_that_of_its_run(page):
         assert f"{100 * runs[methods[1]]['allen-cahn'][0]:.2g}%" in text
     if page == "docs/physics_optimizers":
         assert all(f"{100 * runs[method]['burgers'][0]:.2g}%" in text for method in methods)
+
+
+def test_every_equation_is_written_out():
+    text = (DOCS / "physics_equations.md").read_text()
+    rows = re.findall(r"^\| ([a-z][a-z0-9-]+) \| ", text, re.MULTILINE)
+    assert sorted(row for row in rows if row != "name") == sorted(EQUATIONS)
 
 
 def test_the_state_is_as_large_as_that_of_adamw():
