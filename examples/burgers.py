@@ -16,6 +16,8 @@ Prints the errors against the exact solution, and draws them. Under a minute on 
 import argparse
 import itertools
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -222,18 +224,25 @@ def main():
     x, t = np.meshgrid(np.linspace(-1, 1, 101), np.linspace(0, 1, 101), indexing="ij")
     grid = np.stack([x.ravel(), t.ravel()], axis=1)
     solution = exact(grid)
-    runs = {}
-    with Progress(console=console) as progress:
-        for name in METHODS:
-            task = progress.add_task(name, total=arguments.steps * arguments.seeds)
-            runs[name] = train(
-                name,
-                arguments,
-                range(arguments.seeds),
-                jnp.float32(grid),
-                jnp.float32(solution),
-                partial(progress.advance, task, RECORD),
-            )
+    stopping = threading.Event()
+
+    def train_with_progress(name):
+        task = progress.add_task(name, total=arguments.steps * arguments.seeds)
+
+        def advance():
+            if stopping.is_set():
+                raise KeyboardInterrupt
+            progress.advance(task, RECORD)
+
+        data = jnp.float32(grid), jnp.float32(solution)
+        return train(name, arguments, range(arguments.seeds), *data, advance)
+
+    # A network this small keeps one core busy: the methods train side by side.
+    with Progress(console=console) as progress, ThreadPoolExecutor() as pool:
+        try:
+            runs = dict(zip(METHODS, pool.map(train_with_progress, METHODS), strict=True))
+        finally:
+            stopping.set()  # An interrupt ends the other threads, too.
     console.print(conclusion(runs))
     draw(runs, x.shape, solution, arguments.picture)
     console.print(f"Picture: {arguments.picture}")
