@@ -21,6 +21,14 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# Small functions are compiled again and again, by test after test: once is enough for all workers,
+# and for the processes that tests start.
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
 import jax
 import pytest
 from hypothesis import settings
@@ -40,13 +48,6 @@ settings.load_profile("fixed")
 # Traced functions are millions of small objects, which the collector would go through all the time.
 gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_num_cpu_devices", 8)
-# Small functions are compiled again and again, by test after test: once is enough. Each worker has
-# a folder of its own, since two must not write one file.
-_CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
-_CACHE /= os.environ.get("PYTEST_XDIST_WORKER", "main")
-jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def skipped_under(setting, reason, value=True):
@@ -59,6 +60,13 @@ def skipped_under(setting, reason, value=True):
 def skipped_under_strict_promotion(whose):
     """The mark of a test of something whose own code mixes dtypes."""
     return skipped_under("jax_numpy_dtype_promotion", f"forbids what {whose} does", "strict")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Thousands of programs in memory make each new one slower to lower, by up to half."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

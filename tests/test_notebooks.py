@@ -4,7 +4,6 @@ import re
 import sys
 from pathlib import Path
 
-import jax
 import nbclient
 import nbformat
 import pytest
@@ -121,9 +120,7 @@ def test_the_first_cell_installs_what_is_imported_in_colab(conclusion):
 
 
 @pytest.mark.parametrize("conclusion", CONCLUSIONS)
-def test_notebooks_run(conclusion, tmp_path, monkeypatch):
-    # The kernel is another process: it compiles as quickly as the tests do.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+def test_notebooks_run(conclusion, tmp_path):
     notebook = read(conclusion)
     for old, new in SHORTER[conclusion.__name__].items():
         changed = 0
