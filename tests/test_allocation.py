@@ -100,10 +100,10 @@ def test_several_losses_through_the_priority_gate_are_not_against_the_prediction
     """Together; and each is gated as if alone where they are not longer than what is for it."""
     cosine, exponent = np.array(losses).T
     ratio = 10**exponent
+    gate = jax.jit(gdmam.priority_gate)
     with jax.enable_x64(True):
-        kept, across = map(np.asarray, gdmam.priority_gate(jnp.array(cosine), jnp.array(ratio)))
-        pairs = zip(cosine, ratio, strict=True)
-        alone = np.array([gdmam.priority_gate(*map(jnp.array, pair))[0] for pair in pairs])
+        kept, across = map(np.asarray, gate(cosine, ratio))
+        alone = np.array([gate(*pair)[0] for pair in zip(cosine, ratio, strict=True)])
     assert 1 + np.sum(kept * ratio * cosine) >= -1e-9
     assert np.all(across == 1)
     assert np.all(kept <= alone + 1e-12)
@@ -238,7 +238,7 @@ def test_with_one_decay_steered_and_separate_momenta_agree(x64):
         pair = gdmam.GradientPair(*(jnp.asarray(row) for row in random.normal(size=(2, 5))))
         updates = []
         for number, optimizer in enumerate(optimizers):
-            update, states[number] = optimizer.update(pair, states[number])
+            update, states[number] = jax.jit(optimizer.update)(pair, states[number])
             updates.append(update)
         np.testing.assert_allclose(*updates, rtol=1e-12)
     assert [len(state.momenta) for state in states] == [1, 3]

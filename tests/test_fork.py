@@ -71,11 +71,11 @@ def test_forward_the_identity():
 
 def central(function, point, step=1e-6):
     """The Jacobian by finite differences, rows the elements of the result."""
-    columns = []
+    columns, compiled = [], jax.jit(function)
     for index in np.ndindex(point.shape):
         moved = np.zeros(point.shape)
         moved[index] = step
-        ends = [np.ravel(function(jnp.asarray(point + sign * moved))) for sign in (1, -1)]
+        ends = [np.ravel(compiled(point + sign * moved)) for sign in (1, -1)]
         columns.append((ends[0] - ends[1]) / (2 * step))
     return np.stack(columns, axis=1)
 
@@ -168,7 +168,9 @@ def test_is_what_pairs_are_where_features_are_the_parameters(name, gate, losses,
 def test_what_follows_a_copy_gets_the_gradient_of_its_own_loss():
     params = parameters()
     chex.assert_trees_all_close(
-        jax.grad(loss)(params)["heads"], jax.grad(summed)(params)["heads"], rtol=1e-6
+        jax.jit(jax.grad(loss))(params)["heads"],
+        jax.jit(jax.grad(summed))(params)["heads"],
+        rtol=1e-6,
     )
 
 
@@ -327,12 +329,15 @@ def test_weightings_with_a_memory():
         parts = [jax.tree.leaves(losses(copy))[k] for k, copy in enumerate(copies)]
         return sum(parts)
 
+    @jax.jit
+    def both(w, state, opt_state):
+        _, pairs = gdmam.value_and_paired_grad(losses)(w)
+        return jax.grad(forked, argnums=(0, 1))(w, state), link.update(pairs, opt_state, w)
+
     w = jnp.array([0.5, -0.3, 0.2])
     state, opt_state = gdmam.fork_state(3, weighting=weighting), link.init(w)
     for _ in range(3):
-        gradient, state = jax.jit(jax.grad(forked, argnums=(0, 1)))(w, state)
-        _, pairs = gdmam.value_and_paired_grad(losses)(w)
-        update, opt_state = link.update(pairs, opt_state, w)
+        (gradient, state), (update, opt_state) = both(w, state, opt_state)
         np.testing.assert_allclose(gradient, update, rtol=1e-5)
         w = w - 0.05 * gradient
     memories = zip(*map(jax.tree.leaves, (state.memory, opt_state.memory)), strict=True)

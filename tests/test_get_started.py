@@ -101,6 +101,8 @@ def test_following_the_page(library, tmp_path, monkeypatch, loggers):
     ratios = [float(seen["alignment_norm"] / seen["prediction_norm"]) for seen in history]
     assert np.median(ratios) > 5  # "many times longer"
 
+    if library != "Optax":  # The blocks in the middle are the same for all: ten steps will do.
+        history = reader["history"] = history[:10]
     for block in middle:
         exec(block, reader)
     assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
@@ -108,12 +110,12 @@ def test_following_the_page(library, tmp_path, monkeypatch, loggers):
     logged = events(tmp_path / "runs")
     assert logged.keys() == history[0].keys()
     steps, series = zip(*logged["cosine"], strict=True)
-    assert steps == tuple(range(300))
+    assert steps == tuple(range(len(history)))
     np.testing.assert_allclose(series, cosines, rtol=1e-6)
     [(project, run)], mlflow = loggers
     assert project == "two losses"
     for entries in (run.logged, mlflow):
-        assert [step for step, _ in entries] == [*range(300)]
+        assert [step for step, _ in entries] == [*range(len(history))]
         assert [data["cosine"] for _, data in entries] == cosines
 
     # An NNX step changes its arguments: give it copies.
@@ -122,8 +124,7 @@ def test_following_the_page(library, tmp_path, monkeypatch, loggers):
     assert (tmp_path / "checkpoint").is_dir()
     chex.assert_trees_all_equal(reader["seen"], expected[-1])
 
-    # A second time, in the same folder: what was written is overwritten. All libraries share the
-    # blocks in the middle.
+    # A second time, in the same folder: what was written is overwritten.
     for block in (*middle, checkpoint) if library == "Optax" else (checkpoint,):
         exec(block, reader)
 

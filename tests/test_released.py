@@ -37,7 +37,7 @@ def test_biases_are_told_by_the_last_name_on_their_path():
     params = {"bias_layer": {name: jnp.ones(2) for name in names}}
     optimizer = gdmam.gdmam_released(1.0, weight_decay=0.25, bias_weight_decay=0.5)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(
+    updates, _ = jax.jit(optimizer.update)(
         gdmam.pair_gradients(zeros, zeros), optimizer.init(params), params
     )
     found = {name: float(update[0]) for name, update in updates["bias_layer"].items()}

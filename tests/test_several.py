@@ -72,8 +72,13 @@ def test_modules_of_flax_nnx():
         y = model(x)
         return jnp.mean((y - 1) ** 2), {"first": jnp.mean(y), "second": jnp.sum(model.bias[...])}
 
-    (_, alignment), pairs = gdmam.nnx.value_and_paired_grad(losses)(model, jnp.ones((3, 2)))
-    optimizer.update(model, pairs)
+    @nnx.jit
+    def step(model, optimizer, x):
+        (_, alignment), pairs = gdmam.nnx.value_and_paired_grad(losses)(model, x)
+        optimizer.update(model, pairs)
+        return alignment, pairs
+
+    alignment, pairs = step(model, optimizer, np.ones((3, 2)))
     assert set(alignment) == set(NAMES)
     np.testing.assert_allclose(pairs["bias"].alignment["second"], [1])
     assert f"{gdmam.diagnostics(optimizer.opt_state)['cosine/first']:.3f}"

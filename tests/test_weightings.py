@@ -71,7 +71,7 @@ def test_a_preference_is_of_the_alignment_losses_and_1_changes_nothing(weighting
         means = jnp.ones(count)
         preferred = jax.jit(functools.partial(_preferred, weighting))
         even = preferred(gramian, means, jnp.ones(count - 1))
-        np.testing.assert_allclose(even, weighting(gramian, means), rtol=1e-9)
+        np.testing.assert_allclose(even, jax.jit(weighting)(gramian, means), rtol=1e-9)
         # Orthogonal gradients, as long as each other, are weighed as wanted.
         for wanted in (0.3, 3.0):
             w = preferred(jnp.eye(count), means, jnp.full(count - 1, wanted))

@@ -21,7 +21,7 @@ from benchmarks.kinds.training import train
 @pytest.mark.parametrize("name", KINDS)
 def test_both_losses_have_a_gradient_and_the_score_is_of_data_held_out(name):
     kind = KINDS[name]()
-    params = kind.init(jax.random.key(0))
+    params = jax.jit(kind.init)(jax.random.key(0))
 
     def losses(params, batch):
         found = kind.features(params, batch)
@@ -29,7 +29,7 @@ def test_both_losses_have_a_gradient_and_the_score_is_of_data_held_out(name):
 
     batch = jax.jit(kind.sample)(params, jax.random.key(1))
     if kind.opponent is not None:
-        batch = batch, kind.opponent.init(jax.random.key(2))
+        batch = batch, jax.jit(kind.opponent.init)(jax.random.key(2))
     _, pairs = jax.jit(gdmam.value_and_paired_grad(losses))(params, batch)
     geometry = gdmam.decompose(pairs).geometry
     assert geometry.prediction_norm > 0
