@@ -70,14 +70,15 @@ def test_save_restore_continue(name, tmp_path):
         jax.tree.map(lambda leaf, part=part: leaf[part], jax.device_get(pairs))
         for part in (slice(0, 4), slice(4, 8))
     )
-    middle = run((params, optimizer.init(params)), first)
+    start = jax.device_put((params, optimizer.init(params)), jax.devices()[0])
+    middle = run(start, first)
     save(tmp_path / "checkpoint", middle)
     # What a new process knows: shapes, from the optimizer and the parameters' shapes alone.
     like = jax.eval_shape(lambda params: (params, optimizer.init(params)), params)
     restored = restore(tmp_path / "checkpoint", like)
     assert jax.tree.structure(restored) == jax.tree.structure(middle)
     chex.assert_trees_all_equal(run(restored, second), run(middle, second))
-    assert len(traces) == 1
+    assert len(traces) == run._cache_size() == 1
     report = gdmam.diagnostics(restored[1])
     chex.assert_trees_all_equal(report, gdmam.diagnostics(middle[1]))
 
