@@ -69,7 +69,10 @@ def check_weighting(weighting: Any, advice: str) -> None:
 def first_memory(weighting: Any, zeros: jax.Array) -> Any:
     """The memory before the first step; None of a weighting that has none."""
     weighting = _made(weighting)
-    return weighting.init(zeros) if isinstance(weighting, RememberingWeighting) else None
+    if not isinstance(weighting, RememberingWeighting):
+        return None
+    # An array in two places could not be donated.
+    return jax.tree.map(jnp.copy, weighting.init(zeros))
 
 
 def weigh(

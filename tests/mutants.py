@@ -245,6 +245,11 @@ MUTANTS = (
         "tests/test_skipping.py -k as_if",
     ),
     Mutant(
+        "a first memory holds an array twice", "_remembering",
+        "jax.tree.map(jnp.copy, weighting.init(zeros))", "weighting.init(zeros)",
+        "tests/compatibility/test_remembered.py -k twice",
+    ),
+    Mutant(
         "a step left out decays the second moment", "_transform",
         "second = second and (jnp.where(apply, second[0], 1), *second[1:])", "pass",
         "tests/test_skipping.py -k as_if",

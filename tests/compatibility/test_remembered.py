@@ -84,6 +84,14 @@ def test_scan_checkpoint_donation_vmap_sharding(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
+def test_no_array_is_in_a_first_state_twice(name):
+    """JAX refuses to donate it."""
+    optimizer, params, *_ = pieces(name)
+    arrays = jax.tree.leaves((params, optimizer.init(params)))
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
 def test_each_scope_remembers_for_itself(name):
     """And one scope of several gets what it would get alone."""
     link = gdmam.allocate(WEIGHTINGS[name], gdmam.open_gate, scope=gdmam.leaf_scope)
