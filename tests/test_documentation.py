@@ -572,6 +572,7 @@ COMPATIBILITY = {
     "complex parameters": "test_at_home test_complex_parameters_as_their_two_parts",
     "weightings with a memory: `scan`, donation, `vmap`, sharding, Orbax": (
         "test_remembered test_scan_checkpoint_donation_vmap_sharding "
+        "test_no_array_is_in_a_first_state_twice "
         "test_each_scope_remembers_for_itself"
     ),
     "other losses than before": (
