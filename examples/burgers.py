@@ -224,6 +224,7 @@ def main():
     x, t = np.meshgrid(np.linspace(-1, 1, 101), np.linspace(0, 1, 101), indexing="ij")
     grid = np.stack([x.ravel(), t.ravel()], axis=1)
     solution = exact(grid)
+    data = jnp.float32(grid), jnp.float32(solution)
     stopping = threading.Event()
 
     def train_with_progress(name):
@@ -234,7 +235,6 @@ def main():
                 raise KeyboardInterrupt
             progress.advance(task, RECORD)
 
-        data = jnp.float32(grid), jnp.float32(solution)
         return train(name, arguments, range(arguments.seeds), *data, advance)
 
     # A network this small keeps one core busy: the methods train side by side.

@@ -64,7 +64,7 @@ def skipped_under_strict_promotion(whose):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Thousands of programs in memory make each new one slower to lower, by up to half."""
+    """With thousands of programs in memory a new one takes twice as long to lower."""
     yield
     jax.clear_caches()
 
