@@ -48,10 +48,7 @@ def test_scan_checkpoint_donation_vmap_sharding(name, tmp_path):
     def scan(carry, targets):
         return jax.lax.scan(step, carry, targets)[0]
 
-    # A step keeps all types: a loop of steps compiles once.
     start = (params, optimizer.init(params))
-    following, _ = jax.eval_shape(step, start, targets[0])
-    assert jax.tree.map(jax.typeof, following) == jax.tree.map(jax.typeof, start)
 
     # Two trainings at once, their state donated.
     twice = jax.jit(jax.vmap(scan, in_axes=(0, None)), donate_argnums=0)
@@ -67,14 +64,27 @@ def test_scan_checkpoint_donation_vmap_sharding(name, tmp_path):
     chex.assert_trees_all_equal(twice(restored, targets[3:]), both)
     chex.assert_tree_all_finite(both)
 
-    # One alone, uninterrupted, its parameters over eight devices.
+    # One alone, one donated step a call, its parameters over eight devices: traced once.
     mesh = jax.make_mesh((8,), ("x",))
-    over = {"w": jax.NamedSharding(mesh, jax.P("x")), "v": jax.NamedSharding(mesh, jax.P())}
-    placed = jax.device_put(params, over)
-    alone = jax.device_get(jax.jit(scan)((placed, optimizer.init(placed)), targets))
+    split, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P("x"), jax.P()))
+    over = jax.tree.map(lambda leaf: split if leaf.shape == (8, 4) else whole, start)
+    traces = []
+
+    def counted(carry, target):
+        traces.append(None)
+        return step(carry, target)[0]
+
+    donated = jax.jit(counted, donate_argnums=0)
+    carry = jax.device_put(start, over)
+    for target in targets:
+        carry = donated(carry, target)
+    assert len(traces) == 1
     for one in range(2):
         chex.assert_trees_all_close(
-            alone, jax.tree.map(lambda leaf, one=one: leaf[one], both), rtol=1e-4, atol=1e-6
+            jax.device_get(carry),
+            jax.tree.map(lambda leaf, one=one: leaf[one], both),
+            rtol=1e-4,
+            atol=1e-6,
         )
 
 
