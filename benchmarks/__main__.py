@@ -27,18 +27,18 @@ app = typer.Typer(
 @app.command()
 def update(
     parameters: Annotated[float, typer.Option(help="How many, for example 1e7.", min=1)] = 1e6,
-    leaves: Annotated[str, typer.Option(help="In how many leaves, commas between.")] = "4,400",
-    dtype: Annotated[str, typer.Option(help="Of parameters and gradients.")] = "float32",
-    momentum_dtype: Annotated[str | None, typer.Option(help="Of the momenta.")] = None,
-    only: Annotated[str, typer.Option(help="Optimizers, commas between; all unless given.")] = "",
-    steps: Annotated[int, typer.Option(help="In one call, in lax.scan.", min=1)] = 1,
+    leaves: Annotated[str, typer.Option(help="Numbers of leaves, comma-separated.")] = "4,400",
+    dtype: Annotated[str, typer.Option(help="Dtype of parameters and gradients.")] = "float32",
+    momentum_dtype: Annotated[str | None, typer.Option(help="Dtype of the momenta.")] = None,
+    only: Annotated[str, typer.Option(help="Optimizers, comma-separated (all).")] = "",
+    steps: Annotated[int, typer.Option(help="Steps in one call, in lax.scan.", min=1)] = 1,
     losses: Losses = "2",
-    torch: Annotated[bool, typer.Option("--torch", help="Beside TorchJD on the CPU, too.")] = False,
+    torch: Annotated[bool, typer.Option("--torch", help="Also time TorchJD on the CPU.")] = False,
     rounds: Rounds = 20,
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """The optimizer's update alone, beside summed(optax.adamw) and a copy of as many bytes."""
+    """The update alone, compared with summed(optax.adamw) and a copy of as many bytes."""
     timing.use_threads(threads)
     from benchmarks import update as module
 
@@ -56,10 +56,10 @@ def update(
 
 @app.command()
 def pair(
-    models: Annotated[str, typer.Option(help="Commas between.")] = "mlp,resnet,transformer",
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = "mlp,resnet,transformer",
     losses: Losses = "2",
-    batch: Annotated[int, typer.Option(help="Examples.", min=1)] = 64,
-    width: Annotated[int, typer.Option(help="Features of the layers.", min=8)] = 128,
+    batch: Annotated[int, typer.Option(help="Examples in a batch.", min=1)] = 64,
+    width: Annotated[int, typer.Option(help="Width of the layers.", min=8)] = 128,
     rematerialise: Annotated[
         bool, typer.Option(help="Compute activations again in JAX's backward passes.")
     ] = False,
@@ -67,7 +67,7 @@ def pair(
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """The losses' gradients from one forward pass, beside that of the sum, PyTorch and TorchJD."""
+    """The losses' gradients from one forward pass, compared with the sum's, PyTorch and TorchJD."""
     timing.use_threads(threads)
     from benchmarks import pair as module
 
@@ -79,15 +79,15 @@ def pair(
 
 @app.command()
 def fork(
-    models: Annotated[str, typer.Option(help="Commas between.")] = "mlp,resnet,transformer",
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = "mlp,resnet,transformer",
     losses: Losses = "2,3,5",
-    batch: Annotated[int, typer.Option(help="Examples.", min=1)] = 64,
-    width: Annotated[int, typer.Option(help="Features of the layers.", min=8)] = 128,
+    batch: Annotated[int, typer.Option(help="Examples in a batch.", min=1)] = 64,
+    width: Annotated[int, typer.Option(help="Width of the layers.", min=8)] = 128,
     rounds: Rounds = 20,
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """Conflicts settled at the features, beside the summed loss, pairs, PyTorch and TorchJD."""
+    """Conflicts settled at the features, compared with the sum, pairs, PyTorch and TorchJD."""
     timing.use_threads(threads)
     from benchmarks import fork as module
 
@@ -102,13 +102,13 @@ def many(
     parameters: Annotated[float, typer.Option(help="How many, for example 1e6.", min=100)] = 1e6,
     chunk: Annotated[int, typer.Option(help="Gradients held at once.", min=1)] = 16,
     given: Annotated[
-        bool, typer.Option("--given", help="The gradients' combination alone, beside TorchJD's.")
+        bool, typer.Option("--given", help="Time only the combination of given gradients.")
     ] = False,
     rounds: Rounds = 5,
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """One weighed gradient of a loss for each example, beside TorchJD's autojac and autogram."""
+    """One weighed gradient of a loss for each example, compared with TorchJD's two engines."""
     timing.use_threads(threads)
     from benchmarks import many as module
 
@@ -123,13 +123,13 @@ def many(
 
 @app.command()
 def step(
-    data: Annotated[str, typer.Option(help="Commas between.")] = "movie,emotion6",
-    steps: Annotated[int, typer.Option(help="In one measurement.", min=1)] = 20,
+    data: Annotated[str, typer.Option(help="Data sets, comma-separated.")] = "movie,emotion6",
+    steps: Annotated[int, typer.Option(help="Steps in one measurement.", min=1)] = 20,
     rounds: Rounds = 10,
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """A training step of RDA, beside PyTorch as the released code is written."""
+    """A training step of RDA, compared with PyTorch as the released code is written."""
     timing.use_threads(threads)
     from benchmarks import step as module
 
@@ -144,13 +144,13 @@ def experiment(
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     method: Annotated[str, typer.Option(help="gdmam-released or rda.")] = "gdmam-released",
     log_variance_bound: Annotated[
-        float, typer.Option(help="Soft bound of the log-variances; 0: none, as released.", min=0)
+        float, typer.Option(help="Soft bound on the log-variances; 0: none, as released.", min=0)
     ] = 2.0,
     rounds: Annotated[int, typer.Option(help="Seeds, one round each.", min=1)] = 1,
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """A whole experiment, compilation included, beside the same in PyTorch."""
+    """A whole experiment, compilation included, compared with the same in PyTorch."""
     timing.use_threads(threads)
     from benchmarks import step as module
 
@@ -162,14 +162,14 @@ def experiment(
 
 @app.command(name="compile")
 def compile_time(
-    leaves: Annotated[str, typer.Option(help="How many, commas between.")] = "10,100",
-    shape: Annotated[str, typer.Option(help="Of each leaf, commas between.")] = "64,64",
-    only: Annotated[str, typer.Option(help="Optimizers, commas between; all unless given.")] = "",
+    leaves: Annotated[str, typer.Option(help="Numbers of leaves, comma-separated.")] = "10,100",
+    shape: Annotated[str, typer.Option(help="Shape of each leaf, comma-separated.")] = "64,64",
+    only: Annotated[str, typer.Option(help="Optimizers, comma-separated (all).")] = "",
     losses: Losses = "2",
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """Time to the first step, and size of the program, over the number of leaves and losses."""
+    """Time to the first step, and size of the program, by number of leaves and losses."""
     timing.use_threads(threads)
     from benchmarks import compilation as module
 
@@ -180,25 +180,25 @@ def compile_time(
 
 @app.command()
 def defaults(
-    out: Annotated[Path, typer.Option(help="For results; what is there is not run again.")] = Path(
-        "results/defaults"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for results; finished runs are not repeated.")
+    ] = Path("results/defaults"),
     equations: Annotated[
-        str, typer.Option(help="Of benchmarks.physics, commas between.")
+        str, typer.Option(help="Equations of benchmarks.physics, comma-separated.")
     ] = "burgers,kovasznay,helmholtz,soliton",
     sets: Annotated[
-        str, typer.Option(help="Of label distributions, commas between; see gdmam-ldl data list.")
+        str, typer.Option(help="Label distributions, comma-separated; see gdmam-ldl data list.")
     ] = "emotion6,films,Movie,SCUT_FBP",
-    epochs: Annotated[int, typer.Option(help="Of the sets' trainings.", min=1)] = 100,
+    epochs: Annotated[int, typer.Option(help="Epochs on label distributions.", min=1)] = 100,
     steps: Annotated[
-        int | None, typer.Option(help="Of the networks' trainings; their own unless given.", min=1)
+        int | None, typer.Option(help="Steps on equations (as many as their own).", min=1)
     ] = None,
     data_folder: Annotated[
-        Path | None, typer.Option(help="Where the sets lie, if not in the cache.")
+        Path | None, typer.Option(help="Folder of the label distributions, if not the cache.")
     ] = None,
     output: Output = None,
 ) -> None:
-    """The choices that could be gdmam's defaults, by one rule over networks and distributions."""
+    """Judge candidates for gdmam's defaults by one rule, on equations and distributions."""
     from benchmarks import defaults as module
 
     names = [[name for name in text.split(",") if name] for text in (equations, sets)]
@@ -208,9 +208,9 @@ def defaults(
 
 @app.command()
 def absent(
-    only: Annotated[str, typer.Option(help="Weightings, commas between; all unless given.")] = "",
-    steps: Annotated[int, typer.Option(help="Of each training.", min=1)] = 400,
-    seeds: Annotated[int, typer.Option(help="How many trainings of each.", min=1)] = 5,
+    only: Annotated[str, typer.Option(help="Weightings, comma-separated (all).")] = "",
+    steps: Annotated[int, typer.Option(help="Steps of each training.", min=1)] = 400,
+    seeds: Annotated[int, typer.Option(help="Trainings of each weighting.", min=1)] = 5,
     output: Output = None,
 ) -> None:
     """A task whose labels are often missing: what is left of the other, by weighting."""
@@ -222,21 +222,21 @@ def absent(
 
 @app.command()
 def weightings(
-    out: Annotated[Path, typer.Option(help="For results; what is there is not run again.")] = Path(
-        "results/weightings"
-    ),
-    only: Annotated[str, typer.Option(help="Weightings, commas between; all unless given.")] = "",
+    out: Annotated[
+        Path, typer.Option(help="Folder for results; finished runs are not repeated.")
+    ] = Path("results/weightings"),
+    only: Annotated[str, typer.Option(help="Weightings, comma-separated (all).")] = "",
     equations: Annotated[
-        str, typer.Option(help="Of benchmarks.physics, commas between.")
+        str, typer.Option(help="Equations of benchmarks.physics, comma-separated.")
     ] = "burgers,reaction",
     sets: Annotated[
-        str, typer.Option(help="Of label distributions, commas between; see gdmam-ldl data list.")
+        str, typer.Option(help="Label distributions, comma-separated; see gdmam-ldl data list.")
     ] = "SCUT_FBP",
-    seeds: Annotated[int, typer.Option(help="Of equations and digits.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Of the equations' trainings.", min=101)] = 1000,
-    epochs: Annotated[int, typer.Option(help="Of the sets' trainings.", min=1)] = 100,
+    seeds: Annotated[int, typer.Option(help="Seeds on equations and digits.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Steps on equations.", min=101)] = 1000,
+    epochs: Annotated[int, typer.Option(help="Epochs on label distributions.", min=1)] = 100,
     data_folder: Annotated[
-        Path | None, typer.Option(help="Where the sets lie, if not in the cache.")
+        Path | None, typer.Option(help="Folder of the label distributions, if not the cache.")
     ] = None,
     output: Output = None,
 ) -> None:
@@ -259,15 +259,15 @@ def weightings(
 
 @app.command()
 def soak(
-    steps: Annotated[float, typer.Option(help="How many, for example 1e6.", min=100)] = 1e6,
+    steps: Annotated[float, typer.Option(help="Number of steps, for example 1e6.", min=100)] = 1e6,
     dtypes: Annotated[
-        str, typer.Option(help="Of the parameters, commas between.")
+        str, typer.Option(help="Dtypes of the parameters, comma-separated.")
     ] = "float32,bfloat16",
-    only: Annotated[str, typer.Option(help="Optimizers, commas between; all unless given.")] = "",
+    only: Annotated[str, typer.Option(help="Optimizers, comma-separated (all).")] = "",
     threads: Threads = None,
     output: Output = None,
 ) -> None:
-    """A long training beside float64: drift, bounds, memory, counters; fails where one breaks."""
+    """A long training against float64: drift, bounds, memory, counters; fails if one breaks."""
     timing.use_threads(threads)
     from benchmarks import soak as module
 

@@ -1,9 +1,9 @@
-"""Two tasks of which one is often without labels: what is left of the other, by weighting.
+"""Two tasks, of which one often has no labels: how well the other is learned, by weighting.
 
-The alignment task's labels are missing from three batches in four, and not numbers in one of ten.
-*Hidden*: as one does without help, a missing loss is 0, and a step that is not finite is left out
+The alignment task's labels are missing from three batches in four, and are NaN in one of ten.
+*Hidden*, as one does without help: a missing loss is 0, and a step that is not finite is left out
 whole. *Said*: ``present=`` says which losses there are, and ``not_finite="skip_loss"`` leaves out
-the loss alone.
+only that loss.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def benchmark(names: Sequence[str], steps: int, seeds: int) -> list[dict[str, An
     """Test losses of the prediction task: the median over seeds, the best and the worst.
 
     Args:
-      names: of the weightings; all where there are none.
+      names: of the weightings; all if there are none.
       steps: of each training.
       seeds: how many trainings of each kind.
     """
@@ -74,7 +74,7 @@ def trainings(weighting: Any, said: bool, steps: int, seeds: int) -> tuple[np.nd
         params = network(start)
 
         def losses(params: Any, x: jax.Array, y: jax.Array, missing: jax.Array) -> Any:
-            # Each column by itself: the derivative of one loss is not to meet the other's labels.
+            # Each column by itself: the derivative of one loss must not meet the other's labels.
             guesses = predict(params, x)
             first, second = (jnp.mean((guesses[:, k] - y[:, k]) ** 2) for k in range(2))
             return first, jnp.where(missing, 0, second)

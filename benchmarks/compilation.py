@@ -1,4 +1,4 @@
-"""Time to the first step, and size of the program, over the number of leaves and losses."""
+"""Time to the first step, and size of the program, by number of leaves and losses."""
 
 import itertools
 import time
@@ -33,9 +33,9 @@ def benchmark(
     Args:
       leaves: how many.
       shape: of each.
-      losses: how many, the prediction's counted. The released form is left out where there are
+      losses: how many, the prediction's included. The released form is left out if there are
         more than two.
-      only: the optimizers beside the baseline; none given, all.
+      only: the optimizers besides the baseline; all if none is given.
 
     Returns:
       One row for each; the ratio is of the seconds to the end of the first step. Compilation

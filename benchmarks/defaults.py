@@ -1,7 +1,7 @@
 """Which choices should be `gdmam`'s defaults: one rule over networks and label distributions.
 
-The rule: the fewest runs that fail altogether, then the smallest worst ratio to the best
-candidate's median. What becomes of a loss that is solved is shown beside it.
+The rule is: the fewest failed runs in all, then the smallest worst ratio to the best candidate's
+median. The table also shows what becomes of a training when one of its losses is solved.
 """
 
 import functools
@@ -28,7 +28,7 @@ SOLVED = {
     "solved, constant rate": (1e-3, False),
     "noisy, falling rate": (1.0, True),
 }
-"""How long a solved loss's gradient is, over the prediction's first, and whether the rate falls."""
+"""A solved loss's gradient norm over the prediction's at first, and whether the rate falls."""
 
 SEEDS = 5
 RATES = (3e-3, 1e-2)
@@ -44,7 +44,7 @@ def benchmark(
     steps: int | None,
     data_folder: Path | None,
 ) -> list[dict[str, Any]]:
-    """Runs what is not in the folder yet, and judges all candidates.
+    """Runs what is not yet in the folder, and judges all candidates.
 
     Args:
       folder: for results; what is there is not run again.
@@ -55,8 +55,8 @@ def benchmark(
       data_folder: where the sets lie, None for the cache.
 
     Returns:
-      One row for each candidate, best first: its median by problem, failed runs, worst ratio;
-      behind them, what they come to where a loss is solved.
+      One row for each candidate, best first: its median by problem, failed runs, worst ratio, and
+      then its medians where a loss is solved.
     """
     found = networks(folder / "physics", equations, steps)
     failed = {

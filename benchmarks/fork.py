@@ -1,6 +1,6 @@
-"""Conflicts settled at the features, beside the summed loss, and beside those at the parameters.
+"""Conflicts settled at the features, against the summed loss, and against those at parameters.
 
-The models are those of `benchmarks.pair`. Each way's cost is given over that of the summed loss's
+The models are those of `benchmarks.pair`. Each way's cost is divided by that of the summed loss's
 gradient in the same framework. The heads are small, so that nothing hides what a fork costs.
 """
 
@@ -26,18 +26,18 @@ TORCH_SUMMED = "PyTorch summed"
 def benchmark(
     names: Sequence[str], losses: Sequence[int], batch: int, width: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Time and memory of a gradient with the conflict settled, over those of the summed loss.
+    """Time and memory of a gradient with its conflict settled, over those of the summed loss.
 
     Args:
       names: of the models, see `benchmarks.pair.MODELS`.
-      losses: how many, the prediction's counted; each number is a set of cases.
+      losses: how many, the prediction's included; each number is a set of cases.
       batch: examples.
       width: features of the layers.
-      rounds: how often each case runs.
+      rounds: how many times each case runs.
 
     Returns:
-      One row for each model, number of losses and way: time over the summed loss's, and what is
-      needed beside parameters and batch in MiB.
+      One row for each model, number of losses and way: time over the summed loss's, and the memory
+      in MiB that is needed besides parameters and batch.
     """
     torch.set_num_threads(training.processors())
     rows = []

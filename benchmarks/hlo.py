@@ -16,8 +16,8 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 def bytes_moved(program: str) -> int:
     """Bytes that the instructions of a compiled program's main path read and write.
 
-    Each instruction reads its operands and writes its result once; of what it only slices, it
-    reads the slices. Branches are left out.
+    Each instruction reads its operands and writes its result once. Of an operand that it only
+    slices, it reads the slices. Branches are left out.
     """
     computations = _computations(program)
     sizes: dict[str, int] = {}

@@ -1,7 +1,7 @@
-"""A loss for each example, or dozens of tasks: one weighed gradient, beside TorchJD's two engines.
+"""A loss for each example, or dozens of tasks: one weighed gradient, against TorchJD's two engines.
 
-A multilayer perceptron; UPGrad on the Gramian of all losses. Cost is given over the gradient of the
-mean loss in the same framework. Where the gradients are given, what UPGrad itself takes is left.
+A multilayer perceptron is trained with UPGrad on the Gramian of all losses. Cost is divided by that
+of the mean loss's gradient in the same framework. With given gradients only UPGrad itself is timed.
 """
 
 import itertools
@@ -36,12 +36,13 @@ def benchmark(
     Args:
       losses: how many, one for each example; each number is a set of cases.
       parameters: about how many, in layers of equal width.
-      chunk: of how many losses the gradients are held at once, in the cases with chunks.
-      rounds: how often each case runs.
+      chunk: for how many losses gradients are held at once, in the cases with chunks.
+      rounds: how many times each case runs.
 
     Returns:
-      One row for each number of losses and way: time over that of the mean loss's gradient, what is
-      needed beside parameters and batch in MiB, and seconds that tracing and compilation took.
+      One row for each number of losses and way: time over that of the mean loss's gradient, the
+      memory in MiB that is needed besides parameters and batch, and the seconds that tracing and
+      compilation took.
     """
     torch.set_num_threads(training.processors())
     width, rows = round((parameters / LAYERS) ** 0.5), []
@@ -66,12 +67,12 @@ def benchmark(
 
 
 def given(losses: Sequence[int], parameters: int, rounds: int) -> list[dict[str, Any]]:
-    """Time of UPGrad's combination of gradients that are there already, beside TorchJD's.
+    """Time of UPGrad's combination of given gradients, compared with TorchJD's.
 
     Args:
       losses: how many; each number is a set of cases.
       parameters: how long the gradients are.
-      rounds: how often each case runs.
+      rounds: how many times each case runs.
 
     Returns:
       One row for each number of losses, kind of gradients and way: time over TorchJD's.

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-Rounds = Annotated[int, typer.Option(help="How often each case runs.", min=1)]
-Threads = Annotated[int | None, typer.Option(help="Processors to use; all unless given.", min=1)]
-Losses = Annotated[str, typer.Option(help="How many, the prediction loss counted; commas between.")]
+Rounds = Annotated[int, typer.Option(help="How many times each case runs.", min=1)]
+Threads = Annotated[int | None, typer.Option(help="Processors to use (all).", min=1)]
+Losses = Annotated[
+    str, typer.Option(help="Numbers of losses, the prediction's included; comma-separated.")
+]
 Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
 
 
@@ -17,7 +19,7 @@ def numbers(text: str) -> list[int]:
     try:
         return [int(float(part)) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"expected numbers with commas between, got {text!r}") from None
+        raise typer.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
 
 
 def loss_counts(text: str) -> list[int]:
@@ -43,12 +45,12 @@ def known_name(text: str, option: str, known: list[str]) -> str:
 
 
 def already_run(path: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a result lies there that was made with these settings; others are refused."""
+    """Whether a result made with these settings is there; other settings are refused."""
     if not path.exists():
         return False
     found = json.loads(path.read_text())["settings"]
     if found != settings:
         raise typer.BadParameter(
-            f"{path} was made with other settings, {found}; give the same again, or another --out"
+            f"{path} was made with other settings, {found}; give those again, or another --out"
         )
     return True

@@ -1,8 +1,8 @@
-"""The losses' gradients from one forward pass: beside that of the sum, and beside PyTorch's ways.
+"""The losses' gradients from one forward pass, compared with the sum's and with PyTorch's ways.
 
-Three models, each in JAX and in PyTorch with the same sizes; each way's cost is given over the
-gradient of the summed loss in the same framework. Every loss depends on all parameters but the
-head's, so that no backward pass is shorter than the summed loss's.
+There are three models, each in JAX and in PyTorch with the same sizes. Each way's cost is divided
+by that of the summed loss's gradient in the same framework. Every loss depends on all parameters
+but the head's, so that no backward pass is shorter than the summed loss's.
 """
 
 import itertools
@@ -38,17 +38,17 @@ def benchmark(
 
     Args:
       names: of the models, see `MODELS`.
-      losses: how many, the prediction's counted; each number is a set of cases.
+      losses: how many, the prediction's included; each number is a set of cases.
       batch: examples.
       width: features of the layers.
-      rounds: how often each case runs.
+      rounds: how many times each case runs.
       rematerialise: keep no activations in JAX's ways, but compute them again in each backward
         pass (`jax.checkpoint`).
 
     Returns:
-      One row for each model, number of losses and way: time over the summed loss's, beside what
-      the arithmetic of one forward and K backward passes would take, and memory over the summed
-      loss's: what the step needs beside parameters and batch.
+      One row for each model, number of losses and way: time over the summed loss's, next to what
+      the arithmetic of one forward and K backward passes would take; and memory over the summed
+      loss's, which is what the step needs besides parameters and batch.
     """
     torch.set_num_threads(training.processors())
     rows = []
@@ -99,7 +99,7 @@ def _jax_cases(losses: Callable[..., Any], params: Any, batch: Any) -> tuple[dic
     cases, memory, results = {}, {}, {}
     for way, function in ways.items():
         compiled = jax.jit(function).lower(params, *batch).compile()
-        # What the step needs beside parameters and batch: activations and gradients.
+        # What the step needs besides parameters and batch: activations and gradients.
         analysis = compiled.memory_analysis()
         memory[way] = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
         cases[way] = Case(way, lambda f=compiled: jax.block_until_ready(f(params, *batch)))
@@ -117,7 +117,7 @@ def _jax_cases(losses: Callable[..., Any], params: Any, batch: Any) -> tuple[dic
 
 
 def _batched(losses: Callable[..., Any]) -> Callable[..., Any]:
-    """All gradients from one batched backward pass: the other way to have them."""
+    """All gradients from one batched backward pass: the other way to get them."""
 
     def function(params: Any, *batch: Any) -> Any:
         def flat(params: Any) -> Any:
@@ -169,7 +169,7 @@ def _torch_cases(losses: Callable[..., Any], params: list, batch: Any) -> dict[s
 
 
 def jacobian_to_gradient(params: Sequence[Any]) -> None:
-    """TorchJD's UPGrad, the Gramian summed over the parameters: its way that saves memory."""
+    """TorchJD's UPGrad, in the way that saves memory: the Gramian is summed over the parameters."""
     autojac.jac_to_grad(params, aggregation.UPGrad(), optimize_gramian_computation=True)
 
 
@@ -187,7 +187,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 Split = Callable[[Any, int], Sequence[Any]]
-"""A function of the features and of the number of losses: what each loss takes of them."""
+"""A function of the features and of the number of losses: the features that each loss gets."""
 
 
 def _shared(features: Any, count: int) -> Sequence[Any]:
@@ -244,7 +244,7 @@ def _mlp_torch(batch: int, width: int, count: int) -> tuple[Any, ...]:
 
 
 class TorchLosses:
-    """The losses of a batch: `trunk` gives features, `of` the losses of these."""
+    """The losses of a batch: `trunk` computes features, and `of` their losses."""
 
     def __init__(self, trunk: nn.Module, features: int) -> None:
         self.trunk = trunk

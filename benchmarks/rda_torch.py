@@ -1,7 +1,7 @@
 """RDA trained in PyTorch, written as the released code is.
 
-By GDMAM: two `torch.autograd.grad` calls, one for each loss, then a backward pass of the weighted
-sum. And by RDA's own method: one backward pass of the sum, divided by its value.
+GDMAM makes two `torch.autograd.grad` calls, one for each loss, then a backward pass of the weighted
+sum. RDA's own method makes one backward pass of the sum, divided by its value.
 """
 
 import collections
@@ -142,7 +142,7 @@ class Trainer:
 
 
 class SummedTrainer(Trainer):
-    """The same by RDA's own method."""
+    """The same with RDA's own method."""
 
     def step(self, x: Tensor, y: Tensor) -> None:
         losses = self.model.losses(x, y, self.frequency, self.samples, self.weight, "mean")

@@ -28,7 +28,7 @@ OPTIMIZERS = {
     ),
     "gdmam_released": lambda: gdmam.gdmam_released(1e-3, b2=B2),
 }
-"""The default, every other buffer there is, and the released form."""
+"""The default, a form with every other buffer, and the released form."""
 
 CALLS = 100
 """Into how many calls of the compiled program a run is cut."""
@@ -39,13 +39,13 @@ MEBIBYTE = 2**20
 def benchmark(steps: int, dtypes: Sequence[str], only: Sequence[str]) -> list[dict[str, Any]]:
     """Trains a small noisy problem whose two losses fight, and compares with float64.
 
-    Beside the optimizer runs one in float64, with the same gradients: where they part, only the
+    Alongside the optimizer runs one in float64, with the same gradients: where they part, only the
     optimizer's rounding has parted them. A third one trains by itself in float64.
 
     Args:
       steps: of every run; a multiple of `CALLS`.
       dtypes: of the parameters, a run for each.
-      only: the optimizers; none given, all.
+      only: the optimizers; all if none is given.
 
     Returns:
       One row for each optimizer, dtype and quantity: the largest value in the second tenth of
@@ -94,7 +94,7 @@ def run(
         _row(quantity, [call[quantity] for call in measured], limits.get(quantity))
         for quantity in measured[0]
     ]
-    # What the first calls allocate they keep; after that nothing may be added.
+    # The first calls keep what they allocate; after that nothing may be added.
     settled = CALLS // 10
     rows.append(_row("peak memory, MiB more", np.subtract(memory, memory[settled]), 4))
     rows.append(_row("arrays alive, more", np.subtract(arrays, arrays[settled]), 0))
@@ -114,7 +114,7 @@ def _row(quantity: str, values: Any, limit: float | None) -> dict[str, Any]:
         "last tenth": float(np.max(values[-tenth:])),
         "ever": largest,
         "at most": float("nan") if limit is None else float(limit),
-        # Not a number is no value that holds.
+        # NaN does not hold: it is not below any limit.
         "held": "-" if limit is None else "yes" if largest <= limit else "NO",
     }
 
@@ -204,7 +204,7 @@ def _as_float64(tree: Any) -> Any:
 def _off(tree: Any, exact: Any, scale: Any = None) -> jax.Array:
     """The largest difference of two leaves, over the largest element of the exact one or a scale's.
 
-    What a momentum loses goes by the gradients that it is a mean of.
+    A momentum's loss is measured by the gradients that it is a mean of.
     """
     trees = (tree, exact, exact if scale is None else scale)
     return jnp.max(
@@ -313,13 +313,13 @@ def _bounded(state: Any, seen: Any) -> dict[str, jax.Array]:
 
 
 def _infinities(state: Any) -> jax.Array | int:
-    """How many entries of the state are infinite by design: the queue of the clipping at first."""
+    """How many entries of the state are infinite by design: the clipping's queue at first."""
     inner = _state(state)
     return 0 if isinstance(inner, gdmam.GDMAMState) else jnp.sum(jnp.isinf(inner.clipping.norms))
 
 
 def _saturation(optimizer: Any, trained: Any, compiler_options: Any) -> float:
-    """How far off three steps are whose counters reach the largest integer and stay there."""
+    """How far off three steps are when the counters reach the largest integer and stay there."""
     params, state = trained
     end = np.iinfo(np.int32).max
 

@@ -1,4 +1,4 @@
-"""A whole training step, and a whole experiment, of RDA under GDMAM: beside the same in PyTorch."""
+"""A whole training step, and a whole experiment, of RDA with GDMAM: against the same in PyTorch."""
 
 import tempfile
 import time
@@ -31,7 +31,7 @@ FILES = {"movie": "Movie", "emotion6": "emotion6", "scut_fbp": "SCUT_FBP"}
 
 
 def load(name: str) -> tuple[data.Dataset, str]:
-    """The data set beside the checkout, or one made up in its shape, and which of the two it is."""
+    """The data set next to the checkout, or one made up in its shape, and which of the two."""
     folder = Path(__file__).parents[2] / "shared" / "data" / "ldl"
     if (folder / f"{FILES[name]}.mat").is_file():
         return data.load(folder / f"{FILES[name]}.mat"), "real"
@@ -50,8 +50,8 @@ def step(names: Sequence[str], steps: int, rounds: int) -> list[dict[str, Any]]:
 
     Args:
       names: of the data sets.
-      steps: how many a measurement is made of.
-      rounds: how often each case runs.
+      steps: how many there are in a measurement.
+      rounds: how many times each case runs.
 
     Returns:
       One row for each data set and way to run it.
@@ -121,11 +121,11 @@ def _jax_case(
     @partial(jax.jit, donate_argnums=(0, 1, 2))
     def train_often(params: Any, state: Any, key: Any, x: Any, y: Any) -> Any:
         def body(carry: Any, noise: Any) -> Any:
-            # A new batch at every step, for all that XLA knows.
+            # A new batch at every step, as far as XLA knows.
             carry, batch = jax.lax.optimization_barrier((carry, (x, y)))
             return train(*carry, noise, *batch), None
 
-        # Drawn ahead, as `gdmam_jax.ldl` does: in the loop XLA draws it wherever it is used.
+        # Drawn ahead, as in `gdmam_jax.ldl`: in the loop XLA would draw it wherever it is used.
         key, used = jax.random.split(key)
         noise = jax.vmap(lambda key: draw_noise(key, len(x), 100))(jax.random.split(used, steps))
         return *jax.lax.scan(body, (params, state), noise)[0], key
@@ -165,7 +165,7 @@ def whole(
       method_name: one of `rda_torch.TRAINERS`.
       folds: of the cross-validation.
       epochs: of every fold.
-      rounds: how often, each with a seed of its own. JAX runs twice in each: it compiles, and
+      rounds: how many, each with a seed of its own. JAX runs twice in each: it compiles, and
         then finds its programs in a cache on disk, as a second experiment does.
       log_variance_bound: of the model; None is the released architecture.
 

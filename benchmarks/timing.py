@@ -1,7 +1,7 @@
-"""Measuring in turn, and what is made of it: a table on screen and a JSON file.
+"""Measuring in turn, and reporting in a table on screen and a JSON file.
 
 Nothing here is reported as a time alone. All cases of a benchmark run one after the other, round
-after round, so that whatever else the machine does falls on all of them, and a figure is the median
+after round, so that whatever else the machine does falls on all of them. A figure is the median
 over the rounds of the ratio of two cases in the same round, with its quartiles.
 """
 
@@ -61,14 +61,14 @@ class Ratio:
 
 
 def ratio(case: Case, base: Case, scale: float = 1.0) -> Ratio:
-    """How often `base` fits into `case`, round by round, times `scale`."""
+    """How many times `base` fits into `case`, round by round, times `scale`."""
     quotients = scale * np.array(case.seconds) / np.array(base.seconds)
     low, median, high = np.percentile(quotients, (25, 50, 75))
     return Ratio(float(median), float(low), float(high))
 
 
 def tracked(stage: str, items: Sequence[Any]) -> Iterator[Any]:
-    """The items one by one, with a bar on stderr that is drawn between them and not beside them."""
+    """The items one by one, with a bar on stderr that is drawn between them, not during them."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task(stage, total=len(items))
@@ -103,7 +103,7 @@ def measure_in_turn(cases: Sequence[Case], rounds: int, warmup: int = 2) -> None
 
 
 def use_threads(threads: int | None) -> None:
-    """Let this process use so many processors; before JAX starts its threads."""
+    """Let this process use so many processors. Call it before JAX starts its threads."""
     if threads is not None:
         available = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, available[:threads])

@@ -1,4 +1,4 @@
-"""The cost of an optimizer step alone, the losses' gradients given."""
+"""The cost of an optimizer step alone, with the losses' gradients given."""
 
 import itertools
 import time
@@ -61,25 +61,25 @@ def benchmark(
     losses: Sequence[int] = (2,),
     torch: bool = False,
 ) -> list[dict[str, Any]]:
-    """GDMAM's forms beside `summed(optax.adamw)` and beside a copy of as many bytes.
+    """GDMAM's forms, compared with `summed(optax.adamw)` and with a copy of as many bytes.
 
     Args:
       parameters: how many, in all.
       leaves: into how many leaves of equal size to cut them; each number is a set of cases.
       dtype: of parameters and gradients.
       momentum_dtype: of GDMAM's momenta and of AdamW's first moment; None: as the parameters.
-      rounds: how often each case runs.
-      only: the optimizers beside the baseline; none given, all.
+      rounds: how many times each case runs.
+      only: the optimizers besides the baseline; all if none is given.
       steps: in one call. A call hands every array over, which with thousands of them takes as
-        long as their update; several steps, in `jax.lax.scan`, share that.
-      losses: how many, the prediction's counted; each number is a set of cases. The released
-        form is left out where there are more than two.
+        long as their update. Several steps, in `jax.lax.scan`, share that time.
+      losses: how many, the prediction's included; each number is a set of cases. The released
+        form is left out if there are more than two.
       torch: whether TorchJD's way is measured, too, over AdamW on the sum in PyTorch.
 
     Returns:
-      One row for each case, its milliseconds those of one step: time over the summed loss's and
-      over the copy's, bytes moved a parameter, as compiled and at least, and memory over the
-      summed loss's: parameters, state, gradients and what the step needs beside them.
+      One row for each case: milliseconds of one step; time over the summed loss's and over the
+      copy's; bytes moved for each parameter, as compiled and at least; and memory over the summed
+      loss's, of parameters, state, gradients and what else the step needs.
     """
     names = [BASELINE, *(only or [name for name in OPTIMIZERS if name != BASELINE])]
     cases: dict[tuple[int, int, str], Case] = {}
@@ -139,7 +139,7 @@ def _all_present(
 
 
 def _random(seed: int, parameters: int, leaves: int, dtype: str) -> dict[str, jax.Array]:
-    # Two equal dimensions where that comes out even: a leaf of a real model is a matrix.
+    # Two nearly equal dimensions: a leaf of a real model is a matrix.
     size = parameters // leaves
     side = int(size**0.5)
     shape = (side, size // side) if side > 1 else (size,)
@@ -164,7 +164,7 @@ def _case(
 
     def several(params: Any, state: Any, pairs: Any) -> Any:
         def body(carry: Any, _: None) -> Any:
-            # New gradients at every step, for all that XLA knows: else it takes what depends on
+            # New gradients at every step, as far as XLA knows. Else it would take what depends on
             # them alone, the inner products, out of the loop.
             carry, new_pairs = jax.lax.optimization_barrier((carry, pairs))
             return step(*carry, new_pairs), None
@@ -193,7 +193,7 @@ def _case(
 
 def _torch_case(name: str, gradients: list[Any], dtype: str, steps: int) -> tuple[Case, int, int]:
     """A case, the bytes of parameters and state, and those of all that is held."""
-    # Here, so that the rest runs without PyTorch.
+    # Imported here, so that the rest runs without PyTorch.
     import torch
 
     from benchmarks.pair import jacobian_to_gradient, peak_bytes

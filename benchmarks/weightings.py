@@ -2,7 +2,7 @@
 
 Differential equations (the relative error of the learned solution), label distributions (the test
 KLD) and two overlaid digits read with one trunk (the share of digits read right). Each weighting
-has the rate that is best on seeds or epochs of their own.
+has the rate that is best on seeds or rows that are not reported.
 """
 
 import functools
@@ -51,10 +51,10 @@ def benchmark(
     steps: int,
     epochs: int,
 ) -> list[dict[str, Any]]:
-    """The median of each problem's measure by weighting, its lowest and highest.
+    """The median of each problem's measure by weighting, with the lowest and the highest.
 
     Args:
-      names: of the weightings; all where there are none.
+      names: of the weightings; all if there are none.
       equations: of `benchmarks.physics`.
       sets: of label distributions, ten folds.
       folder: for results; what is there is not run again.
@@ -88,7 +88,7 @@ def benchmark(
 
 
 def kept(path: Path, settings: dict[str, int], run: Callable[[], np.ndarray]) -> list[float]:
-    """The scores that lie there, or those of a run, which are then kept there."""
+    """The scores that are in the file, or those of a run, which are then kept in it."""
     if not already_run(path, settings):
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.write_json(path, {"settings": settings, "scores": run().tolist()})
@@ -121,7 +121,7 @@ def digits(name: str, seeds: int) -> np.ndarray:
 def at_the_best_rate(
     run: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], seeds: int, lower: bool
 ) -> np.ndarray:
-    """What the reported seeds come to at the rate that is best on the others."""
+    """The scores of the reported seeds at the rate that is best on the others."""
     rates, numbers = np.meshgrid(RATES, np.arange(seeds + CHOOSING), indexing="ij")
     choosing, reported = (each.reshape(rates.shape) for each in run(rates.ravel(), numbers.ravel()))
     scores = np.nan_to_num(choosing[:, seeds:].mean(axis=1), nan=np.inf if lower else -np.inf)

@@ -1,16 +1,16 @@
 """A physics-informed network for Burgers' equation: two losses that fight, summed and by GDMAM.
 
 The network u(x, t) must satisfy u_t + u u_x = (0.01 / pi) u_xx inside (the residual loss), and be
--sin(pi x) at first and 0 at both ends (the data loss). Their gradients oppose each other most of
+-sin(pi x) at t = 0 and 0 at both ends (the data loss). The two gradients oppose each other most of
 the time. The same network is trained by Adam on the sum of both losses, by `gdmam(learning_rate)`,
 and by Muon behind GDMAM's allocation, with the same seed, learning rate and points.
 
 The data loss is the prediction, the loss that leads. The residual has trivial solutions, such as
-u = 0: were it to lead, a training could end there.
+u = 0. If it led, a training could end there.
 
     python examples/burgers.py
 
-Prints the errors against the exact solution, and draws them. Under a minute on two cores.
+Prints the errors against the exact solution, and draws them. Takes under a minute on two cores.
 """
 
 import argparse
@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 VISCOSITY = 0.01 / np.pi
 RESIDUAL_POINTS, DATA_POINTS = 256, 64
 RECORD = 100
-"""Steps between two looks at the error; one compiled call makes them."""
+"""Steps in one compiled call; after each call the error is measured."""
 
 METHODS = {
     "summed Adam": lambda rate: gdmam.summed(optax.adam(rate)),
@@ -77,7 +77,7 @@ def residual(network, points):
 
 
 def losses(network, points):
-    """The data loss, which leads, and the residual loss: what the gradients are taken of."""
+    """The data loss, which leads, and the residual loss."""
     inside, at_first, at_ends = points
     residual_loss = jnp.mean(residual(network, inside) ** 2)
     data_loss = jnp.mean((network(at_first) + jnp.sin(jnp.pi * at_first[:, :1])) ** 2)
@@ -107,7 +107,7 @@ def exact(points):
 
 
 def make_steps(method, learning_rate, steps, graphdef, grid, solution):
-    """Start and some steps of a training, compiled once."""
+    """The start of a training, and a block of its steps, which is compiled once."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 100, steps)
     optimizer = METHODS[method](schedule)
 
@@ -171,7 +171,7 @@ def conclusion(runs):
 
 
 def draw(runs, shape, solution, path):
-    """The solution and each method's error, and errors and cosines over the steps; first seed."""
+    """The solution, each method's error, and errors and cosines over the steps, of one seed."""
     first = {name: found[0] for name, found in runs.items()}
     figure, axes = plt.subplot_mosaic(
         [["exact", *METHODS], ["error", "error", "cosine", "cosine"]],
@@ -206,9 +206,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=4000, help="per training (4000)")
-    parser.add_argument("--learning-rate", type=float, default=5e-3, help="at its peak (5e-3)")
-    parser.add_argument("--width", type=int, default=32, help="of the hidden layers (32)")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of a training (4000)")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="peak rate (5e-3)")
+    parser.add_argument("--width", type=int, default=32, help="width of hidden layers (32)")
     parser.add_argument("--seeds", type=int, default=1, help="networks per method (1), from seed 0")
     parser.add_argument(
         "--picture", type=Path, default=Path("burgers.png"), help="where to draw the results"

@@ -1,4 +1,4 @@
-"""What the examples inside other libraries share: the error on Burgers' equation, and a table."""
+"""What the examples in other libraries share: the error on Burgers' equation, and a table."""
 
 import argparse
 import time
@@ -8,7 +8,7 @@ from burgers import exact
 
 
 def relative_error(predict, end=1.0):
-    """The error of ``predict(x, t)``, vectors in and out, against the exact solution until end."""
+    """The error of ``predict(x, t)``, vectors in and out, against the exact solution up to end."""
     x, t = np.meshgrid(np.linspace(-1, 1, 101), np.linspace(0, end, 101), indexing="ij")
     expected = exact(np.stack([x.ravel(), t.ravel()], axis=1)).ravel()
     found = np.asarray(predict(np.float32(x.ravel()), np.float32(t.ravel()))).ravel()
@@ -20,8 +20,8 @@ def compare(description, methods, error, steps):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=steps, help=f"per training ({steps})")
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="at first (1e-2)")
+    parser.add_argument("--steps", type=int, default=steps, help=f"steps of a training ({steps})")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="initial rate (1e-2)")
     parser.add_argument("--seeds", type=int, default=1, help="networks per method (1), from seed 0")
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
     arguments = parser.parse_args()

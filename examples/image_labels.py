@@ -1,16 +1,16 @@
 r"""Which digits are in the picture, and how much of each? Label distributions of blended images.
 
 Two or three handwritten digits (scikit-learn's, 8 x 8) are laid over each other in known
-proportions, which are the label. An encoder, convolutional or a vision transformer, feeds RDA. Its
-prediction loss says how far the predicted distribution is off, its alignment loss how differently
-images and labels are represented. GDMAM is compared with the sum of both.
+proportions, which are the label. An encoder, convolutional or a vision transformer, feeds RDA.
+RDA's prediction loss says how far the predicted distribution is off. Its alignment loss says how
+differently images and labels are represented. GDMAM is compared with the sum of both.
 
     python examples/image_labels.py                       # about a minute on two cores
     python examples/image_labels.py --encoder vit --hidden 512 --layers 8 --batch 4096 --bf16 \
         --fsdp --steps 20000 --checkpoints runs/digits    # a GPU machine or a TPU slice
     python examples/image_labels.py --help
 
-Several processes: the same command in each, see docs/many_devices.md.
+With several processes, run the same command in each: see docs/many_devices.md.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def draw_batch(arguments, number):
 
 
 class VisionTransformer(nnx.Module):
-    """Patches of 2 x 2 pixels, attention among them, their mean."""
+    """Patches of 2 x 2 pixels, attention between them, and their mean."""
 
     def __init__(self, hidden, layers, heads, rngs):
         self.patches = nnx.Conv(1, hidden, (2, 2), strides=2, rngs=rngs)
@@ -79,7 +79,7 @@ class VisionTransformer(nnx.Module):
 
 
 class InBfloat16(nnx.Module):
-    """Computes in bfloat16 what it is given; parameters stay in float32."""
+    """Runs a module in bfloat16; its parameters stay in float32."""
 
     def __init__(self, module):
         self.module = module
@@ -132,13 +132,13 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=300, help="per method (300)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each method (300)")
     parser.add_argument("--batch", type=int, default=128, help="blends per step (128)")
     parser.add_argument("--encoder", choices=["convolutional", "vit"], default="convolutional")
-    parser.add_argument("--hidden", type=int, default=64, help="of all representations (64)")
-    parser.add_argument("--layers", type=int, default=2, help="of the vision transformer (2)")
-    parser.add_argument("--heads", type=int, default=4, help="of its attention (4)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its highest (0.003)")
+    parser.add_argument("--hidden", type=int, default=64, help="width of all representations (64)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the transformer (2)")
+    parser.add_argument("--heads", type=int, default=4, help="heads of its attention (4)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="initial rate (0.003)")
     training.add_flags(parser)
     return parser
 

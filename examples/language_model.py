@@ -1,7 +1,7 @@
-r"""A small transformer learns to write like Python's manual, and is told not to be too sure.
+r"""A small transformer learns to write like Python's manual, without becoming too sure of itself.
 
-The prediction loss is about the next character. The alignment loss is a penalty on overconfidence:
-every predicted distribution should stay near the frequencies of the characters. As soon as the
+The prediction loss is that of the next character. The alignment loss is a penalty on
+overconfidence: every predicted distribution should stay near the characters' frequencies. Once the
 model knows more than the frequencies, the two losses pull in opposite directions. GDMAM is compared
 with their sum, and with the prediction loss alone.
 
@@ -10,7 +10,7 @@ with their sum, and with the prediction loss alone.
         --fsdp --steps 20000 --learning-rate 1e-3 --checkpoints runs/large
     python examples/language_model.py --help
 
-Several processes: the same command in each, see docs/many_devices.md.
+With several processes, run the same command in each: see docs/many_devices.md.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Characters to logits of the next ones; one table reads them in and out."""
+    """Characters to logits of the next ones; one table serves for input and output."""
 
     def __init__(self, width, layers, heads, context, dtype, rngs):
         init = nnx.initializers.normal(0.02)
@@ -141,13 +141,13 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=300, help="per method (300)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each method (300)")
     parser.add_argument("--batch", type=int, default=32, help="pieces of text per step (32)")
     parser.add_argument("--context", type=int, default=32, help="characters per piece (32)")
-    parser.add_argument("--width", type=int, default=64, help="of the representation (64)")
-    parser.add_argument("--layers", type=int, default=2, help="of the transformer (2)")
-    parser.add_argument("--heads", type=int, default=4, help="of the attention (4)")
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="at its highest (0.01)")
+    parser.add_argument("--width", type=int, default=64, help="width of the representation (64)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the transformer (2)")
+    parser.add_argument("--heads", type=int, default=4, help="heads of the attention (4)")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="peak rate (0.01)")
     training.add_flags(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""Which of GDMAM's choices suit a data set, judged on rows that are neither trained on nor tested.
+"""Which of GDMAM's choices suit a data set, judged on rows used neither for training nor testing.
 
 Each variant changes one choice of GDMAM's default, with AMSGrad. All train by the protocol of the
 label distribution laboratory, with every learning rate of the grid. They are compared by their KLD
@@ -6,8 +6,8 @@ at the last epoch on natural rows: rows of the training folds that the imbalance
 
     python examples/ldl_choices.py --data films --out results/choices
 
-A variant of your own is one more line in `VARIANTS`, under a new name: what is in the folder under
-a name is not trained again.
+To try a variant of your own, add a line to `VARIANTS` under a new name: a name whose results are in
+the folder is not trained again.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def variant(
     similarity: str = "mean",
     **choices: object,
 ) -> methods.Method:
-    """The default with other choices, clipping before it, or other factors of the loss's terms."""
+    """The default with other choices, with clipping before it, or with other alignment terms."""
     make = partial(gdmam.gdmam, **({"amsgrad": True} | choices))
 
     def optimizer(rate: float) -> optax.GradientTransformation:
@@ -80,13 +80,13 @@ BASELINES = ["rda", "pcgrad", "equal-norm", "ofr-db", "gdmam-released"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", default="films", help="films, a registered name, or a file")
-    parser.add_argument("--data-folder", type=Path, help="where registered data sets lie")
+    parser.add_argument("--data", default="films", help="films, a registered set's name, or a file")
+    parser.add_argument("--data-folder", type=Path, help="where registered sets lie")
     parser.add_argument("--out", type=Path, required=True, help="results; resumed if there are any")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="two or more to try"
     )
-    parser.add_argument("--variants", nargs="+", help="some of them by name (all)")
+    parser.add_argument("--variants", nargs="+", help="names of variants to train (all)")
     parser.add_argument("--folds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=300)
     args = parser.parse_args()
@@ -117,7 +117,7 @@ def main() -> None:
 
     table = Table(
         title=f"{dataset.name}: KLD on natural rows, last epoch",
-        caption="a rate: the one with the lowest KLD at the last epoch on the rows that tune",
+        caption="rate: the one with the lowest KLD at the last epoch on the rows it is tuned on",
     )
     for column in ("variant", "tuned on validation rows", "rate", "tuned on natural rows", "rate "):
         table.add_column(column, justify="left" if column == "variant" else "right")

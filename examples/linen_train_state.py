@@ -51,7 +51,7 @@ class State(TrainState):
 
 
 def losses(params, state, images, labels):
-    """One forward pass, two losses; a label below 0 is no label."""
+    """One forward pass, two losses; a label below 0 means that there is none."""
     (logits, drawn), changed = state.apply_fn(
         {"params": params, "batch_stats": state.batch_stats},
         images,
@@ -129,10 +129,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--labels", type=int, default=50, help="how many labels (10 to 1400)")
+    parser.add_argument("--labels", type=int, default=50, help="how many labels, 10 to 1400 (50)")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs to average")
+    parser.add_argument("--seeds", type=int, default=3, help="how many runs to average (3)")
     options = parser.parse_args()
     if not 10 <= options.labels <= 1400:
         parser.error("--labels must lie between 10 and 1400")

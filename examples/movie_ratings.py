@@ -129,7 +129,7 @@ def make_epoch(name, graphdef, data):
 
 def train(name, model, epoch, learning_rate, epochs, seed, advance):
     """Trains one model; the same seed gives the same first parameters, batches and noise."""
-    # Copied, for the compiled epoch takes its arguments' memory over.
+    # Copied, since the compiled epoch takes over its arguments' memory.
     params = jax.tree.map(jnp.copy, nnx.state(model))
     opt_state = METHODS[name](learning_rate).init(params)
     reports, validations, tests = [], [], []
@@ -270,7 +270,7 @@ def main():
     sizes = ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items())
     frequency = data["train"][1].sum(0)
     console.print(
-        f"Films: {sizes}. Most and least frequent grade in training differ "
+        f"Films: {sizes}. The most and the least frequent grade in training differ "
         f"{float(frequency.max() / frequency.min()):.0f}-fold. Device: {jax.devices()[0].platform}."
     )
     features, labels = data["train"]

@@ -1,7 +1,7 @@
 """Fine-tune a model on a new task with LoRA, without forgetting the old one (Flax NNX).
 
-A small network learns to read handwritten digits. Then the digits come upside down. Only LoRA
-parameters are trained on, with two losses that conflict: the error on the new, turned digits
+A small network learns to read handwritten digits. Then the digits come upside down. From then on
+only LoRA parameters are trained, with two losses that conflict: the error on the new, turned digits
 (prediction), and how far the outputs for the old, upright ones have moved (alignment). Dropout,
 batch statistics and the optimizer are NNX's own; the training step differs from an ordinary one
 in its first line.
@@ -115,8 +115,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pretraining-epochs", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=20, help="of fine-tuning")
-    parser.add_argument("--rank", type=int, default=4, help="of the LoRA matrices")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of fine-tuning (20)")
+    parser.add_argument("--rank", type=int, default=4, help="rank of the LoRA matrices (4)")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -2,16 +2,16 @@
 
 A network learns scikit-learn's handwritten digits from 300 images, of which a third have a label
 drawn at random. Its prediction loss is the cross-entropy; its alignment loss is a regulariser: a
-small change of the image should change the answer little. No scale of the two losses says how much
-that should count. So a dozen preferences are trained at once, with `jax.vmap` over a number that
-`optax.inject_hyperparams` puts into the optimizer's state, and the accuracy on other images, whose
-labels are as wrong, picks one.
+small change of the image should change the answer little. The two losses do not say how much that
+should count. So a dozen preferences are trained at once, with `jax.vmap` over a number that
+`optax.inject_hyperparams` puts into the optimizer's state. The accuracy on other images, whose
+labels are just as often wrong, picks one.
 
     python examples/preference_front.py            # under 30 seconds on two cores
     python examples/preference_front.py --wrong 0  # all labels right: the default is picked
     python examples/preference_front.py --help
 
-Prints what the pick, the default and the sum come to on the test images, and draws the front.
+Prints how well the pick, the default and the sum do on the test images, and draws the front.
 """
 
 import argparse
@@ -33,19 +33,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BLOCK = 100
-"""Steps in one compiled call, between two signs of progress."""
+"""Steps in one compiled call, after which the progress bar moves."""
 TRAINING, VALIDATION = 300, 500
 """Images; the other 997 are for testing."""
 BATCH = 64
 
 
 def gdmam_of(rate, number):
-    """GDMAM, the number its preference for the alignment loss."""
+    """GDMAM with the number as its preference for the alignment loss."""
     return gdmam.gdmam(rate, weighting=gdmam.unit_weighting(preference=number))
 
 
 def adam_on_the_sum(rate, number):
-    """Adam on the sum, the number its factor of the alignment loss."""
+    """Adam on the sum with the number as the factor of the alignment loss."""
     return gdmam.weighed(optax.adam(rate), gdmam.constant_weighting(1.0, number))
 
 
@@ -95,7 +95,7 @@ def losses(params, pixels, labels, change):
 
 
 def make_front(make_optimizer, data, options):
-    """How a training starts for each of several numbers, and a block of steps of all of them."""
+    """A function that starts a training for each number, and one that makes a block of steps."""
     rate = optax.cosine_decay_schedule(options.learning_rate, options.steps)
     # The number becomes a part of the optimizer's state, where each training has its own.
     optimizer = optax.inject_hyperparams(lambda number: make_optimizer(rate, number))(number=1.0)
@@ -142,7 +142,7 @@ def judge(front, validation, test):
 
 
 def train(make_optimizer, numbers, parts, options, advance):
-    """The whole front: what `judge` says of each number."""
+    """Trains the whole front: what `judge` says of each number."""
     start, block = make_front(make_optimizer, parts[0], options)
     carry = start(jnp.asarray(numbers, jnp.float32))
     keys = jax.random.split(jax.random.key(options.seed + 1), options.steps)
@@ -191,7 +191,7 @@ def draw(numbers, fronts, path):
         shift = {"xytext": (9, 5), "textcoords": "offset points", "annotation_clip": True}
         losses.annotate(f"{number:.2g}", at, fontsize=8, **shift)
     losses.set(xscale="log", xlabel="alignment loss", ylabel="prediction loss")
-    # Further left lie answers that hardly depend on the image.
+    # Further left the answers hardly depend on the image.
     losses.set_xlim(left=1e-4)
     losses.set_title("The front, on the validation images")
     accuracies.set(xscale="log", xlabel="preference, or factor in the sum", ylabel="accuracy")
@@ -208,10 +208,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=12, help="preferences from 0.01 to 100 (12)")
-    parser.add_argument("--steps", type=int, default=600, help="per training (600)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at first (3e-3)")
-    parser.add_argument("--width", type=int, default=48, help="of the hidden layers (48)")
-    parser.add_argument("--wrong", type=float, default=1 / 3, help="share of labels drawn (1/3)")
+    parser.add_argument("--steps", type=int, default=600, help="steps of a training (600)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="initial rate (3e-3)")
+    parser.add_argument("--width", type=int, default=48, help="width of hidden layers (48)")
+    parser.add_argument("--wrong", type=float, default=1 / 3, help="share of random labels (1/3)")
     parser.add_argument("--seed", type=int, default=0, help="of data, parameters, batches (0)")
     parser.add_argument("--picture", type=Path, default=Path("preference_front.png"))
     options = parser.parse_args()

@@ -1,9 +1,9 @@
 """Three losses, none of them weighed by hand: a wave that a stream carries (Flax NNX).
 
 A network u(x, t) learns the convection equation u_t + 10 u_x = 0. Its prediction loss is the wave
-at t = 0. The alignment losses are what flows in at x = 0, and the equation's residual, which any
-constant solves: so it does not lead. They are given in both spellings, in a tuple and in a
-dictionary by name. A training step differs from an ordinary one in its first line.
+at t = 0. The alignment losses are what flows in at x = 0, and the equation's residual. The residual
+does not lead, since any constant solves it. The example shows both forms of alignment losses, a
+tuple and a dictionary by name. A training step differs from an ordinary one in its first line.
 
     python examples/three_losses.py            # under 30 seconds on two cores
     python examples/three_losses.py --help
@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 
 SPEED, LENGTH = 10.0, 2 * np.pi
 RECORD = 100
-"""Steps between two looks at the error; one compiled call makes them."""
+"""Steps in one compiled call; after each call the error is measured."""
 
 
 class Network(nnx.Module):
@@ -53,7 +53,7 @@ class Network(nnx.Module):
 
 
 def losses_in_order(model, x, t):
-    """Three losses: that of the prediction, and a tuple of the alignment losses."""
+    """Three losses: the prediction loss, and a tuple of the alignment losses."""
     zeros, ones = jnp.zeros_like(x), jnp.ones_like(x)
     _, change = jax.jvp(model, (x, t), (SPEED * ones, ones))  # u_t + 10 u_x
     residual = jnp.mean(change**2)
@@ -166,9 +166,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1500, help="per training (1500)")
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="at its peak (1e-2)")
-    parser.add_argument("--width", type=int, default=24, help="of the hidden layers (24)")
+    parser.add_argument("--steps", type=int, default=1500, help="steps of a training (1500)")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="peak rate (1e-2)")
+    parser.add_argument("--width", type=int, default=24, help="width of hidden layers (24)")
     parser.add_argument("--points", type=int, default=128, help="per step and loss (128)")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and points (0)")
     parser.add_argument("--picture", type=Path, default=Path("three_losses.png"))

@@ -1,6 +1,6 @@
 """What the two large examples share: methods, flags, and one training loop for many devices.
 
-To be copied with them. One mesh axis, "data", over all devices of all processes: batches are always
+Copy it with them. One mesh axis, "data", runs over all devices of all processes. Batches are always
 split over it (data parallelism); with --fsdp parameters and optimizer state are, too.
 """
 
@@ -42,27 +42,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     scale.add_argument(
         "--checkpoints",
-        help="folder or gs:// address to save in, and to go on from if saved before",
+        help="folder or gs:// address to save in, and to resume from",
     )
-    scale.add_argument("--save-every", type=int, default=100, help="steps between them (100)")
+    scale.add_argument("--save-every", type=int, default=100, help="steps between two (100)")
     scale.add_argument(
         "--distributed",
         action="store_true",
-        help="several processes, as SLURM, Open MPI or the TPU slice started them",
+        help="join the processes that SLURM, Open MPI or the TPU slice started",
     )
     scale.add_argument("--coordinator", help="host:port of process 0, if not detected")
-    scale.add_argument("--num-processes", type=int, help="how many, with --coordinator")
-    scale.add_argument("--process-id", type=int, help="which of them this is, from 0")
+    scale.add_argument("--num-processes", type=int, help="how many there are")
+    scale.add_argument("--process-id", type=int, help="which one this is, from 0")
     scale.add_argument(
-        "--wait", type=int, default=300, help="seconds until all processes must be there (300)"
+        "--wait", type=int, default=300, help="seconds to wait for all processes (300)"
     )
 
 
 def start(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Mesh]:
-    """Reads the flags and joins the other processes, if any; before any other use of JAX."""
+    """Reads the flags and joins the other processes, if any. Call it before any use of JAX."""
     arguments = parser.parse_args()
     if arguments.distributed or arguments.coordinator:
-        # Where one is missing JAX aborts with a stack trace: be first, and clear.
+        # If one is missing, JAX aborts with a stack trace. Be first, with a clear message.
         watch = threading.Timer(arguments.wait, give_up, [arguments])
         watch.start()
         try:
@@ -93,7 +93,7 @@ def give_up(arguments):
     where = arguments.coordinator or "the coordinator"
     sys.stderr.write(
         f"{me}: not all processes met at {where} within "
-        f"{arguments.wait} s. Is every one of them started, with a --process-id of its own and the "
+        f"{arguments.wait} s. Was each of them started, with a --process-id of its own and the "
         "same --num-processes, and can each reach that address?\n"
     )
     sys.stderr.flush()
@@ -101,7 +101,7 @@ def give_up(arguments):
 
 
 def sharding(mesh, leaf, fsdp):
-    """Over the largest dimension that the devices divide evenly; a whole copy on each, else."""
+    """Over the largest dimension that the devices divide evenly; if none, a copy on each."""
     for axis in sorted(range(leaf.ndim), key=lambda axis: -leaf.shape[axis]) if fsdp else ():
         if leaf.shape[axis] % mesh.size == 0:
             return NamedSharding(mesh, P(*[None] * axis, "data"))
@@ -116,7 +116,7 @@ def create(make_state, mesh, fsdp):
 
 
 def split_batch(batch, mesh):
-    """A batch that every process has made alike, each device with its part."""
+    """Splits a batch that every process has made alike: each device gets its part."""
     rows = NamedSharding(mesh, P("data"))
     return jax.tree.map(
         lambda leaf: jax.make_array_from_callback(leaf.shape, rows, lambda part: leaf[part]), batch
@@ -127,10 +127,9 @@ def split_batch(batch, mesh):
 def checkpoints(name, arguments, state):
     """Gives the latest saved state called ``name``, its step, and a function that saves the next.
 
-    That one saves every so many steps, and the last.
-
-    Whatever number of devices or processes saved it, with --fsdp or without: each array comes back
-    with the sharding that it has in ``state``.
+    The function saves every so many steps, and the last. It does not matter how many devices or
+    processes saved a state, or whether with --fsdp: each array comes back with the sharding that it
+    has in ``state``.
     """
     if arguments.checkpoints is None:
         yield state, 0, lambda step, state, last: None
@@ -161,16 +160,16 @@ def checkpoints(name, arguments, state):
 
 
 def fit(name, arguments, mesh, state, step, draw_batch):
-    """Trains from the last checkpoint, or from the start: the last state and all cosines.
+    """Trains from the last checkpoint, or from the start. Returns the last state and all cosines.
 
     Args:
       name: of the method, for what is printed and saved.
       arguments: the flags.
       mesh: the devices.
       state: what the training starts from.
-      step: compiled; of the state and a batch, returns the next state and metrics.
-      draw_batch: of the step's number, so that an interrupted training goes on as if it had not
-        been; the same on all processes.
+      step: compiled; from a state and a batch to the next state and metrics.
+      draw_batch: a function of the step's number, so that an interrupted training goes on as if it
+        had never stopped; the same on all processes.
     """
     cosines, started = [], time.perf_counter()
     with checkpoints(name, arguments, state) as (state, first, save):
@@ -197,14 +196,14 @@ def report(text):
 
 
 def fingerprint(tree):
-    """Of all the numbers: any changed bit changes it, other shardings do not."""
+    """A hash of all numbers: any changed bit changes it, another sharding does not."""
     sums = np.array(jax.device_get(checksums(jax.tree.leaves(tree))))
     return hashlib.sha256(sums.tobytes()).hexdigest()[:16]
 
 
 @jax.jit
 def checksums(arrays):
-    """Each array's bits as integers, by their odd positions, in a sum that has no rounding."""
+    """For each array, the sum of its bits as integers times odd positions, without rounding."""
 
     def checksum(array):
         bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")

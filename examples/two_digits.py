@@ -1,10 +1,10 @@
 """Two digits in one picture, read by one network with two heads: where to settle their conflict.
 
 Handwritten digits lie over each other. The upper left one is the main task. The lower right one is
-an auxiliary task, whose loss comes in another unit: it is multiplied by 0.01, 1 and 100. Each is
-trained in three ways: by Adam on the sum, with ConFIG's weights on a gradient for each loss
-(pairs), and with ConFIG's weights at the features that both heads share, by one line in the model
-(fork).
+an auxiliary task, whose loss comes in another unit: it is multiplied by 0.01, 1 and 100. Each
+factor is trained with in three ways: by Adam on the sum, with ConFIG's weights on a gradient for
+each loss (pairs), and with ConFIG's weights at the features that both heads share, by one line in
+the model (fork).
 
     python examples/two_digits.py            # about three minutes on two cores
     python examples/two_digits.py --help
@@ -36,7 +36,7 @@ import matplotlib.pyplot as plt
 
 SCALES = (0.01, 1.0, 100.0)
 SHIFT = 2
-"""Pixels that the second digit lies to the right of the first, and below it."""
+"""Pixels by which the second digit lies to the right of the first, and below it."""
 BLOCK = 100
 """Steps in one compiled call."""
 HELD_OUT = 4000
@@ -99,7 +99,7 @@ def overlay(key, count, images, digits):
 
 
 def make_steps(gradient, options, data):
-    """A compiled function of the carried training, of keys, one for each step, and of the scale."""
+    """A compiled function of the carried training, of a key for each step, and of the scale."""
 
     def step(training, key, scale):
         model, optimizer = training
@@ -196,10 +196,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1500, help="per training (1500)")
+    parser.add_argument("--steps", type=int, default=1500, help="steps of a training (1500)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (3)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at first (3e-3)")
-    parser.add_argument("--width", type=int, default=256, help="of the hidden layers (256)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="initial rate (3e-3)")
+    parser.add_argument("--width", type=int, default=256, help="width of hidden layers (256)")
     parser.add_argument("--batch", type=int, default=128, help="pictures in a step (128)")
     parser.add_argument("--picture", type=Path, default=Path("two_digits.png"))
     options = parser.parse_args()

@@ -1,16 +1,17 @@
-"""Inside DeepXDE, with its JAX backend: its example on Burgers' equation, gradients by GDMAM.
+"""GDMAM inside DeepXDE, with its JAX backend: its own example on Burgers' equation.
 
-`Model.compile` takes any optimizer of Optax, and leaves the compiled step in `model.train_step`.
-A step that differentiates the losses one by one goes there: `allocate_losses`. Points, conditions,
+`Model.compile` accepts any Optax optimizer, and leaves the compiled step in `model.train_step`.
+`allocate_losses` puts a step there that differentiates the losses one by one. Points, conditions,
 network, callbacks and `Model.train` stay DeepXDE's.
 
-Beside it is what DeepXDE has for losses of different sizes: fixed weights. Network and conditions
-are the example's; fewer points are drawn anew now and then; seeds and rate are the same.
+GDMAM is compared with what DeepXDE has for losses of different sizes: fixed weights. Network and
+conditions are the example's. Points are fewer, and drawn anew now and then. All methods have the
+same seeds and rate.
 
     pip install deepxde flax
     python examples/with_deepxde.py
 
-Prints the errors against the exact solution, and processor seconds. It takes some minutes.
+Prints the errors against the exact solution, and processor seconds. Takes some minutes.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"This example needs {error.name}: pip install deepxde flax") from None
 
 SUMMED = {"Adam, equal weights": [1, 1, 1], "Adam, data x 100": [1, 100, 100]}
-# DeepXDE's own step gives no parameters to the optimizer, which Muon asks for: so it takes pairs.
+# Muon needs the parameters, which DeepXDE's own step does not pass on: so Muon takes pairs, too.
 PAIRED = {
     "Muon, equal weights": lambda rate: gdmam.summed(optax.contrib.muon(rate)),
     "GDMAM": gdmam.gdmam,

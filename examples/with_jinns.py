@@ -1,15 +1,16 @@
-"""Inside jinns: its tutorial on Burgers' equation with the losses' gradients allocated by GDMAM.
+"""GDMAM inside jinns: its own tutorial on Burgers' equation.
 
 `jinns.solve` differentiates every loss by itself, and hands the gradients to an optimizer that
-asks for them. So its loop, losses, points and network stay: only the optimizer is another.
+asks for them. So its loop, losses, points and network stay, and only the optimizer changes.
 
-Beside it are two of jinns' adaptive weights: ReLoBRaLo, and learning-rate annealing, which looks at
-gradients. Network, loss and conditions are the tutorial's; seeds, points and rate are the same.
+GDMAM is compared with two of jinns' adaptive weights: ReLoBRaLo, and learning-rate annealing, which
+looks at gradients. Network, loss and conditions are the tutorial's. All methods have the same
+seeds, points and rate.
 
     pip install jinns
     python examples/with_jinns.py
 
-Prints the errors against the exact solution, and processor seconds. It takes some minutes.
+Prints the errors against the exact solution, and processor seconds. Takes some minutes.
 """
 
 import jax
@@ -28,7 +29,7 @@ except ModuleNotFoundError as error:
 
 
 def paired(optimizer):
-    """Makes an optimizer of pairs one for jinns, which gives it the gradients by terms."""
+    """Lets jinns, which hands out gradients by terms, use an optimizer of pairs."""
 
     def update(updates, state, params, *, terms):
         del updates  # the weighted sum of the gradients

@@ -1,16 +1,17 @@
-"""Inside PINNx: its tutorial on Burgers' equation, in metres and seconds, gradients by GDMAM.
+"""GDMAM inside PINNx: its own tutorial on Burgers' equation, in metres and seconds.
 
-`Trainer.compile` takes any transformation of Optax, and leaves the compiled step in
-`trainer.fn_train_step`. A step that differentiates the losses one by one goes there:
-`allocate_losses`. Points, conditions, network, units and `Trainer.train` stay PINNx's.
+`Trainer.compile` accepts any Optax transformation, and leaves the compiled step in
+`trainer.fn_train_step`. `allocate_losses` puts a step there that differentiates the losses one by
+one. Points, conditions, network, units and `Trainer.train` stay PINNx's.
 
-Beside it is what PINNx has for losses of different sizes: fixed weights. Network and conditions are
-the tutorial's; fewer points are drawn anew now and then; seeds and rate are the same.
+GDMAM is compared with what PINNx has for losses of different sizes: fixed weights. Network and
+conditions are the tutorial's. Points are fewer, and drawn anew now and then. All methods have the
+same seeds and rate.
 
     pip install pinnx
     python examples/with_pinnx.py
 
-Prints the errors against the exact solution, and processor seconds. It takes some minutes.
+Prints the errors against the exact solution, and processor seconds. Takes some minutes.
 """
 
 import contextlib

@@ -29,9 +29,9 @@ from gdmam_jax._sharding import as_axis_names
 from gdmam_jax._weightings import Weighting, unit_weighting
 
 LARGEST_RATIO = 1e12
-"""Of the weighed norms, as gates see it."""
+"""The largest ratio of the weighed norms that a gate is given."""
 STATIC = (
-    "; optax.inject_hyperparams takes functions for schedules: give it "
+    "; optax.inject_hyperparams treats functions as schedules: give it "
     "static_args=('weighting', 'gate', 'momentum', 'scope')"
 )
 
@@ -40,8 +40,8 @@ STATIC = (
 class Allocation:
     """What one step decided: the state of `allocate`, and a part of every other state.
 
-    There are K losses, with the prediction first, and J = K - 1 alignment losses. Several scopes
-    have a leading axis. Arrays are float32, or float64 if a parameter is.
+    There are K losses, with the prediction first, and J = K - 1 alignment losses. With several
+    scopes, arrays have a leading axis over them. Arrays are float32, or float64 if a parameter is.
 
     Attributes:
       geometry: norms, cosines and projections of the step; zeros before the first, and for a loss
@@ -107,7 +107,8 @@ class Allocation:
 class Allocator:
     """The choices of an allocation, and how they decide a step.
 
-    The arguments of `allocate`; ``floor`` is added to every norm, as the released form does.
+    The fields are the arguments of `allocate`, and ``floor``, which the released form adds to every
+    norm.
     """
 
     weighting: Weighting | RememberingWeighting
@@ -210,8 +211,8 @@ class Allocator:
             self.not_finite != "skip_loss", not self.skips
         ):  # fmt: skip
             raise ValueError(
-                "the optimizer state was made with another choice of not_finite than this "
-                "optimizer's; make a state with its own init, or give it the old choice"
+                "the optimizer state was made with another choice of not_finite; make a new state "
+                "with this optimizer's init, or give the optimizer the old choice"
             )
         return arranged_leaves, structure, dataclasses.replace(previous, names=Names(names))
 
@@ -223,9 +224,9 @@ class Allocator:
         Args:
           leaves: the pairs, from `begin`.
           previous: the allocation of the step before, from `begin`.
-          value: the losses' values, ``(prediction, alignment)``; None, or what is no pair, where
-            the weighting does not look at them.
-          present: which losses there are, booleans, likewise; None for all.
+          value: the losses' values, ``(prediction, alignment)``; None, or anything but a pair, if
+            the weighting does not use them.
+          present: which losses are present, a pair of booleans likewise; None for all.
 
         Returns:
           The allocation, and which losses count, ``(K,)``; None for all.
@@ -281,7 +282,7 @@ class Allocator:
     def keep(
         self, previous: Allocation, decided: Allocation, present: Any, more: Any = None
     ) -> tuple[Allocation, Any]:
-        """Leaves a step out that is not finite, where that is the policy.
+        """Leaves out a step that is not finite, if ``not_finite`` asks for it.
 
         Args:
           previous: the allocation of the step before.
@@ -290,11 +291,11 @@ class Allocator:
           more: what else has to be finite.
 
         Returns:
-          The allocation that goes on, and whether the step is taken; None where all are.
+          The allocation to go on with, and whether the step is taken; None if every step is.
         """
         if not self.skips:
             return decided, None
-        # Finite only where every element of every gradient is; known without a pass over them.
+        # These are finite only if all elements of all gradients are: no pass over them is needed.
         numbers = [
             each
             for each in jax.tree.leaves((decided, more))
@@ -344,7 +345,7 @@ def allocate(
     r"""GDMAM in front of any optimizer: takes pairs, returns the allocated gradient.
 
     It splits the alignment gradient along and across the prediction gradient (see `decompose`).
-    Weights and gate make one gradient of the parts,
+    Weights and gate make one gradient of the parts:
 
     $$
     A = w_p g_p + w_a (v_\parallel g_\parallel + v_\perp g_\perp).
@@ -354,27 +355,27 @@ def allocate(
 
     Args:
       weighting: the tasks' weights: a function ``(gramian, norms) -> weights`` of the gradients'
-        inner products and their norms' running means, shapes ``(..., K, K)``, ``(..., K)`` and
-        ``(..., K)``; index 0 is the prediction. Or a `RememberingWeighting`. In front of an
-        optimizer without a second moment, such as SGD, choose one whose weights do not grow as
-        gradients shrink, such as `config_weighting`.
+        inner products and of the running means of their norms, with shapes ``(..., K, K)``,
+        ``(..., K)`` and ``(..., K)``; index 0 is the prediction. Or a `RememberingWeighting`. In
+        front of an optimizer without a second moment, such as SGD, choose one whose weights do not
+        grow as gradients shrink, such as `config_weighting`.
       gate: the factors of the two parts of the alignment gradient: a function
         ``(cosine, ratio) -> (parallel, orthogonal)`` of the angle and of the weighed norms'
         ratio.
-      scope: what is decomposed together: a function of a leaf's path, such as
+      scope: what is decomposed together: a function from a leaf's path, such as
         ``"encoder/kernel"``, to a label, for example `leaf_scope`. None: all leaves together.
       alignment_losses: how many alignment losses there are; or the names of those that the loss
         function returns in a dictionary, in the order in which weights are given. None: one.
       statistics_decay: decay of the norms' running means, in [0, 1).
       not_finite: what happens to a step in which an inner product of the gradients, or a number
         made of them, is not finite.
-        ``"apply"``: it is taken, and NaN and infinity spread, as in Optax's own optimizers.
+        ``"apply"``: the step is taken, and NaN and infinity spread, as in Optax's own optimizers.
         ``"skip"``: the result is 0 and the state stays the same bit for bit, except for counts
-        that `diagnostics` shows. Other links of a chain go on. ``"skip_loss"``: a loss whose
+        that `diagnostics` shows. Other links of a chain still run. ``"skip_loss"``: a loss whose
         gradient is not finite counts as absent from this step, and the others go on; if no loss is
         left, the step is left out.
-      max_skips: after so many steps left out in a row the next is taken, whatever it is, so that
-        the failure shows. None: never.
+      max_skips: after this many steps left out in a row the next one is taken, finite or not, so
+        that the failure shows. None: never.
       axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded: the inner
         products are summed over them.
 
@@ -389,8 +390,8 @@ def allocate(
       ValueError: a number is out of range or narrower than float32, or ``not_finite`` is unknown.
         While tracing: pairs whose halves differ, a structure or shape other than the parameters',
         a state that was made with other choices, or ``value_fn=`` of a line search.
-      TypeError: a choice is no function. While tracing: an update that is not a `GradientPair`, or
-        a parameter or gradient that is not floating-point.
+      TypeError: a choice is not a function. While tracing: an update that is not a `GradientPair`,
+        or a parameter or gradient that is not floating-point.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -404,8 +405,8 @@ def allocate(
       Array([1., 1.], dtype=float32)
 
     References:
-      The method's public description, made precise; see the project's documentation for what of it
-      is released code and what is this library's reading.
+      The method's public description, made precise. The project's documentation says which parts
+      are released code and which are this library's reading.
     """
     allocator = Allocator(
         weighting=chosen(weighting),
@@ -431,9 +432,9 @@ def allocate(
         check_state(state, Allocation)
         if "value_fn" in extra_args:
             raise ValueError(
-                "a line search behind allocate would search along another function than the one "
-                "whose gradient it is given; write weighed(optax.lbfgs(), weighting) instead, and "
-                "pass value= the losses, grad= the pairs and value_fn= the loss function"
+                "a line search behind allocate would search a function other than the one whose "
+                "gradient it is given; write weighed(optax.lbfgs(), weighting) instead, and pass "
+                "the losses as value=, the pairs as grad= and the loss function as value_fn="
             )
         leaves, structure, previous = allocator.begin(updates, state, params, alignment)
         if not leaves:
@@ -459,7 +460,7 @@ def taken_losses(apply: Any, present: Any, count: int) -> Any:
 
 
 def add_up(pair: GradientPair, weights: Any, taken: Any = None) -> jax.Array:
-    """The sum of a pair's gradients by their weights, taken in float32 or better.
+    """The sum of a pair's gradients times their weights, taken in float32 or better.
 
     Where ``taken`` is false a gradient is left out, whatever it holds.
     """

@@ -16,7 +16,7 @@ from gdmam_jax._transform import GDMAMState
 
 
 def carry_over(old_state: optax.OptState, new_state: optax.OptState) -> optax.OptState:
-    """Continues a training with more losses than before, fewer, or different ones.
+    """Continues a training with more, fewer or different losses.
 
     Momenta, second moments and counts stay. What is known about a loss, such as its running norm
     and its weighting's memory, goes with its name, or with its place if losses have no names. A
@@ -77,7 +77,7 @@ def _carried(where: str, old: Any, new: Any) -> Any:
     if isinstance(new, GDMAMState):
         return _state(where, old, new)
     if is_pair(new):
-        # Of other losses they cannot be added to those to come.
+        # Pairs of other losses cannot be added to those to come.
         return old if _alike(old, new) else new
     return _moved(where, old, new, ())
 
@@ -102,10 +102,13 @@ def _sources(where: str, old: Allocation, new: Allocation) -> list[int | None]:
 
 
 def _allocation(where: str, old: Allocation, new: Allocation) -> Allocation:
-    """The new allocation with what the old one knows; of the last step nothing."""
+    """The new allocation with what the old one knows, but nothing of the last step."""
     skips = [(each.skipped is None, each.skipped_losses is None) for each in (old, new)]
     if old.scopes.labels != new.scopes.labels or skips[0] != skips[1]:
-        raise ValueError(f"at {where} the states are of another scope or choice of not_finite")
+        raise ValueError(
+            f"at {where} the states differ in scope or not_finite; make both optimizers with the "
+            "same"
+        )
     places = [0, *(None if place is None else 1 + place for place in _sources(where, old, new))]
     axes = len(new.scopes.shape)
 
@@ -142,7 +145,9 @@ def _state(where: str, old: GDMAMState, new: GDMAMState) -> GDMAMState:
 
     separate = len(new.momenta) > 1
     if separate != (len(old.momenta) > 1):
-        raise ValueError(f"at {where} the states are of another choice of momenta")
+        raise ValueError(
+            f"at {where} the states differ in momenta; make both optimizers with the same"
+        )
     momenta, correction = old.momenta, old.momentum_correction
     if separate:
         momenta = tuple(
@@ -182,7 +187,10 @@ def _moved(
             into.append(list(range(after)))
             out.append(list(range(before)))
     if len(shapes[0]) != len(shapes[1]) or [*map(len, into)] != [*map(len, out)]:
-        raise ValueError(f"at {where} the states hold arrays of shapes {shapes[0]}, {shapes[1]}")
+        raise ValueError(
+            f"at {where} the states hold arrays of shapes {shapes[0]}, {shapes[1]}; expected the "
+            "same parameters"
+        )
     if not into:
         return old
     if all(

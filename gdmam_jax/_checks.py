@@ -9,7 +9,7 @@ import optax
 
 
 def _is_traced(value: Any) -> bool:
-    """Whether ``value`` is no number yet, but one that a compiled step will be given."""
+    """Whether ``value`` stands for a number that a compiled step will be given."""
     return isinstance(value, jax.core.Tracer)
 
 
@@ -26,7 +26,7 @@ def check_range(
 
     Scheduled and injected values are traced, have no value yet, and pass. A float narrower than
     float32 is refused even so: 0.999 is 1 in bfloat16, to which `optax.inject_hyperparams` casts
-    all numbers where the parameters are bfloat16.
+    all numbers if the parameters are bfloat16.
     """
     dtype = getattr(value, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
@@ -50,7 +50,7 @@ def check_range(
 
 
 def check_learning_rate(value: Any) -> None:
-    """Raise an error unless ``value`` is a finite number or a schedule; None would be ascent."""
+    """Raise an error unless ``value`` is a finite number or a schedule; None would mean ascent."""
     if not callable(value):
         check_range("learning_rate", value, -float("inf"), above_minimum=True)
 
@@ -70,10 +70,10 @@ def check_state(state: Any, kind: type) -> None:
 
 
 def with_extra_args(optimizer: Any) -> Any:
-    """The Optax transformation with extra arguments; a ``TypeError`` where it is none."""
+    """The Optax transformation with extra arguments; a ``TypeError`` if it is not one."""
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"expected an Optax optimizer, got {optimizer!r}")
-    # optax.MultiSteps is no GradientTransformation, and takes them.
+    # optax.MultiSteps is not a GradientTransformation, but takes extra arguments.
     plain = isinstance(optimizer, optax.GradientTransformation)
     return optax.with_extra_args_support(optimizer) if plain else optimizer
 
@@ -92,8 +92,8 @@ def check_losses(losses: Any) -> None:
     if not (number or names):
         raise ValueError(
             "alignment_losses must be a number of losses, at least 1, or a sequence of their "
-            f"names, each once; got {losses!r}. optax.inject_hyperparams takes numbers for "
-            "what it injects: give it static_args=('alignment_losses',)"
+            f"names, each once; got {losses!r}. optax.inject_hyperparams would inject a number: "
+            "give it static_args=('alignment_losses',)"
         )
 
 

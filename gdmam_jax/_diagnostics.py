@@ -32,8 +32,8 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       `allocate` and `weighed` have no momenta. With several alignment losses, keys
       that each loss has end with ``/`` and its name or number; with several scopes each key starts
       with ``label/``; with several GDMAM states, with the state's path in ``opt_state``. Before
-      the first step all are 0, except the momenta, which are 1. They are those of the last step
-      that was not skipped.
+      the first step all are 0, except the momenta, which are 1. After a skipped step they are those
+      of the last step that was not skipped.
 
     Raises:
       ValueError: no state of GDMAM, `allocate` or `weighed` is inside ``opt_state``.

@@ -54,7 +54,7 @@ def _first(allocator: Allocator, others: int | tuple[str, ...], dtype: Any) -> A
 
 
 def _floats(allocation: Allocation) -> Allocation:
-    """With counters and flags as floating-point numbers, since gradients are no others."""
+    """With counters and flags as floating-point numbers, since gradients must be."""
 
     def as_float(leaf: jax.Array) -> jax.Array:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -80,9 +80,9 @@ def fork(
 
     $$\bar z = \sum_k f_k \bar z_k, \qquad f \text{ from } \langle \bar z_j, \bar z_k\rangle,$$
 
-    goes back through the trunk once. So it costs as much as the summed loss, and the result is an
-    ordinary gradient, for any optimizer. What follows a copy, such as a loss's own head, gets the
-    gradient of its own loss, unweighed.
+    goes back through the trunk once. So a fork costs as much as the summed loss, and the result is
+    an ordinary gradient, for any optimizer. What follows a copy, such as a loss's own head, gets
+    the gradient of its own loss, unweighed.
 
     Args:
       features: an array, or a tree of arrays, that several losses depend on. Floating-point arrays
@@ -95,8 +95,8 @@ def fork(
         `diagnostics`; the new state is its *gradient*. None: the norms are those of this step.
       statistics_decay: decay of the norms' running means, in [0, 1).
       axis_name: inside `jax.shard_map`, `jax.pmap` or a `jax.vmap` over examples, the axes of
-        the batch. Without it each shard, or example, settles its own conflict. On a mesh outside
-        of them there is nothing to name.
+        the batch. Without it each shard, or example, settles its own conflict. On a mesh without
+        these transformations there is nothing to name.
 
     Returns:
       As many copies as losses, in a tuple; for names a dictionary. Each should reach one loss.
@@ -153,7 +153,7 @@ def fork(
         allocation, _ = allocator.decide(pairs, previous, None, None)
         return _floats(allocation), [add_up(pair, allocation.factors) for pair in pairs]
 
-    # What the choices close over, such as a scheduled preference, has to be handed over in loops.
+    # In loops, what the choices close over, such as a scheduled preference, must be handed over.
     converted, hidden = jax.closure_convert(settle, state, *[settled] * count)
     copies = []
     for own in _forked(converted, count, state, hidden, settled):

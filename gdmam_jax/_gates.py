@@ -69,12 +69,12 @@ def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
 
     $$v_\parallel = clip\left(\frac{k / r + k^2 - 1}{k^2}, 0, 1\right),$$
 
-    and all of it where the gradients agree. To first order, and before a second moment rescales
+    and passes whole where the gradients agree. To first order, and before a second moment rescales
     the elements, such a step raises neither loss as long as $k \le r$. A weaker alignment gradient
     passes unchanged, since the prediction gradient outweighs it. With several alignment losses, the
     parts kept against the prediction gradient are all shortened by one factor if together they
-    outweigh what is for it. With weights of at least 0 a step never raises the prediction loss, but
-    may raise alignment losses.
+    outweigh it and what agrees with it. If no weight is negative, a step never raises the
+    prediction loss, but may raise alignment losses.
 
     Args:
       cosine: of the angles between prediction and alignment gradients, shape ``(..., J)`` for J
@@ -111,7 +111,7 @@ def open_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array
       ratio: unused.
 
     Returns:
-      Two ones of its shape.
+      Two arrays of ones of the cosine's shape.
 
     Examples:
       >>> import jax.numpy as jnp

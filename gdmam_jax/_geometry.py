@@ -22,16 +22,16 @@ from gdmam_jax._sharding import Across, as_axis_names, explicit_mesh
 ALIGNMENT_SCALARS = (
     "alignment_norm", "parallel_norm", "orthogonal_norm", "projection", "cosine"
 )  # fmt: skip
-"""The fields of `Geometry` that each alignment loss has its own of."""
+"""The fields of `Geometry` that exist once for each alignment loss."""
 
 LARGE = 2**20
-"""Elements from which two gradients' inner products are taken in one pass, as measured; of more
-gradients an eighth of it."""
+"""From so many elements on, the inner products of two gradients are taken in one pass, as measured;
+of more gradients, from an eighth of it."""
 MANY = 8
-"""Gradients from which their inner products are one matrix product a leaf, in a program whose size
-does not grow with their number squared."""
+"""From so many gradients on, their inner products are one matrix product for each leaf, so that the
+program's size does not grow with the square of their number."""
 BLOCK = 1024
-"""Elements whose products such a pass adds up one after the other."""
+"""How many products a pass adds up one after the other."""
 
 
 @pytree_dataclass
@@ -62,9 +62,9 @@ class Geometry:
     def of(cls, gramian: jax.Array, floor: float = 0.0) -> "Geometry":
         """The geometry that inner products of shape ``(..., K, K)`` determine.
 
-        The orthogonal norm is the root of a difference, good to 3e-4 of the alignment norm in
-        float32. The alignment losses keep their axis, also where there is only one. ``floor`` is
-        added to every norm.
+        The orthogonal norm is the root of a difference, accurate to 3e-4 of the alignment norm in
+        float32. The alignment losses keep their axis, even if there is only one. ``floor`` is added
+        to every norm.
         """
         squares, lengths = _squares(gramian), norms(gramian)
         n_p, n_a = lengths[..., :1] + floor, lengths[..., 1:] + floor
@@ -94,7 +94,7 @@ def _squares(gramian: jax.Array) -> jax.Array:
 
 
 def _flat(gramian: jax.Array) -> jax.Array:
-    # XLA sees through slices of one axis, and so which inner products nobody asks for.
+    # XLA sees through slices of one axis, and so finds the inner products that are not used.
     return gramian.reshape(*gramian.shape[:-2], -1)
 
 
@@ -147,7 +147,7 @@ def gramian(
     across = Across(leaves, names)
     count = len(halves(leaves[0]))
     terms = [_terms(halves(pair), across) for pair in leaves]
-    # Apart until they are sent: XLA leaves a group out that nobody asks for.
+    # Kept apart until they are sent, so that XLA leaves out a group that is not used.
     totals = [scopes.total(group) for group in zip(*terms, strict=True)]
     products = across.sum(jnp.concatenate(totals, axis=-1))
     if count >= MANY:
@@ -162,7 +162,7 @@ def gramian(
 def _groups(count: int) -> list[list[tuple[int, int]]]:
     """Which inner products are taken together: those that norms and gates need, then the others.
 
-    One other alone costs less in the first pass than a pass of its own.
+    A single other costs less in the first pass than in a pass of its own.
     """
     needed = [(k, k) for k in range(count)] + [(0, k) for k in range(1, count)]
     others = list(itertools.combinations(range(1, count), 2))
@@ -178,7 +178,7 @@ def _terms(gradients: list[Any], across: Across) -> list[jax.Array]:
     return [jnp.stack([*map(across.share, group)]) for group in _products(gradients)]
 
 
-# What is done to each leaf is a compiled function: leaves of one shape are traced once.
+# The work on each leaf is a compiled function, so that leaves of equal shape are traced once.
 @jax.jit
 def _products(gradients: list[Any]) -> list[list[jax.Array]]:
     """The inner products of the gradients, by the groups of `_groups`."""
@@ -202,8 +202,9 @@ def _matrix(gradients: list[Any]) -> jax.Array:
     )
 
 
-# XLA for CPUs makes a loop of each sum, and every loop reads two gradients; a reduction of several
-# operands is one loop. It adds up one by one, so blocks keep it accurate. They would cut shards.
+# XLA for CPUs makes a loop of each sum, and every loop reads two gradients. A reduction of several
+# operands is one loop. It adds up one by one, so blocks keep it accurate. Sharded gradients go
+# without: blocks would cut the shards.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _in_one_pass(arrays: list[jax.Array], group: tuple[tuple[int, int], ...]) -> jax.Array:
     flat = [array.ravel() for array in arrays]
@@ -240,14 +241,14 @@ def decompose(
 
     Args:
       pairs: a tree of `GradientPair`, floating-point.
-      scope: a function of a leaf's path, such as ``"encoder/kernel"``, to the label of the scope
-        it is decomposed in, for example `leaf_scope`; None takes all leaves together.
+      scope: a function from a leaf's path, such as ``"encoder/kernel"``, to the label of its
+        scope, for example `leaf_scope`; None takes all leaves together.
       axis_name: inside `jax.shard_map`, the mesh axes over which the gradients are sharded.
 
     Returns:
-      A `Decomposition`. Its parts add up to the alignment gradient to rounding, and the
-      orthogonal norm is taken of the orthogonal part itself, so that it is accurate at every
-      angle. Sums of squares must not overflow: norms beyond 1e19 in float32 are not finite.
+      A `Decomposition`. Its parts add up to the alignment gradient, up to rounding. The orthogonal
+      norm is that of the orthogonal part itself, so it is accurate at every angle. Sums of squares
+      must not overflow: norms beyond 1e19 in float32 are not finite.
 
     Raises:
       TypeError: a leaf is not a pair of floating-point arrays.

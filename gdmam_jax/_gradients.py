@@ -35,7 +35,7 @@ def value_and_paired_grad(
     r"""Values and paired gradients of two or more losses, from one forward pass.
 
     Like `jax.value_and_grad`, for a function that returns several scalars. The losses are evaluated
-    and linearised once, and the linear map is transposed once for each loss. What only one of them
+    and linearised once, and the linear map is transposed once for each loss. What only one loss
     depends on is left out of the others' backward passes.
 
     Args:
@@ -53,7 +53,7 @@ def value_and_paired_grad(
 
     Raises:
       TypeError: ``loss_fn`` does not return floating-point scalars, or an argument to
-        differentiate holds other than floating-point arrays. Raised while tracing.
+        differentiate holds something other than floating-point arrays. Raised while tracing.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -107,8 +107,8 @@ class Weighing:
     """How the losses of `value_and_weighed_grad` were weighed, for logging.
 
     The K losses are in the order of `jax.tree.leaves`, the elements of an array one after the
-    other; with ``example_argnums`` those of the first example come first. float32, or float64
-    where a loss or a parameter is.
+    other; with ``example_argnums`` those of the first example come first. Arrays are float32, or
+    float64 if a loss or a parameter is.
 
     Attributes:
       gramian: inner products of the losses' gradients; shape ``(K, K)``.
@@ -144,24 +144,25 @@ def value_and_weighed_grad(
       argnums: which positional argument, or arguments, to differentiate with respect to; trees of
         floating-point arrays.
       has_aux: whether ``loss_fn`` returns auxiliary data with the losses.
-      chunk: how many losses', or examples', gradients are held at once. None: all; their inner
-        products are one matrix product for each leaf, in float32 or better. With a number, each
-        gradient is pushed forward through the linearised losses instead, which takes K more forward
-        passes, in the model's own precision.
+      chunk: for how many losses, or examples, gradients are held at once. None: for all; their
+        inner products are one matrix product for each leaf, in float32 or better. With a number,
+        each gradient is pushed forward through the linearised losses instead, which takes K more
+        forward passes, in the model's own precision.
       example_argnums: which positional argument, or arguments, hold examples along the first axis
-        of their leaves, if the losses of an example depend on no other. Then ``loss_fn`` is a
-        function of one example, and losses and ``aux`` get a leading axis of examples. The K
-        backward passes cost as much as one of all examples, and there is one more forward pass.
+        of their leaves, if the losses of an example depend on no other example. Then ``loss_fn`` is
+        a function of one example, and losses and ``aux`` get a leading axis of examples. The K
+        backward passes then cost as much as one over all examples, plus one more forward pass.
 
     Returns:
       A function with the arguments of ``loss_fn`` that returns ``(losses, gradient, weighing)``, or
-      ``((losses, aux), gradient, weighing)`` with ``has_aux=True``. ``gradient`` has structure and
-      dtypes of the argument; for several ``argnums`` a tuple. ``weighing`` is a `Weighing`.
+      ``((losses, aux), gradient, weighing)`` with ``has_aux=True``. ``gradient`` has the
+      structure and dtypes of the argument; for several ``argnums`` it is a tuple. ``weighing`` is a
+      `Weighing`.
 
     Raises:
       TypeError: ``loss_fn`` does not return floating-point arrays, an argument to differentiate
-        holds other than floating-point arrays, or it is one of ``example_argnums``. Raised while
-        tracing.
+        holds something other than floating-point arrays, or it is one of ``example_argnums``.
+        Raised while tracing.
       ValueError: there are fewer than two losses, ``chunk`` is less than 1, or the weighting does
         not return K weights.
 
@@ -189,7 +190,7 @@ def value_and_weighed_grad(
       Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
     check_function("loss_fn", loss_fn)
-    check_function("weighting", weighting, "; value_and_weighed_grad has no memory")
+    check_function("weighting", weighting, "; value_and_weighed_grad needs one without a memory")
     check_argnums(argnums)
     check_argnums(example_argnums, "example_argnums")
     if not (chunk is None or (isinstance(chunk, int) and chunk >= 1)):
@@ -277,9 +278,9 @@ def _products(gradients: jax.Array) -> jax.Array:
 
 
 def _overwriting_merged(pairs: Any) -> Any:
-    """Of what Flax overwrites with the gradient, one value instead of a pair.
+    """One value instead of a pair, for what Flax overwrites with the gradient.
 
-    FP8 layers have their scales and largest absolute values there: the largest serves all losses.
+    FP8 layers keep their scales and largest absolute values there. The losses' largest serves all.
     """
     if not isinstance(pairs, Mapping) or OVERWRITTEN not in pairs:
         return pairs

@@ -39,7 +39,7 @@ class Losses(NamedTuple):
     Attributes:
       names: the alignment losses' names, J of them; numbers for those without a name.
       values: the losses' values, shape ``(K,)``; None where ``update`` was not given ``value=``.
-      present: which losses there are at this step, booleans of shape ``(K,)``; None for all.
+      present: which losses are present at this step, booleans of shape ``(K,)``; None for all.
     """
 
     names: tuple[str, ...] = ()

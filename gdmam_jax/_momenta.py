@@ -20,9 +20,9 @@ class NormStatistics:
     r"""Running statistics of the norms of the allocated components.
 
     The last axis is (prediction, parallel, orthogonal), with the last two once for each alignment
-    loss; one row per scope where there are several. float32, or float64 where a parameter is. Mean
-    and variance are bias-corrected, and updated as such: the difference of a mean square and a
-    squared mean would cancel.
+    loss; with several scopes there is a row for each. float32, or float64 if a parameter is. Mean
+    and variance are bias-corrected, and updated as such: the difference between a mean square and a
+    squared mean would lose digits.
 
     Attributes:
       momentum: $\beta_k$ of the previous step, 1 before the first; shape ``(3,)`` or
@@ -49,7 +49,7 @@ class NormStatistics:
         )
 
     def after(self, sizes: jax.Array, decay: Any, present: Any = None) -> "NormStatistics":
-        """The statistics after a step with components of these norms; of those present only."""
+        """The statistics after a step with components of these norms, for those present."""
         share, remainder = newest_share(self.remainder, decay, present)
         share = jnp.broadcast_to(share, self.mean.shape)
         change = sizes - self.mean
@@ -62,7 +62,7 @@ class NormStatistics:
 
     @property
     def deviation(self) -> jax.Array:
-        r"""The released spread of the norm, of statistics that start at 0 without bias correction.
+        r"""The released form's spread of the norm: its statistics start at 0, not bias-corrected.
 
         $\sigma^2 = square - mean^2 = (1 - r) (s^2 + r \mu^2)$: as if norms of 0 had come before.
         """
@@ -77,7 +77,7 @@ def newest_share(remainder: jax.Array, decay: Any, present: Any) -> tuple[jax.Ar
     """
     decay = jnp.asarray(decay, remainder.dtype)
     left = decay * remainder
-    # At the first step all of it, to the last bit.
+    # At the first step the share is 1, to the last bit.
     share = jnp.where(remainder == 1, 1, (1 - decay) / jnp.where(left == 1, 1, 1 - left))
     if present is None:
         return share, left
@@ -134,7 +134,7 @@ def constant_momentum(statistics: NormStatistics, *, initial: Any = 0.95) -> jax
     r"""One momentum for all components and steps: $\beta_k = \beta_0$.
 
     Args:
-      statistics: unused but for its shape.
+      statistics: only its shape is used.
       initial: $\beta_0$, in [0, 1). To schedule it, give `optax.inject_hyperparams` a function of
         it: ``lambda initial: gdmam(1e-3, momentum=constant_momentum(initial=initial))``.
 
@@ -165,7 +165,8 @@ def ratcheted_momentum(
 ) -> jax.Array:
     r"""Momentum that only ever falls: $\beta_k - \kappa_k \sigma_k$. As released.
 
-    The statistics start at 0 and are not bias-corrected, so the first steps pull it down hard.
+    The statistics start at 0 and are not bias-corrected, so the first steps lower the momentum a
+    lot.
 
     Args:
       statistics: see `NormStatistics`; ``momentum`` is the previous step's.
@@ -241,7 +242,7 @@ def relative_momentum(
 ) -> jax.Array:
     r"""Momentum from the relative noise: $\beta_0 - \kappa_k \hat\sigma_k / \hat{mean}_k$.
 
-    With bias-corrected statistics. It does not change when a loss is rescaled.
+    The statistics are bias-corrected. The momentum does not change when a loss is rescaled.
 
     Args:
       statistics: see `NormStatistics`.

@@ -15,16 +15,16 @@ _DATACLASSES: list[type] = []
 
 @dataclass_transform(frozen_default=True)
 def pytree_dataclass(cls: type[T]) -> type[T]:
-    """A frozen `chex.dataclass` that type checkers know as one, and that is no mapping."""
+    """A frozen `chex.dataclass` that type checkers recognise, and that is not a mapping."""
     made = chex.dataclass(cls, frozen=True, mappable_dataclass=False)
     _DATACLASSES.append(made)
     return made
 
 
 def register_with_flax() -> None:
-    """Lets `flax.serialization`, where it has been imported, write and read the dataclasses.
+    """Lets `flax.serialization`, if it has been imported, write and read the dataclasses.
 
-    By itself it knows named tuples, but no dataclasses. Every ``init`` of a state comes here. What
+    By itself it knows named tuples, but no dataclasses. Every ``init`` of a state calls this. What
     holds no array, such as the scopes' names, is not written but taken from the target.
     """
     serialization: Any = sys.modules.get("flax.serialization")
@@ -67,7 +67,7 @@ def widen(x: Any) -> jax.Array:
 
 
 def narrow(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x`` in ``dtype``, cut at its largest number where that is smaller."""
+    """``x`` in ``dtype``, cut at the largest number of that type."""
     if x.dtype == dtype:
         return x
     limit = float(jnp.finfo(dtype).max)
@@ -75,10 +75,10 @@ def narrow(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def zeros_like(tree: Any, dtype: Any = None) -> Any:
-    """Zeros of the leaves' shapes and shardings, the latter also where a compiled ``init`` runs.
+    """Zeros of the leaves' shapes and shardings, even inside a compiled ``init``.
 
-    There zeros that depend on nothing would be left on one device by XLA; a comparison that no
-    number passes depends on the leaf.
+    There XLA would leave zeros that depend on nothing on one device. A comparison that is never
+    true depends on the leaf.
     """
 
     def zeros(leaf: Any) -> jax.Array:
@@ -99,8 +99,8 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 def floored_sqrt(x: jax.Array) -> jax.Array:
     """Square root of the larger of ``x`` and the smallest normal number: 1e-19 at 0, in float32.
 
-    Its derivative at 0 is 0 too. XLA repeats what precedes a loop's scalars in every loop, but
-    nothing from before a root: `safe_sqrt`, which looks at ``x`` again, would let it through.
+    Its derivative at 0 is 0 too. In every loop XLA repeats the work that made the loop's scalars,
+    but none from before a root. `safe_sqrt` looks at ``x`` again, so XLA would repeat that work.
     """
     return jnp.sqrt(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
 

@@ -1,4 +1,4 @@
-"""Ready-made optimizers on pairs."""
+"""Ready-made optimizers of pairs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -52,13 +52,13 @@ def gdmam(
     Args:
       learning_rate: a number, or a schedule of the step.
       weighting: the tasks' weights: a function ``(gramian, norms) -> weights``, such as
-        `unit_weighting`, with which both losses count the same, or a `RememberingWeighting`.
+        `unit_weighting`, which lets both losses count the same, or a `RememberingWeighting`.
       gate: how much of the alignment gradient's parts along and across the prediction gradient
         passes: a function ``(cosine, ratio) -> (parallel, orthogonal)``.
       momentum: the momentum coefficients: a function ``statistics -> momentum``.
       momenta: ``"steered"``, one buffer for the allocated gradient, or ``"separate"``, one for each
         of its components.
-      scope: what is decomposed together: a function of a leaf's path, such as
+      scope: what is decomposed together: a function from a leaf's path, such as
         ``"encoder/kernel"``, to a label, for example `leaf_scope`. None: all leaves together.
       alignment_losses: how many alignment losses there are; or the names of those that the loss
         function returns in a dictionary, in the order in which weights are given. None: one.
@@ -68,14 +68,14 @@ def gdmam(
       eps: added to the root of the second moment, above 0.
       amsgrad: divide by the largest second moment so far instead of the current one.
       weight_decay: factor of the decoupled weight decay, at least 0.
-      mask: which parameters decay: a tree of booleans of the parameters' structure or a prefix of
-        it, or a function of the parameters that returns one. None: all.
+      mask: which parameters decay: a tree of booleans with the parameters' structure or a prefix
+        of it, or a function of the parameters that returns one. None: all.
       momentum_dtype: dtype of the momenta; None: that of the parameters.
       not_finite: what happens to gradients that are not finite: ``"apply"``, ``"skip"`` or
         ``"skip_loss"``, see `allocate`. A step that is left out also leaves out weight decay and
         the schedule's step, so that parameters stay the same bit for bit. A schedule that
-        `optax.inject_hyperparams` injects goes on.
-      max_skips: after so many steps left out in a row the next is taken, whatever it is. None:
+        `optax.inject_hyperparams` injects still advances.
+      max_skips: after this many steps left out in a row the next one is taken, finite or not. None:
         never.
       axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded.
 
@@ -84,8 +84,8 @@ def gdmam(
 
     Raises:
       ValueError: a number is out of range.
-      TypeError: the learning rate is no number or function, or the mask one boolean. While tracing:
-        an update that is not a `GradientPair`.
+      TypeError: the learning rate is neither a number nor a function, or the mask is a single
+        boolean. While tracing: an update that is not a `GradientPair`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -110,7 +110,7 @@ def gdmam(
     if isinstance(mask, bool | jax.Array):
         raise TypeError(
             f"mask must be a tree of booleans or a function, got {mask!r}; "
-            "optax.inject_hyperparams takes functions for schedules: give it static_args=('mask',)"
+            "optax.inject_hyperparams treats functions as schedules: give it static_args=('mask',)"
         )
     chain = optax.chain(
         scale_by_gdmam(
@@ -140,7 +140,7 @@ def gdmam(
     ) -> tuple[optax.Updates, Any]:
         changes, (new, *links) = chain.update(updates, state, params, **extra_args)
         apply = new.allocation.skipped == state[0].allocation.skipped
-        # p + (-0.0) is p to the last bit, also where p is -0.0.
+        # p + (-0.0) is p to the last bit, even where p is -0.0.
         changes = jax.tree.map(lambda change: jnp.where(apply, change, -0.0), changes)
         return changes, (new, *where(apply, links, [*state[1:]]))
 
@@ -152,11 +152,11 @@ def summed(
     prediction_weight: Any = 1.0,
     alignment_weight: Any = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """An ordinary optimizer on pairs, through the weighted sum of the gradients.
+    """Lets an ordinary optimizer take pairs: it gets the weighted sum of the gradients.
 
     Use it inside `optax.partition` for the parameters that GDMAM should leave alone. It measures
-    nothing and has no diagnostics. As a baseline in the same training loop,
-    ``weighed(optimizer, sum_weighting)`` makes the same updates and has them.
+    nothing and has no diagnostics. For a baseline in the same training loop, use
+    ``weighed(optimizer, sum_weighting)``, which makes the same updates and has diagnostics.
 
     Args:
       optimizer: the transformation that takes the sum.
@@ -221,13 +221,13 @@ def weighed(
     max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""An ordinary optimizer on pairs, through the sum of the gradients that a weighting weighs.
+    r"""Lets an ordinary optimizer take pairs: it gets the gradients' sum, weighed by a weighting.
 
-    The optimizer gets $\sum_k w_k g_k$. With `pcgrad_weighting` this is PCGrad. It is
-    ``optax.chain(allocate(weighting, gate), optimizer)``, and also works with optimizers that need
-    the loss's value. Give ``value=`` the losses, ``grad=`` the pairs and ``value_fn=`` the loss
-    function; then a line search gets the function whose gradient the optimizer gets,
-    $\sum_k w_k l_k$ with the step's weights held fixed.
+    The optimizer gets $\sum_k w_k g_k$. With `pcgrad_weighting` this is PCGrad. `weighed` is
+    ``optax.chain(allocate(weighting, gate), optimizer)``, but also works with optimizers that need
+    the loss's value. For these, pass the losses as ``value=``, the pairs as ``grad=`` and the loss
+    function as ``value_fn=``. A line search then gets the function whose gradient the optimizer
+    gets: $\sum_k w_k l_k$, with the step's weights held fixed.
 
     Args:
       optimizer: the transformation that takes the weighted sum.
@@ -236,7 +236,7 @@ def weighed(
       scope: see `allocate`.
       alignment_losses: see `allocate`.
       statistics_decay: see `allocate`.
-      not_finite: see `allocate`. The optimizer goes on, with a gradient of 0.
+      not_finite: see `allocate`. At a step that is left out the optimizer gets a gradient of 0.
       max_skips: see `allocate`.
       axis_name: see `allocate`.
 
@@ -248,8 +248,8 @@ def weighed(
 
     Raises:
       ValueError: a number is out of range; while tracing, the halves of a pair differ, the
-        weighting does not return a weight for each task, ``value_fn`` returns something else than
-        the losses, or is given with several scopes, which have no function in common.
+        weighting does not return a weight for each task, ``value_fn`` returns something other than
+        the losses, or it is given with several scopes, which have no function in common.
       TypeError: while tracing, an update that is not a `GradientPair`.
 
     Examples:
@@ -276,8 +276,8 @@ def weighed(
         del count
         if state.scopes.labels:
             raise ValueError(
-                "value= and value_fn= need one scope: with several, each has weights of its own, "
-                "and no function has the allocated gradient; leave scope out"
+                "value= and value_fn= need one scope: with several, each scope has weights of its "
+                "own, and the allocated gradient is the gradient of no function; leave scope out"
             )
         return state.factors
 
@@ -295,8 +295,8 @@ def _behind(
     Args:
       link: pairs in, the weighed gradient out.
       optimizer: what takes the weighed gradient.
-      weights: of the losses, a function of the link's state and of how many there are.
-      losses: how many alignment losses there are, or their names; None: as many as come.
+      weights: the losses' weights, a function of the link's state and of the number of losses.
+      losses: how many alignment losses there are, or their names; None: any number.
     """
     inner = with_extra_args(optimizer)
 

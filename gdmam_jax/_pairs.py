@@ -17,7 +17,7 @@ FLATTENED = (
 
 
 class _Explained(type):
-    """JAX's message of trees that differ shows this, where a plain optimizer is given pairs."""
+    """Explains itself in JAX's message about differing trees, if a plain optimizer gets pairs."""
 
     def __repr__(cls) -> str:
         return f"{cls.__name__}, which an ordinary optimizer takes through summed or weighed"
@@ -47,9 +47,9 @@ class GradientPair(metaclass=_Explained):
 
     def _refuse(self, *others: Any) -> Any:
         raise TypeError(
-            "a GradientPair was taken for an array. A wrapper that needs updates in and out of one "
-            "structure, such as optax.MultiSteps, is lifted by over_pairs; an ordinary optimizer "
-            "takes pairs through summed or weighed, also inside a wrapper: "
+            "a GradientPair was taken for an array. Lift a wrapper whose updates in and out must "
+            "have the same structure, such as optax.MultiSteps, with over_pairs. Give an ordinary "
+            "optimizer its pairs through summed or weighed, inside a wrapper, too: "
             "optax.contrib.sam(gdmam(rate), summed(adversary))"
         )
 
@@ -75,7 +75,7 @@ def is_nnx_variable(node: Any) -> bool:
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
     """The leaves of a tree by path: ``"encoder/kernel"``; ``"(root)"`` for a tree of one leaf.
 
-    The attribute that an NNX variable holds its array in is no part of the name.
+    The attribute in which an NNX variable holds its array is not part of the name.
     """
 
     def is_node(node: Any) -> bool:
@@ -89,11 +89,11 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> lis
 
 
 def pair_gradients(prediction: optax.Updates, alignment: Any) -> optax.Updates:
-    """Joins gradient trees to one tree of pairs.
+    """Joins gradient trees into one tree of pairs.
 
     Args:
       prediction: gradients of the prediction loss, a tree of floating-point arrays.
-      alignment: gradients of the alignment loss, the same structure, shapes and dtypes. For
+      alignment: gradients of the alignment loss, with the same structure, shapes and dtypes. For
         several alignment losses a tuple, list or dictionary of such trees.
 
     Returns:
@@ -212,7 +212,7 @@ def begin_update(
       updates: a tree of pairs or, with ``alignment``, the prediction gradients.
       alignment: the alignment gradients, or None.
       params: the parameters, or None.
-      like: a tree of the parameters' structure and shapes to hold pairs and parameters against;
+      like: a tree of the parameters' structure and shapes to compare pairs and parameters with;
         None: ``params``.
 
     Returns:
@@ -238,7 +238,7 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
 
     Args:
       pairs: what should be a tree of `GradientPair`.
-      like: a tree of the parameters' structure and shapes to hold it against, or None.
+      like: a tree of the parameters' structure and shapes to compare it with, or None.
 
     Raises:
       TypeError: a leaf is not a pair, or not floating-point.
@@ -251,7 +251,7 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
             raise TypeError(
                 f"update at {where} is {describe(pair)}; expected a GradientPair: make pairs with "
                 "value_and_paired_grad or pair_gradients, or pass alignment=gradients to update; "
-                "lift a wrapper such as optax.MultiSteps by over_pairs"
+                "lift a wrapper such as optax.MultiSteps with over_pairs"
                 + (FLATTENED if _is_vector(pairs) else "")
             )
         if not jax.tree_util.all_leaves([pair.prediction]):
@@ -273,7 +273,7 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
         if structure.num_leaves == 0 or (losses is not None and structure != losses):
             raise ValueError(
                 f"the alignment half of the pair at {where} must hold the gradients of the same "
-                f"alignment losses as every other pair, got {structure} beside {losses}"
+                f"alignment losses as every other pair, got {structure} here and {losses} elsewhere"
             )
         losses = structure
     if like is not None:
@@ -281,7 +281,7 @@ def check_pairs(pairs: Any, like: Any = None) -> None:
 
 
 def _check_like(what: str, tree: Any, like: Any) -> None:
-    """Holds parameters, or pairs of their gradients, against a tree of structure and shapes."""
+    """Compares parameters, or pairs of their gradients, with a tree's structure and shapes."""
     found, expected = named_leaves(tree, is_leaf=is_pair), named_leaves(like)
     structure: Any = jax.tree.structure(tree, is_leaf=is_pair)
     wanted: Any = jax.tree.structure(like)

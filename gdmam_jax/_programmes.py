@@ -11,7 +11,7 @@ from gdmam_jax._geometry import norms
 from gdmam_jax._numerics import divide
 
 ITERATIONS = 40
-"""Of the interior-point method, at most: enough for rounding in float64, whatever the programme."""
+"""The most iterations of the interior-point method: always enough for rounding in float64."""
 
 
 Slopes = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -21,13 +21,13 @@ Slopes = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 def minimise(slopes: Slopes, start: jax.Array, side: jax.Array | None = None) -> jax.Array:
     """The minimiser of a convex function over non-negative numbers.
 
-    Mehrotra's primal-dual interior-point method: two of Newton's steps for each factorisation,
-    until they change nothing but rounding. Its derivative is that of the conditions that the
-    solution fulfils, and finite where these are degenerate.
+    Mehrotra's primal-dual interior-point method: two Newton steps for each factorisation, until
+    they change nothing but rounding. The derivative is that of the conditions that the solution
+    fulfils. It is finite even where these are degenerate.
 
     Args:
       slopes: the function's gradient and Hessian at a point.
-      start: a positive point, ``(K,)``; with ``side`` one that fulfils it.
+      start: a positive point, ``(K,)``; with ``side``, one that fulfils its condition.
       side: $b$ of the condition $b^T x = 1$, at least 0, ``(K,)``; None for no condition.
 
     References:
@@ -50,17 +50,17 @@ def minimise(slopes: Slopes, start: jax.Array, side: jax.Array | None = None) ->
         dx, ddual, _, step = towards(jnp.zeros_like(x))
         step = jnp.minimum(1, step)
         ahead = jnp.mean((x + step * dx) * (dual + step * ddual))
-        # What the first step misses and how far it may go say where the second one aims.
+        # What the first step misses and how far it may go decide where the second one aims.
         aim = jnp.maximum(mean * (ahead / mean) ** 3, eps**2) - step**2 * dx * ddual
         dx, ddual, dprice, step = towards(aim)
-        # Far from the solution at some distance from 0, where a value might stay.
+        # Far from the solution, keep some distance from 0, where a value might get stuck.
         step = jnp.minimum(1, (1 - jnp.clip(jnp.sqrt(mean), 1e-3, 0.2)) * step)
         new = (
             jnp.maximum(x + step * dx, tiny),
             jnp.maximum(dual + step * ddual, tiny),
             price + step * dprice,
         )
-        # Where rounding has the last word, stay: a step that is not finite is none.
+        # Where rounding dominates, stay: a step that is not finite is not taken.
         finite = jnp.isfinite(step) & jnp.all(jnp.isfinite(dx))
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (x, dual, price))
         moved = jnp.max(jnp.abs(new[0] - x))
@@ -83,15 +83,15 @@ def minimise(slopes: Slopes, start: jax.Array, side: jax.Array | None = None) ->
 def _newton(
     slopes: Slopes, side: jax.Array | None, x: jax.Array, dual: jax.Array, price: jax.Array
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """What the products ``x * dual`` shall be, to the changes of ``x`` and of ``price``."""
+    """A function from the wanted products ``x * dual`` to the changes of ``x`` and ``price``."""
     gradient, hessian = slopes(x)
     eps, scale = float(jnp.finfo(x.dtype).eps), jnp.max(jnp.diagonal(hessian))
-    # The last part keeps the system definite and moves no solution.
+    # The last term keeps the system definite and does not move the solution.
     system = hessian + jnp.diag(dual / x + (10 + x.size) * eps * scale)
     if side is None:
         solve = _solver(system)
         return lambda aim: (-solve(gradient - aim / x), jnp.zeros_like(price))
-    # Nor does what holds the condition, which a function of degree 1 leaves open otherwise.
+    # Nor does the term that holds the condition, which a function of degree 1 would leave open.
     hold = scale * side / (side @ side)
     missing, fixed = side @ x - 1, jax.lax.stop_gradient(side)
     solve = _solver(system + jnp.outer(hold, side))
@@ -106,13 +106,13 @@ def _newton(
 
 
 def _solver(system: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """The solution of a definite system, which is taken as constant, by its right side."""
+    """A function from the right side of a definite system, taken as constant, to its solution."""
     factor = jax.scipy.linalg.cho_factor(jax.lax.stop_gradient(system), lower=True)
     return functools.partial(jax.scipy.linalg.cho_solve, factor)
 
 
 def _longest(values: jax.Array, changes: jax.Array) -> jax.Array:
-    """How often the changes may be made until a value is 0."""
+    """How many times the changes can be made before a value reaches 0."""
     shrinking = changes < 0
     return jnp.min(jnp.where(shrinking, -values / jnp.where(shrinking, changes, -1), jnp.inf))
 
@@ -125,7 +125,7 @@ def quadratic(matrix: jax.Array, linear: jax.Array) -> jax.Array:
 def cosines(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients' norms, their inverses, and the cosines between them.
 
-    In units of the gradients' norms a programme is well scaled, however far apart these are. A
+    In units of the gradients' norms a programme is well scaled, however much these differ. A
     gradient of 0 has the inverse 0, and counts as orthogonal to the others.
     """
     lengths = norms(gramian)

@@ -130,7 +130,7 @@ def clip_by_recent_norm(
 def _accept(
     state: RecentNormState, size: jax.Array, factor: Any
 ) -> tuple[jax.Array, RecentNormState]:
-    """The scale of an update of norm ``size``, and the state behind it."""
+    """The scale of an update of norm ``size``, and the state after it."""
     norms = state.norms
     size = size.astype(norms.dtype)
     largest = jnp.max(norms)
@@ -174,8 +174,9 @@ def gdmam_released(
     \end{aligned}
     $$
 
-    Biases, parameters whose last name on their path contains "bias", decay by 0.01: the released
-    code means to leave them undecayed, but sets no value for them and so gets PyTorch's default.
+    Biases are the parameters whose last name on their path contains "bias". They decay by 0.01: the
+    released code means to leave them undecayed, but sets no value for them and so gets PyTorch's
+    default.
 
     Args:
       learning_rate: a number, or a schedule of the step.
@@ -263,7 +264,7 @@ def _correction(decay: Any, steps: jax.Array) -> jax.Array:
 class _Form:
     """The released form's direction, before weight decay and learning rate."""
 
-    # The components' own norms are what the momenta follow: nothing is weighed or gated before.
+    # The momenta follow the components' own norms: nothing is weighed or gated before that.
     allocator: Allocator
     momentum: MomentumRule
     bounds: tuple[Any, Any]
@@ -360,7 +361,7 @@ class _Form:
         )
 
 
-# One compiled function for a leaf's step: leaves of one shape are traced once.
+# One compiled function for a leaf's step: leaves of equal shape are traced once.
 @partial(jax.jit, static_argnames="dtype")
 def _leaf_step(
     pair: GradientPair,

@@ -1,7 +1,7 @@
-"""Weightings with a memory, or with the losses' values; and those made of any other weighting.
+"""Weightings with a memory or with the losses' values, and weightings made from any other.
 
-Each is a function of its settings that returns a `RememberingWeighting`; given to an optimizer
-without a call, it has the settings' defaults.
+Each is a function of its settings that returns a `RememberingWeighting`. Given to an optimizer
+without being called, it has its default settings.
 """
 
 import inspect
@@ -26,10 +26,10 @@ class RememberingWeighting(NamedTuple):
     """A weighting with a state, made of two functions, as Optax's transformations are.
 
     Attributes:
-      init: ``zeros -> memory``: of zeros of the weights' shape and dtype, ``(..., K)``, with
-        ``...`` the scopes, the memory before the first step: a tree of arrays.
-      update: ``(gramian, norms, memory, losses) -> (weights, memory)``: what a plain weighting
-        gets, the memory, and the losses' names, values and presence, see `Losses`.
+      init: ``zeros -> memory``: the memory before the first step, a tree of arrays. It is given
+        zeros of the weights' shape, ``(..., K)`` with ``...`` the scopes, and of their dtype.
+      update: ``(gramian, norms, memory, losses) -> (weights, memory)``: it is given what a plain
+        weighting gets, the memory, and the losses' names, values and presence, see `Losses`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -50,7 +50,7 @@ class RememberingWeighting(NamedTuple):
 
 
 def made_by_call(function: F) -> F:
-    """Marks a function of settings that returns a weighting: its name alone is one, too."""
+    """Marks a function of settings that returns a weighting: uncalled, it is one, too."""
     _MADE_BY_CALL.add(function)
     return function
 
@@ -67,7 +67,7 @@ def check_weighting(weighting: Any, advice: str) -> None:
 
 
 def first_memory(weighting: Any, zeros: jax.Array) -> Any:
-    """The memory before the first step; None of a weighting that has none."""
+    """The memory before the first step; None for a weighting without one."""
     weighting = _made(weighting)
     if not isinstance(weighting, RememberingWeighting):
         return None
@@ -82,7 +82,7 @@ def weigh(
     memory: Any,
     losses: Losses,
 ) -> tuple[Any, Any]:
-    """The weights of either kind of weighting, and its memory."""
+    """The weights of a weighting, and its memory, if it has one."""
     weighting = _made(weighting)
     if isinstance(weighting, RememberingWeighting):
         return weighting.update(gramian, norms, memory, losses)
@@ -109,9 +109,9 @@ def values_of(name: str, losses: Losses) -> jax.Array:
 
 
 def each_loss(what: str, value: Any, losses: Losses, like: jax.Array) -> jax.Array:
-    """A setting in the losses' order, shape ``(K,)``: of a number, one each, or a mapping by name.
+    """A setting in the losses' order, shape ``(K,)``: from one number, one for each, or a mapping.
 
-    A mapping names the prediction, too.
+    A mapping by name must name the prediction, too.
     """
     if isinstance(value, Mapping):
         if "prediction" not in value:
@@ -127,12 +127,12 @@ def each_loss(what: str, value: Any, losses: Losses, like: jax.Array) -> jax.Arr
 
 
 def random_key(key: Any) -> Any:
-    """The key given, or that of 0."""
+    """The key given, or that of seed 0."""
     return jax.random.key(0) if key is None else key
 
 
 def kept(present: Any, new: Any, old: Any) -> Any:
-    """The new numbers of what is present, whose axis is the last, else the old ones."""
+    """The new numbers of losses that are present, along the last axis, else the old ones."""
     if present is None:
         return new
     return jax.tree.map(lambda a, b: jnp.where(present, a, b), new, old)
@@ -141,11 +141,11 @@ def kept(present: Any, new: Any, old: Any) -> Any:
 def learned(
     optimizer: Any, slope: jax.Array, values: jax.Array, state: Any, present: Any
 ) -> tuple[jax.Array, Any]:
-    """One step down the slope for the losses that are there: values and optimizer's state."""
+    """One step down the slope for the losses present: their values, and the optimizer's state."""
     change, after = optimizer.update(slope, state, values)
     if present is None:
         return values + change, after
-    # The count, alone of no loss's, goes on.
+    # Only the count belongs to no loss, and goes on.
     after = jax.tree.map(
         lambda new, old: kept(present, new, old) if new.shape == values.shape else new, after, state
     )
@@ -161,7 +161,7 @@ def _stacked(weights: Any, like: jax.Array) -> jax.Array:
 
 
 class _Running(NamedTuple):
-    """The memory of the weighting within, the running weights, and of which losses there are."""
+    """The memory of the weighting within, the running weights, and which losses have any."""
 
     inner: Any
     weights: jax.Array
@@ -173,13 +173,13 @@ def running_weighting(
 ) -> RememberingWeighting:
     r"""The running mean of a weighting's weights, as CR-MOGM smooths them.
 
-    $w(t) = \beta w(t - 1) + (1 - \beta) \hat w(t)$, with $\hat w(t)$ the weighting's. A loss starts
-    with the first weight it gets. Weights of one step depend on its batch, which biases methods
-    such as MGDA and CAGrad; with a running mean there is a proof of convergence. What the weighting
-    promises about a step's direction no longer holds.
+    $w(t) = \beta w(t - 1) + (1 - \beta) \hat w(t)$, with $\hat w(t)$ the weighting's own. A loss
+    starts with the first weight it gets. The weights of a step depend on its batch, which biases
+    methods such as MGDA and CAGrad; with a running mean there is a proof of convergence. What the
+    weighting promises about a step's direction no longer holds.
 
     Args:
-      weighting: a weighting of either kind.
+      weighting: a weighting, with a memory or without.
       decay: $\beta$, in [0, 1).
 
     Returns:
@@ -220,17 +220,17 @@ def running_weighting(
 def normalised_weighting(weighting: Weighting | RememberingWeighting) -> RememberingWeighting:
     r"""Normalise, then weigh: a weighting of the unit gradients.
 
-    $w_k = \hat w_k / n_k$, where $\hat w$ are the weighting's for the Gramian
+    $w_k = \hat w_k / n_k$, where $\hat w$ are the weighting's own for the Gramian
     $C_{jk} = G_{jk} / (n_j n_k)$. The result does not change when a loss is rescaled, and does
     not shrink as gradients do. What the weighting promises about directions still holds. A loss
-    without a gradient reaches it as one.
+    without a gradient has none for the weighting, either.
 
     Args:
-      weighting: a weighting of either kind; the norms' running means that it sees are in units of
-        the step's norms.
+      weighting: a weighting, with a memory or without; the norms' running means that it sees are in
+        units of the step's norms.
 
     Returns:
-      A weighting, whose memory is that of the one given.
+      A weighting with the memory of the given one.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -37,7 +37,7 @@ def gradient_norm_weighting(*, decay: Any = 0.9, every: Any = 1000) -> Rememberi
     r"""Running weights that make the gradients equally long, renewed every so many steps.
 
     $w_k \leftarrow \beta w_k + (1 - \beta) / (n_k / \bar n + 10^{-5})$, with $\bar n$ the norms'
-    mean, at the first step and every so many after it. Weights are 1 before. jaxpi trains
+    mean, at the first step and then every so many steps. The weights start at 1. jaxpi trains
     physics-informed networks like this. A loss without a gradient keeps its weight.
 
     Args:
@@ -82,7 +82,7 @@ def gradient_norm_weighting(*, decay: Any = 0.9, every: Any = 1000) -> Rememberi
 
 
 class _GradNorm(NamedTuple):
-    """Weights, their optimizer's state, the losses' first values, and of which there are."""
+    """Weights, their optimizer's state, the losses' first values, and which losses have one."""
 
     weights: jax.Array
     optimizer: Any
@@ -168,12 +168,12 @@ def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeigh
     Where the cosine $\phi$ between a gradient and another, $g_j$, lies below its running mean
     $\hat\phi$, the gradient gets $|g_i| (\hat\phi s - \phi \hat s) / (|g_j| \hat s)$ times $g_j$,
     with the sines $s = \sqrt{1 - \phi^2}$ and $\hat s = \sqrt{1 - \hat\phi^2}$; then the cosine is
-    $\hat\phi$. It meets the others one after the other, each time as it is by then. With
+    $\hat\phi$. Each gradient meets the others one after the other, as changed by those before. With
     $\hat\phi = 0$ this is PCGrad.
 
     Args:
       decay: of the running means, in [0, 1]; they start at 0.
-      key: a random key, by which each step draws the order of the others; None: in their order.
+      key: a random key, by which each step draws the order of the others; None: their own order.
 
     Returns:
       A weighting with a memory.
@@ -244,7 +244,7 @@ class _Squares(NamedTuple):
 
 @made_by_call
 def pcd_weighting(*, tau: Any = 0.02, decay: Any = 0.999) -> RememberingWeighting:
-    r"""PCD, priority-constrained descent: near the prediction's gradient, a share for the others.
+    r"""PCD, priority-constrained descent: near the prediction gradient, a share for the others.
 
     With $\tilde g_k = g_k / \sqrt{v_k}$, where $v_k$ is the bias-corrected running mean of
     $|g_k|^2$, the direction is the closest to $\tilde g_0$ of those in which each alignment loss
@@ -255,8 +255,8 @@ def pcd_weighting(*, tau: Any = 0.02, decay: Any = 0.999) -> RememberingWeightin
     \quad \text{with} \quad \langle \tilde g_j, d\rangle \ge \tau |\tilde g_j|^2,
     $$
 
-    scaled to the length of $g_0$. If no direction fulfils all conditions it is $g_0$, and 0 if the
-    prediction has no gradient. Rescaling an alignment loss changes nothing.
+    scaled to the length of $g_0$. If no direction fulfils all conditions, it is $g_0$. If the
+    prediction has no gradient, it is 0. Rescaling an alignment loss changes nothing.
 
     Args:
       tau: $\tau$, in [0, 1]: a number, one for each alignment loss, or a mapping by name.
@@ -308,7 +308,7 @@ def _constrained(gramian: jax.Array, squares: jax.Array, tau: jax.Array) -> jax.
     """PCD's weights of one Gramian."""
     lengths, inverses, between = cosines(gramian)
     scaled = lengths * divide(jnp.ones_like(squares), safe_sqrt(squares))
-    # Of multiples of the alignment losses' unit gradients: x, what they gain: pairs @ x - missing.
+    # Multiples x of the alignment losses' unit gradients let these losses gain pairs @ x - missing.
     pairs = between[1:, 1:]
     missing = jnp.where(lengths[1:] > 0, tau * scaled[1:] - scaled[0] * between[1:, 0], 0)
     scale = jnp.max(jnp.abs(missing))
@@ -320,6 +320,6 @@ def _constrained(gramian: jax.Array, squares: jax.Array, tau: jax.Array) -> jax.
         added = jnp.where(jnp.all(pairs @ added - missing > -rounding * scale), added, 0)
     units = jnp.concatenate([scaled[:1], added])
     length = safe_sqrt(units @ between @ units)
-    # Shorter than rounding lets it be known, it is 0.
+    # A length that rounding may have made counts as 0.
     known = length > 10 * float(jnp.finfo(gramian.dtype).eps) ** 0.5 * jnp.max(units)
     return jnp.where(known, lengths[0] * divide(units, length), 0) * inverses

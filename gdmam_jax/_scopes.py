@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from gdmam_jax._pairs import named_leaves
 
 Scope = Callable[[str], Hashable]
-"""A function of a leaf's path, such as ``"encoder/kernel"``: leaves with one result go together."""
+"""A function of a leaf's path, such as ``"encoder/kernel"``: leaves with the same result go
+together."""
 
 
 def leaf_scope(path: str) -> str:
@@ -71,7 +72,7 @@ class Scopes:
         return (len(self.labels),) if self.labels else ()
 
     def total(self, terms: Sequence[jax.Array]) -> jax.Array:
-        """Adds a vector of scalars from each leaf up, to one for every scope."""
+        """Adds up a vector of scalars from each leaf, to one vector for every scope."""
         groups: list[list[jax.Array]] = [[] for _ in range(max(1, len(self.labels)))]
         for position, scalars in enumerate(terms):
             groups[self.index[position] if self.index else 0].append(scalars)
@@ -79,12 +80,12 @@ class Scopes:
         return jnp.stack(totals) if self.labels else totals[0]
 
     def at(self, scalars: jax.Array, leaf: int) -> jax.Array:
-        """The entry of ``scalars``, one per scope, that leaf number ``leaf`` goes by."""
+        """The entry of ``scalars``, one per scope, that applies to leaf number ``leaf``."""
         return scalars[self.index[leaf]] if self.index else scalars
 
 
 def _sum_in_pairs(rows: Sequence[jax.Array]) -> jax.Array:
-    """Adds vectors in pairs: rounding and the program grow with the logarithm."""
+    """Adds vectors in pairs: rounding and the program grow with the logarithm of their number."""
     total = jnp.stack(rows)
     while len(total) > 1:
         half = len(total) // 2

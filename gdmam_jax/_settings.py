@@ -1,4 +1,4 @@
-"""Choices that carry their own numbers: functions that a call with settings alone makes anew."""
+"""Choices that carry their own numbers: called with settings alone, they return a new choice."""
 
 import functools
 import inspect
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 class Choice(functools.partial):
-    """A function with settings; what they hold for each loss may be given by the losses' names."""
+    """A function with settings; one that has a value for each loss may be a mapping by name."""
 
     def for_losses(self, names: tuple[str, ...]) -> "Choice":
-        """The same with the settings in the order of the alignment losses of these names."""
+        """The same, with mappings put into the order of these names of the alignment losses."""
         found = {
             key: in_order(f"{self.func.__name__}'s {key}", value, names)
             for key, value in self.keywords.items()
@@ -22,7 +22,7 @@ class Choice(functools.partial):
 
 
 def in_order(what: str, numbers: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
-    """The values of a mapping by the alignment losses' names; the prediction's first, if it is in.
+    """The values of a mapping, in the order of the names; the prediction's first, if it is there.
 
     Raises:
       ValueError: a name is unknown or missing.
@@ -37,7 +37,7 @@ def in_order(what: str, numbers: Mapping[str, Any], names: tuple[str, ...]) -> t
 class _Default:
     """A function as the default of an argument, not callable itself.
 
-    `optax.inject_hyperparams` takes callable defaults for schedules.
+    `optax.inject_hyperparams` treats callable defaults as schedules.
     """
 
     def __init__(self, function: Any):
@@ -53,18 +53,18 @@ def default(function: T) -> T:
 
 
 def chosen(choice: T) -> T:
-    """What was chosen, also where that is an argument's default."""
+    """What was chosen, even if that is an argument's default."""
     return choice.function if isinstance(choice, _Default) else choice
 
 
 def with_settings(
     function: Callable[..., Any], check: Callable[..., None] | None = None
 ) -> Callable[..., Any]:
-    """Lets a choice be called with its settings alone, which makes a choice with these settings.
+    """Lets a choice be called with settings alone, which returns a choice with these settings.
 
     Args:
       function: the choice; its settings are keyword-only arguments.
-      check: raises an error where the settings are no good.
+      check: raises an error if the settings are not valid.
     """
     signature = inspect.signature(function)
 

@@ -17,7 +17,7 @@ def as_axis_names(axis_name: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def explicit_mesh(leaves: Any) -> Any:
-    """The mesh that all leaves lie on, where their types tell how; else None."""
+    """The mesh that all leaves lie on, if their types say how they are sharded; else None."""
     shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(leaves)]
     meshes = {sharding.mesh for sharding in shardings}
     mesh = meshes.pop() if len(meshes) == 1 else None
@@ -28,7 +28,7 @@ class Across:
     """Sums over shards inside `jax.shard_map`, in which what several shards hold counts once."""
 
     def __init__(self, leaves: Any, names: tuple[str, ...]):
-        # check_vma=False: nothing is known to vary, not even the index along the axis itself.
+        # With check_vma=False nothing is known to vary, not even the index along the axis itself.
         self.known = {name for name in names if name in _varying(jax.lax.axis_index(name))}
         varied = frozenset().union(*map(_varying, jax.tree.leaves(leaves))) if names else ()
         self.axes = tuple(name for name in names if name in varied or name not in self.known)
@@ -44,7 +44,8 @@ class Across:
     def copies(self, arrays: Sequence[jax.Array]) -> Any:
         """How often a sum over the axes counts each inner product of arrays; ``(K, K)``, or 1.
 
-        Those of two arrays that both lie whole along an axis where another is sharded.
+        It counts repeatedly the product of two arrays that both lie whole along an axis over which
+        another array is sharded.
         """
         varied = [_varying(array) & self.known for array in arrays]
         sharded = frozenset().union(*varied)

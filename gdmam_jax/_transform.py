@@ -40,8 +40,8 @@ class GDMAMState:
       allocation: what the last step decided; see `Allocation`.
       statistics: of the components' norms, and the step's momentum; see `NormStatistics`.
       momentum_correction: $1 - \prod_t \beta_t$ of each momentum, for the exact bias correction;
-        kept as the running mean of 1, since the difference would cancel; float32 or better, shape
-        ``(1,)`` with steered momenta, ``(3,)`` with separate ones, after the scopes' axis.
+        kept as a running mean of 1, since the difference would lose digits; float32 or better,
+        shape ``(1,)`` with steered momenta, ``(3,)`` with separate ones, after the scopes' axis.
       momenta: bias-corrected momenta, updated as such:
         $\hat m \leftarrow (1 - s) \hat m + s A$ with $s = (1 - \beta) / (1 - \prod_t \beta_t)$. A
         tuple of trees like the parameters, of their dtypes or ``momentum_dtype``: one for the sum
@@ -83,24 +83,24 @@ def scale_by_gdmam(
     r"""Turns pairs of gradients into one update: weighed, gated, then remembered.
 
     The alignment gradient is split along and across the prediction gradient (see `decompose`).
-    Weights and gate make the three allocated components of the step,
+    Weights and gate make the three allocated components of the step:
 
     $$
     A_p = w_p g_p, \qquad A_\parallel = w_a v_\parallel g_\parallel, \qquad
-    A_\perp = w_a v_\perp g_\perp,
+    A_\perp = w_a v_\perp g_\perp.
     $$
 
-    and the update is the bias-corrected momentum of their sum, with a decay that is the mean of
-    the components' own by their norms (``momenta="steered"``), or the sum of a momentum of each
-    (``"separate"``). With equal decays both are the same.
+    With ``momenta="steered"`` the update is the bias-corrected momentum of their sum. Its decay is
+    the mean of the components' decays, weighted by their norms. With ``"separate"`` each component
+    has a momentum, and the update is the sum of these. If all decays are equal, both are the same.
 
-    With ``b2`` the update is divided by $\sqrt{v / (1 - \prod_t b_{2,t})} + eps$, where $v$
-    follows the square of the components' sum.
+    With ``b2`` the update is divided by $\sqrt{v / (1 - \prod_t b_{2,t})} + eps$, where $v$ is the
+    running mean of the square of the components' sum.
 
     Every number is a scalar that `optax.inject_hyperparams` can inject or schedule.
 
     Args:
-      weighting: see `allocate`. The default's updates shrink as the gradients do; with ``b2``
+      weighting: see `allocate`. With the default, updates shrink as the gradients do; with ``b2``
         choose `unit_weighting`, as `gdmam` does.
       gate: see `allocate`.
       momentum: the momentum coefficients: a function ``statistics -> momentum``, for example
@@ -120,17 +120,17 @@ def scale_by_gdmam(
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
-      with ``alignment=`` the alignment gradients, and returns updates of the parameters' dtypes;
-      where ``update`` is not given the parameters, of the wider of gradient and momentum. It takes
-      ``present=`` and ``value=``, as `allocate` does.
+      with ``alignment=`` the alignment gradients, and returns updates of the parameters' dtypes.
+      If ``update`` is not given the parameters, updates have the wider dtype of gradient and
+      momentum. It takes ``present=`` and ``value=``, as `allocate` does.
 
     Raises:
       ValueError: a number is out of range or narrower than float32, ``momenta`` or ``not_finite``
         is unknown, ``amsgrad`` is asked for without ``b2``, ``max_skips`` without ``"skip"``, or
         ``momentum_dtype`` is not floating-point. While tracing: pairs whose halves differ, a
         structure or shape other than the parameters', or a state that was made with other choices.
-      TypeError: a choice is no function. While tracing: an update that is not a `GradientPair`, or
-        a parameter or gradient that is not floating-point.
+      TypeError: a choice is not a function. While tracing: an update that is not a `GradientPair`,
+        or a parameter or gradient that is not floating-point.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -146,8 +146,8 @@ def scale_by_gdmam(
       Array([0.2, 0.2], dtype=float32)
 
     References:
-      The method's public description, made precise; see the project's documentation for what of it
-      is released code and what is this library's reading.
+      The method's public description, made precise. The project's documentation says which parts
+      are released code and which are this library's reading.
     """
     form = _Form(
         allocator=Allocator(
@@ -193,7 +193,7 @@ class _Form:
         if self.momentum_dtype is not None and not _is_floating(self.momentum_dtype):
             raise ValueError(
                 f"momentum_dtype must be a floating-point dtype, got {self.momentum_dtype}; "
-                "optax.inject_hyperparams takes a dtype for a schedule: give it "
+                "optax.inject_hyperparams treats a dtype as a schedule: give it "
                 "static_args=('momentum_dtype',)"
             )
 
@@ -224,7 +224,7 @@ class _Form:
         )
 
     def check_choices(self, state: GDMAMState) -> None:
-        """Raise a ``ValueError`` where a state was made by an optimizer of other choices."""
+        """Raise a ``ValueError`` if the state was made by an optimizer with other choices."""
         buffers = 1 if self.steered else state.statistics.momentum.shape[-1]
         for name, found, expected in (
             ("momenta", len(state.momenta), buffers),
@@ -233,8 +233,8 @@ class _Form:
         ):
             if found != expected:
                 raise ValueError(
-                    f"the optimizer state was made with another choice of {name} than this "
-                    "optimizer's; make a state with its own init, or give it the old choice"
+                    f"the optimizer state was made with another choice of {name}; make a new state "
+                    "with this optimizer's init, or give the optimizer the old choice"
                 )
 
     def update(
@@ -263,7 +263,7 @@ class _Form:
         allocation, apply = self.allocator.keep(previous, allocation, present, statistics)
         if apply is not None:
             small = where(apply, small, {name: getattr(state, name) for name in small})
-            # With these the loops over the arrays leave them as they are.
+            # With these scalars the loops over the arrays leave them unchanged.
             per_scope = jax.tree.map(lambda scalar: jnp.where(apply, scalar, 0), per_scope)
             second = second and (jnp.where(apply, second[0], 1), *second[1:])
         taken = taken_losses(apply, present, 1 + self.allocator.count)
@@ -303,7 +303,7 @@ class _Form:
     def remember(
         self, state: GDMAMState, allocation: Allocation, statistics: NormStatistics
     ) -> tuple[dict[str, Any], tuple[jax.Array, ...], Any]:
-        """What a step does with its momenta, as scalars: of the state, and of the leaves.
+        """The scalars by which a step updates its momenta: the state's, and those of the leaves.
 
         Returns:
           The state's new scalars by name; `_leaf_step`'s ``scalars`` and ``second_scalars``.
@@ -340,7 +340,7 @@ def _is_floating(dtype: Any) -> bool:
         return False
 
 
-# One compiled function for a leaf's step: leaves of one shape are traced once.
+# One compiled function for a leaf's step: leaves of equal shape are traced once.
 @partial(jax.jit, static_argnames="dtype")
 def _leaf_step(
     gradients: list[Any],
@@ -356,10 +356,11 @@ def _leaf_step(
 ) -> tuple[Any, ...]:
     """A leaf's update and its new buffers.
 
-    ``scalars`` are the newest components' shares of the momenta, ``(M,)``, these times the
-    components' factors of the gradients, ``(M, K)``, and the factors of the components' sum,
-    ``(K,)``; ``second_scalars`` are b2, the root of its correction, and that times eps; ``taken``
-    says which gradients count, ``apply`` whether the step is taken; None: all, and that it is.
+    ``scalars`` are the newest components' shares of the momenta, ``(M,)``; these shares times the
+    components' factors of the gradients, ``(M, K)``; and the factors of the components' sum,
+    ``(K,)``. ``second_scalars`` are b2, the root of its correction, and that root times eps.
+    ``taken`` says which gradients count; None: all. ``apply`` says whether the step is taken; None:
+    it is.
     """
     precision = wide_dtype(*gradients, *momenta, *(() if second is None else [second]))
     wide = [jnp.asarray(gradient).astype(precision) for gradient in gradients]

@@ -1,7 +1,7 @@
 r"""Weightings by the losses' values: they need no gradients, and so one backward pass is enough.
 
-In an optimizer of pairs they get the values by ``value=``. Without pairs, the weights are taken
-inside the loss, and an ordinary optimizer does the rest:
+In an optimizer of pairs they get the values that ``update`` is given as ``value=``. Without pairs,
+compute the weights inside the loss, and use an ordinary optimizer:
 
 >>> import jax, jax.numpy as jnp, optax
 >>> import gdmam_jax as gdmam
@@ -45,7 +45,7 @@ def _losses_alone(zeros: jax.Array) -> jax.Array:
 
 
 def _softmax(logits: jax.Array, present: Any) -> jax.Array:
-    """Shares of the losses that there are, adding up to 1; all 0 where there is none."""
+    """Shares of the losses that are present, adding up to 1; all 0 if there is none."""
     there = jnp.ones(logits.shape, bool) if present is None else present
     highest = jnp.max(jnp.where(there, logits, -jnp.inf))
     each = jnp.where(there, jnp.exp(jnp.minimum(logits - highest, 0)), 0)
@@ -53,7 +53,7 @@ def _softmax(logits: jax.Array, present: Any) -> jax.Array:
 
 
 def _logarithms(values: jax.Array, lowest: Any, losses: Losses) -> jax.Array:
-    """Of the values above their lowest, held off 0."""
+    """The logarithms of the values above their lowest, kept away from 0."""
     above = values - each_loss("lowest", lowest, losses, values)
     return jnp.log(jnp.maximum(above, jnp.finfo(values.dtype).tiny))
 
@@ -63,7 +63,7 @@ def _count(present: Any, like: jax.Array) -> Any:
 
 
 class _Learned(NamedTuple):
-    """What is learned, one number a loss, and the state of the optimizer that learns it."""
+    """What is learned, a number for each loss, and the state of the optimizer that learns it."""
 
     values: jax.Array
     optimizer: Any
@@ -75,7 +75,8 @@ def uncertainty_weighting(*, learning_rate: Any = 0.01) -> RememberingWeighting:
 
     $w_k = \frac12 e^{-s_k}$, where the log-variances minimise
     $\sum_k \frac12 (e^{-s_k} \ell_k + s_k)$, one step of Adam at a time, starting at 0. They tend
-    to $\ell_k = e^{s_k}$, and each weighed loss to $\frac12$. It promises nothing about directions.
+    to $\ell_k = e^{s_k}$, and each weighed loss to $\frac12$. The method promises nothing about
+    directions.
 
     Args:
       learning_rate: of the log-variances.
@@ -114,7 +115,7 @@ def uncertainty_weighting(*, learning_rate: Any = 0.01) -> RememberingWeighting:
 
 
 class _Famo(NamedTuple):
-    """Logits, their optimizer's state, the logarithms of the last values, and which there were."""
+    """Logits, their optimizer's state, the last values' logarithms, and which losses have one."""
 
     logits: jax.Array
     optimizer: Any
@@ -131,13 +132,13 @@ def famo_weighting(
     With $z = \operatorname{softmax}(\xi)$, $w_k = c z_k / (\ell_k - b_k)$, where $c$ makes the
     weights add up to 1: the gradient of $\sum_k z_k \log(\ell_k - b_k)$. The logits follow, by
     Adam, how much less than the others each logarithm fell from one step to the next. The
-    published method takes both values on one batch, with another forward pass. Here it is the
-    next step's value, which is the same if every batch has all data.
+    published method takes both values on one batch, with another forward pass. Here the second is
+    the next step's value, which is the same if every batch holds all data.
 
     Args:
       learning_rate: of the logits.
       weight_decay: of the logits.
-      lowest: $b_k$, what each loss is above: a number, one for each loss, or a mapping by name.
+      lowest: $b_k$, a bound below each loss: a number, one for each loss, or a mapping by name.
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``.
@@ -182,7 +183,7 @@ def famo_weighting(
 
 
 class _Epochs(NamedTuple):
-    """Sums and counts of this epoch's values, the last two epochs' means, and counts."""
+    """This epoch's sums and counts of values, two epochs' means, and how many epochs and steps."""
 
     totals: jax.Array
     counts: jax.Array
@@ -197,7 +198,7 @@ def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeigh
     r"""Dynamic weight average: a loss that falls more slowly than the others counts more.
 
     $w_k = K \operatorname{softmax}_k(L_k(t - 1) / (L_k(t - 2) T))$, with $L_k(t)$ the loss's mean
-    over epoch $t$; 1 in the first two epochs.
+    over epoch $t$. The weights are 1 in the first two epochs.
 
     Args:
       temperature: $T$; the larger, the more equal the weights.
@@ -251,7 +252,7 @@ def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeigh
 
 
 class _Lookback(NamedTuple):
-    """Weights, each loss's first and last value, which there were, and how many draws."""
+    """Weights, each loss's first and last value, which losses have any, and how many draws."""
 
     weights: jax.Array
     first: jax.Array
@@ -268,14 +269,14 @@ def relobralo_weighting(
 
     With $\lambda_k(t, s) = K \operatorname{softmax}_k(\ell_k(t) / (\ell_k(s) T))$ the weights are
     $w(t) = \alpha (\rho w(t - 1) + (1 - \rho) \lambda(t, 0)) + (1 - \alpha) \lambda(t, t - 1)$,
-    where $\rho$ is 1 with a probability near 1, else 0: then the weights forget all but the
-    start. 1 at first.
+    where $\rho$ is 1 with a probability near 1. Otherwise it is 0, and the weights forget all but
+    the start. They are 1 at first.
 
     Args:
       temperature: $T$; the larger, the more equal the weights.
       decay: $\alpha$, of the running mean, in [0, 1].
       lookback: the probability that $\rho$ is 1.
-      key: a random key; None for one of 0.
+      key: a random key; None for that of seed 0.
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``.
@@ -342,11 +343,11 @@ def softadapt_weighting(*, beta: Any = 0.1, scaled: bool = True) -> RememberingW
     r"""SoftAdapt: a loss that falls less than the others, or rises, counts more.
 
     $w_k = K \operatorname{softmax}_k(\beta s_k)$ with the change $s_k = \ell_k(t) - \ell_k(t - 1)$,
-    or $s_k / \sum_j |s_j|$ if ``scaled``; 1 in the first step. The paper's weights add up to 1,
-    these to $K$, as the sum's do.
+    or $s_k / \sum_j |s_j|$ if ``scaled``. The weights are 1 in the first step. They add up to $K$,
+    as the sum's do; the paper's add up to 1.
 
     Args:
-      beta: $\beta$; the larger, the less equal the weights. Below 0 losses that fall count more.
+      beta: $\beta$; the larger, the less equal the weights. Below 0, losses that fall count more.
       scaled: whether changes are relative to all losses' changes. If not, the losses' units count.
 
     Returns:
@@ -394,12 +395,13 @@ def stch_weighting(
 
     $w_k = \lambda_k \operatorname{softmax}_k(\lambda_k (\ell_k - z_k) / \mu)$: the gradient of
     $\mu \log \sum_k e^{\lambda_k (\ell_k - z_k) / \mu}$, which tends to the largest
-    $\lambda_k (\ell_k - z_k)$ as $\mu$ falls. Its minima are Pareto-optimal, and with all
-    $\lambda$ every such point is one.
+    $\lambda_k (\ell_k - z_k)$ as $\mu$ falls. Its minima are Pareto-optimal, and every
+    Pareto-optimal point is a minimum for some $\lambda$.
 
     Args:
       mu: $\mu$, above 0.
-      preference: $\lambda_k$, over their sum: a number, one for each loss, or a mapping by name.
+      preference: $\lambda_k$, to be divided by their sum: a number, one for each loss, or a mapping
+        by name.
       lowest: $z_k$, the best value of each loss; likewise.
 
     Returns:
@@ -439,7 +441,7 @@ def geometric_mean_weighting(*, lowest: Any = 0.0) -> RememberingWeighting:
     direction does not change when a loss is rescaled.
 
     Args:
-      lowest: what each loss is above: a number, one for each loss, or a mapping by name.
+      lowest: a bound below each loss: a number, one for each loss, or a mapping by name.
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``. It has no memory.
@@ -472,11 +474,11 @@ def geometric_mean_weighting(*, lowest: Any = 0.0) -> RememberingWeighting:
 def random_weighting(*, key: Any = None) -> RememberingWeighting:
     r"""Random weights, new at every step.
 
-    $w = \operatorname{softmax}(\epsilon)$, with normal $\epsilon$: what a method should do better
-    than.
+    $w = \operatorname{softmax}(\epsilon)$, with normal $\epsilon$. A method should do better than
+    this.
 
     Args:
-      key: a random key; None for one of 0.
+      key: a random key; None for that of seed 0.
 
     Returns:
       A weighting whose memory counts the draws. It needs neither gradients nor values.

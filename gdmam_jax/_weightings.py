@@ -2,7 +2,7 @@ r"""Task weights: functions of the gradients' inner products and of their norms'
 
 A weighting is a function ``(gramian, norms) -> weights`` of arrays of shape ``(..., K, K)``,
 ``(..., K)`` and ``(..., K)`` for K losses, of which index 0 is the prediction; ``...`` are the
-scopes. One with settings, called with the settings alone, is the weighting with these settings:
+scopes. A weighting that has settings, called with settings alone, returns one with these settings:
 ``unit_weighting`` and ``unit_weighting(preference=0.5)`` are both weightings.
 """
 
@@ -50,7 +50,7 @@ def norm_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
 def balanced_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     r"""All weighted gradients get one norm: $w_k = n_k^{-1} / \sum_j n_j^{-1}$.
 
-    A task without a gradient has no norm to match, and leaves the others its weight. The update
+    A task without a gradient has no norm to match, and leaves its weight to the others. The update
     shrinks as the gradients do.
 
     Args:
@@ -78,12 +78,12 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
 
     $\overline{n_k}$ is the running mean of the task's norm, or this step's norm where that is
     larger: a step's norm below its recent mean still shows, and a spike counts no more than the
-    rest. A task without a gradient leaves the others their weight.
+    rest. A task without a gradient does not change the others' weights.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: running means of the gradients' norms, shape ``(..., K)``.
-      preference: how much an alignment task counts against the prediction, which counts 1; at
+      preference: how much an alignment task counts, relative to the prediction, which counts 1; at
         least 0. A number, or one for each alignment task. To schedule it, give
         `optax.inject_hyperparams` a function of it:
         ``lambda preference: gdmam(1e-3, weighting=unit_weighting(preference=preference))``.
@@ -122,7 +122,7 @@ def _preferences(preference: Any, like: jax.Array) -> jax.Array:
 
 
 def _shares(preference: Any, gramian: jax.Array, present: Any = None) -> jax.Array:
-    """The preferences of the losses that there are, adding up to 1."""
+    """The preferences of the losses that are present, adding up to 1."""
     wanted = _preferences(preference, gramian)
     if present is not None:
         wanted = jnp.where(present, wanted, 0)
@@ -157,7 +157,7 @@ def constant_weighting(*weights: Any) -> Weighting:
     Raises:
       ValueError: a weight is not finite; while tracing, there are not as many as losses, or a name
         is unknown or missing.
-      TypeError: a weight is no number.
+      TypeError: a weight is not a number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -187,13 +187,13 @@ def _constant(gramian: jax.Array, norms: jax.Array, *, weights: Any) -> jax.Arra
 
 
 def mean_weighting(gramian: jax.Array, norms: jax.Array, *, present: Any = None) -> jax.Array:
-    """The mean of the gradients: every weight is 1 / K, with K the losses that there are.
+    """The mean of the gradients: every weight is 1 / K, with K losses present.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``; only its shape counts.
       norms: unused.
-      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
-        is told which losses are absent passes it on.
+      present: which losses are present, booleans of shape ``(K,)``; None for all. An optimizer
+        that is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -230,8 +230,8 @@ def sum_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
 def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -> jax.Array:
     r"""PCGrad: the sum, after each gradient loses its part along those that it conflicts with.
 
-    For two losses $w_k = 1 - \min(\langle g_0, g_1\rangle, 0) / |g_k|^2$. With more, a
-    gradient meets the others one after the other, each time as what is left of it.
+    For two losses $w_k = 1 - \min(\langle g_0, g_1\rangle, 0) / |g_k|^2$. With more, each
+    gradient meets the others one after the other, with what is then left of it.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
@@ -274,7 +274,7 @@ def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -
 def imtl_g_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     r"""IMTL-G: the sum has equal projections on all unit gradients; weights add up to 1.
 
-    $w \propto G^{+} n$ with $n_k = |g_k|$. For two losses these are `balanced_weighting`'s.
+    $w \propto G^{+} n$ with $n_k = |g_k|$. For two losses this is `balanced_weighting`.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
@@ -319,8 +319,8 @@ def mgda_weighting(gramian: jax.Array, norms: jax.Array, *, present: Any = None)
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
-        is told which losses are absent passes it on.
+      present: which losses are present, booleans of shape ``(K,)``; None for all. An optimizer
+        that is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``, at least 0 and adding up to 1.
@@ -366,8 +366,8 @@ def cagrad_weighting(
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
       c: how far from the mean gradient, at least 0; 0 gives the mean.
-      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
-        is told which losses are absent passes it on.
+      present: which losses are present, booleans of shape ``(K,)``; None for all. An optimizer
+        that is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -396,8 +396,8 @@ def cagrad_weighting(
         pull = between @ divide(mean, radius)
 
         def slopes(point: jax.Array) -> tuple[jax.Array, jax.Array]:
-            # |g| is the least (|g|^2 / t + t) / 2, which stays convex and curved with t beside x;
-            # of |g| itself, with its kink, Newton's steps may go in circles.
+            # |g| is the least (|g|^2 / t + t) / 2, which stays convex and curved in x and t. With
+            # |g| itself, which has a kink, Newton's steps may go in circles.
             x, length = point[:-1], point[-1]
             along = between @ x / length
             square = x @ along / length
@@ -506,10 +506,10 @@ def aligned_mtl_weighting(
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      preference: how much an alignment task counts against the prediction, as in
+      preference: how much an alignment task counts, relative to the prediction, as in
         `unit_weighting`; $p$ are these numbers, divided by their sum.
-      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
-        is told which losses are absent passes it on.
+      present: which losses are present, booleans of shape ``(K,)``; None for all. An optimizer
+        that is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -529,15 +529,16 @@ def aligned_mtl_weighting(
     del norms
     count, dtype = gramian.shape[-1], gramian.dtype
     wanted = _shares(preference, gramian, present)
-    # No weight depends on the Gramian's scale; without it, no power of an eigenvalue overflows.
+    # The weights do not depend on the Gramian's scale. Without it, no power of an eigenvalue
+    # overflows.
     largest = jnp.max(jnp.diagonal(gramian, axis1=-2, axis2=-1), axis=-1)[..., None, None]
     gramian = divide(gramian, jax.lax.stop_gradient(largest))
     fixed = jax.lax.stop_gradient(gramian)
     values, vectors = jnp.linalg.eigh(fixed)
     kept = values > values[..., -1:] * count * float(jnp.finfo(dtype).eps)
     inverse = jnp.where(kept, safe_sqrt(divide(jnp.ones_like(values), values)), 0)
-    # 0, but for its derivative: that of an eigenvector is not finite where eigenvalues are equal,
-    # that of the root is.
+    # This is 0, but has a derivative. An eigenvector's derivative is not finite where eigenvalues
+    # are equal, but that of the root is.
     turned = jnp.swapaxes(vectors, -1, -2) @ (gramian - fixed) @ vectors
     pairs = inverse[..., :, None] * inverse[..., None, :]
     pairs = divide(pairs**2, inverse[..., :, None] + inverse[..., None, :])
@@ -552,8 +553,8 @@ def aligned_mtl_weighting(
 
 
 def _projected(wanted: jax.Array, gramian: jax.Array) -> jax.Array:
-    """The weights, at least ``wanted``, of the combination closest to the wanted one that is
-    against no gradient: its projection on the dual cone.
+    """The weights, at least ``wanted``, of the combination closest to the wanted one that opposes
+    no gradient: its projection on the dual cone.
     """
     lengths, inverses, between = cosines(gramian)
     linear = between @ (lengths * wanted)
@@ -573,10 +574,10 @@ def dual_proj_weighting(
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      preference: how much an alignment task counts against the prediction, as in
+      preference: how much an alignment task counts, relative to the prediction, as in
         `unit_weighting`; $p$ are these numbers, divided by their sum.
-      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
-        is told which losses are absent passes it on.
+      present: which losses are present, booleans of shape ``(K,)``; None for all. An optimizer
+        that is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -612,10 +613,10 @@ def upgrad_weighting(
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      preference: how much an alignment task counts against the prediction, as in
+      preference: how much an alignment task counts, relative to the prediction, as in
         `unit_weighting`; $p$ are these numbers, divided by their sum.
-      present: which losses there are, booleans of shape ``(K,)``; None for all. An optimizer that
-        is told which losses are absent passes it on.
+      present: which losses are present, booleans of shape ``(K,)``; None for all. An optimizer
+        that is told which losses are absent passes it on.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -645,7 +646,8 @@ def upgrad_weighting(
 
 @with_settings
 def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0) -> jax.Array:
-    r"""ConFIG: equal projections on all unit gradients, as long as the sum of the gradients' own.
+    r"""ConFIG: a direction with equal projections on all unit gradients, as long as the sum of the
+    gradients' projections on it.
 
     With unit gradients $u_k = g_k / n_k$ and their inner products $C$, the direction is
     $d = \sum_k a_k u_k$ with $a = C^{+} preference$, and the length
@@ -656,7 +658,7 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      preference: how much an alignment task counts against the prediction, as in
+      preference: how much an alignment task counts, relative to the prediction, as in
         `unit_weighting`: the ratios of the projections on the unit gradients.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Optax wrappers over pairs."""
+"""Optax wrappers around optimizers of pairs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,23 +27,24 @@ def over_pairs(
 ) -> optax.GradientTransformationExtraArgs:
     """Lifts an Optax wrapper that needs the same structure for updates going in and coming out.
 
-    GDMAM takes pairs and returns single updates. A wrapper that keeps state of the updates' shape
-    (`optax.MultiSteps`), or chooses between the updates that come in and go out
-    (`optax.apply_if_finite`), cannot work with that. Here it sees pairs on both sides: it is
-    initialised with paired parameters, the optimizer inside it answers with pairs, and the first
-    half of what comes out is the update. So the optimizer inside must take every leaf: a wrapper
-    that hands leaves to other optimizers, such as `optax.partition` or `optax.masked`, needs no
-    lifting, since the others take pairs through `summed`:
-    ``optax.partition({"a": gdmam(1e-3), "b": summed(optax.sgd(0.1))}, labels)``. Nor does
-    ``optax.contrib.sam(gdmam(1e-3), summed(adversary))``.
+    GDMAM takes pairs and returns single updates. Some wrappers cannot work with that:
+    `optax.MultiSteps` keeps a state of the updates' shape, and `optax.apply_if_finite` chooses
+    between the updates that come in and those that go out. Lifted, a wrapper sees pairs on both
+    sides. It is initialised with paired parameters, the optimizer inside it returns pairs, and the
+    first half of what comes out is the update.
+
+    The optimizer inside must take every leaf. A wrapper that hands leaves to other optimizers, such
+    as `optax.partition` or `optax.masked`, needs no lifting. Give the other optimizers their pairs
+    through `summed`: ``optax.partition({"a": gdmam(1e-3), "b": summed(optax.sgd(0.1))}, labels)``.
+    ``optax.contrib.sam(gdmam(1e-3), summed(adversary))`` needs no lifting, either.
 
     Args:
       wrapper: a function of one optimizer that returns the wrapped one, for example
         ``lambda tx: optax.MultiSteps(tx, 4)`` or
         ``lambda tx: optax.chain(optax.zero_nans(), tx)``.
       optimizer: the optimizer that takes pairs.
-      alignment_losses: as the optimizer has it: how many alignment losses there are, which then
-        come in a tuple, or their names, if they come in a dictionary. None: one.
+      alignment_losses: the same as the optimizer's: the number of alignment losses, if they come
+        in a tuple, or their names, if they come in a dictionary. None: one.
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
@@ -94,8 +95,8 @@ def over_pairs(
     losses: Any = jax.tree.structure(_alignment(0, alignment_losses))
 
     def doubled(tree: Any) -> Any:
-        # flax.nnx.Optimizer initialises with variables, updates with arrays, and keeps variables
-        # of arrays only: a pair of variables has to be made, and not a variable with a pair in it.
+        # flax.nnx.Optimizer gives variables to init and arrays to update, and keeps only variables
+        # of arrays. So this makes a pair of variables, not a variable that holds a pair.
         return jax.tree.map(
             lambda leaf: GradientPair(leaf, _alignment(leaf, alignment_losses)),
             tree,
@@ -107,7 +108,7 @@ def over_pairs(
         taken.clear()
         state = wrapped.init(doubled(params))
         _check_taken(taken, params)
-        # What it keeps of both halves gets buffers of their own: the state can be donated.
+        # Two halves that are one array get a buffer each, so that the state can be donated.
         return jax.tree.map(_apart, state, is_leaf=is_pair)
 
     def update(
@@ -140,8 +141,8 @@ def _check_taken(taken: list[str], params: optax.Params) -> None:
     if left:
         raise ValueError(
             f"the wrapper hands {', '.join(left[:3])}{', ...' if len(left) > 3 else ''} to another "
-            "optimizer than the one that takes pairs, and it would take the prediction gradient "
-            "alone. optax.partition and optax.masked need no over_pairs: write "
+            "optimizer, which would get only the prediction gradient. optax.partition and "
+            "optax.masked need no over_pairs: write "
             'optax.partition({"a": gdmam(rate), "b": summed(optax.sgd(rate))}, labels)'
         )
 

@@ -25,8 +25,8 @@ def value_and_paired_grad(
 
     Like `gdmam_jax.value_and_paired_grad`, with the reference semantics of
     `flax.nnx.value_and_grad`: what the loss function changes in a module, an `flax.nnx.Rngs` or a
-    metric, in any argument, has changed afterwards as by one ordinary forward pass. Random streams
-    and batch statistics advance once, although there are several gradients.
+    metric, in any argument, stays changed, as after one ordinary forward pass. Random streams and
+    batch statistics advance once, although there are several gradients.
 
     Args:
       loss_fn: a function of modules and other arguments that returns
@@ -36,8 +36,8 @@ def value_and_paired_grad(
       argnums: which positional argument, or arguments, to differentiate with respect to: modules,
         or other objects that hold NNX variables.
       has_aux: whether ``loss_fn`` returns auxiliary data with the losses.
-      wrt: which of their variables to differentiate with respect to, a filter as in
-        `flax.nnx.Optimizer`, whose ``wrt`` should be the same; for example `flax.nnx.LoRAParam`.
+      wrt: which of their variables to differentiate with respect to: a filter, such as
+        `flax.nnx.LoRAParam`. It should be the same as the ``wrt`` of `flax.nnx.Optimizer`.
 
     Returns:
       A function with the arguments of ``loss_fn`` that returns ``(losses, pairs)``, or
@@ -80,7 +80,7 @@ def value_and_weighed_grad(
     """Values and one weighed gradient of many losses of NNX modules.
 
     Like `gdmam_jax.value_and_weighed_grad`, with the reference semantics of
-    `flax.nnx.value_and_grad`: modules, random streams and batch statistics change as by one
+    `flax.nnx.value_and_grad`: modules, random streams and batch statistics change as in one
     ordinary forward pass.
 
     Args:
@@ -91,8 +91,8 @@ def value_and_weighed_grad(
       argnums: which positional argument, or arguments, to differentiate with respect to: modules,
         or other objects that hold NNX variables.
       has_aux: whether ``loss_fn`` returns auxiliary data with the losses.
-      chunk: how many losses' gradients are held at once; None: all.
-      wrt: which of their variables to differentiate with respect to, a filter as in
+      chunk: for how many losses gradients are held at once; None: for all.
+      wrt: which of their variables to differentiate with respect to: a filter, as in
         `flax.nnx.Optimizer`.
 
     Returns:
@@ -138,7 +138,7 @@ def _of_modules(
     has_aux: bool,
     wrt: filterlib.Filter,
 ) -> Callable[..., Any]:
-    """A transformation of functions of trees, such as `value_and_paired_grad`, of modules."""
+    """Lets a transformation of functions, such as `value_and_paired_grad`, take modules."""
     check_function("loss_fn", loss_fn)
     for each in argnums if isinstance(argnums, Sequence) else (argnums,):
         if isinstance(each, nnx.DiffState):

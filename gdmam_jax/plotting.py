@@ -26,7 +26,7 @@ PANELS = {
 }
 """The panels of `plot_diagnostics`, and the scalars in each."""
 KNOWN = {*ALIGNMENT_SCALARS, *itertools.chain(*PANELS.values()), "decay"}
-"""Names of scalars that each scope has its own of."""
+"""Names of scalars that exist once for each scope."""
 LOGARITHMIC = ("norms of the gradients", "weights")
 MATTERS = 0.2
 """The share of the losses' decrease, or of the steps, from which a conflict is said to matter."""
@@ -38,18 +38,18 @@ def plot_diagnostics(history: History, *, steps: ArrayLike | None = None) -> "Fi
     """Draws angle, norms, weights, gate and momentum over the steps.
 
     With several scopes or alignment losses each has its own colour, and each scalar its own dashes.
-    With more than 10 the colours repeat, without a legend: see `plot_scopes`.
+    With more than 10 the colours repeat, and there is no legend: use `plot_scopes`.
 
     Args:
       history: see `History`. Keys that are not GDMAM's are ignored.
-      steps: at which steps, shape ``(n,)``. None: 0, 1, ...
+      steps: the numbers of the steps, shape ``(n,)``. None: 0, 1, ...
 
     Returns:
       A matplotlib figure, a panel for each kind of scalar that the history has.
 
     Raises:
-      ValueError: the history is empty, its entries differ in GDMAM's keys, a value is not a scalar
-        of each step, none is one of GDMAM's, or ``steps`` has another length.
+      ValueError: the history is empty, its entries differ in GDMAM's keys, a value is not one
+        scalar for each step, no key is one of GDMAM's, or ``steps`` has another length.
 
     Examples:
       >>> history = {"cosine": [0.1, -0.2], "prediction_norm": [1.0, 0.9]}
@@ -108,7 +108,7 @@ def plot_scopes(history: History, name: str = "cosine", *, axes: "Axes | None" =
     Args:
       history: see `History`, of an optimizer with several scopes.
       name: the scalar, such as ``"cosine"`` or ``"alignment_norm"``.
-      axes: where to draw; None: on a new figure.
+      axes: where to draw; None: in a new figure.
 
     Returns:
       The figure.
@@ -145,8 +145,8 @@ class ConflictReport(NamedTuple):
       verdict: in words.
       cosine: of the two gradients over the whole training,
         $\sum_t \langle g_p, g_a\rangle / \sqrt{\sum_t |g_p|^2 \sum_t |g_a|^2}$.
-      cancelled: which share of the losses' decrease the sum's conflict cancels, from 0 to 1.
-      raised: on which share of the steps the sum raises the prediction loss.
+      cancelled: the share of the losses' decrease that their conflict cancels in the sum, 0 to 1.
+      raised: the share of the steps on which the sum raises the prediction loss.
       ratio: the median of the weighed alignment gradient's norm over the prediction gradient's.
       figure: smoothed cosines, norms and cancelled shares over the steps; a matplotlib figure.
     """
@@ -169,17 +169,18 @@ def conflict_report(
     r"""Is there conflict between two losses, and does it matter?
 
     Looks at the sum $l_p + w l_a$, whose gradient is $d = g_p + w g_a$. A small step along it
-    lowers the sum by $|d|^2 = |g_p|^2 + w^2 |g_a|^2 + 2 w \langle g_p, g_a\rangle$, of which a
-    negative last term is cancelled. Cosines of single batches are mostly noise, so inner
-    products and squared norms are averaged over steps first. The verdict is only about gradients:
-    if the sum is itself the objective, such as an ELBO, it is still right to add the losses.
+    lowers the sum by $|d|^2 = |g_p|^2 + w^2 |g_a|^2 + 2 w \langle g_p, g_a\rangle$. If the last
+    term is negative, it cancels a part of the others. Cosines of single batches are mostly noise,
+    so inner products and squared norms are averaged over steps first. The verdict is only about
+    gradients: if the sum is itself the objective, such as an ELBO, it is still right to add the
+    losses.
 
     Args:
       history: see `History`; of one scope and any method, such as Adam on the sum,
         ``weighed(optax.adam(rate), sum_weighting)``.
       alignment_weight: $w$, at least 0.
-      loss: the alignment loss's name, where there are several.
-      window: over how many steps to average; None: a twentieth of them.
+      loss: the alignment loss's name, if there are several.
+      window: over how many steps to average; None: a twentieth of all.
 
     Returns:
       A `ConflictReport`.
@@ -205,8 +206,8 @@ def conflict_report(
     }
     if lacking := [key for key in keys if key not in found]:
         raise ValueError(
-            f"the history lacks {', '.join(lacking)}; of several losses name one with loss=, and "
-            f"of several scopes report none. It has {', '.join(found)}"
+            f"the history lacks {', '.join(lacking)}; if there are several losses, name one with "
+            f"loss=; several scopes cannot be reported. It has {', '.join(found)}"
         )
     cosines, prediction, alignment = (found[key] for key in keys)
     alignment = alignment_weight * alignment
@@ -229,7 +230,7 @@ def _smooth(values: NDArray[Any], window: int) -> NDArray[Any]:
 
 
 def _cosine_and_cancelled(terms: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Of mean inner products and squared norms, shape ``(3, ...)``."""
+    """From mean inner products and squared norms of shape ``(3, ...)``."""
     product, first, second = terms
     cosine = product / np.maximum(np.sqrt(first * second), 1e-300)
     return cosine, np.maximum(-2 * product, 0) / np.maximum(first + second, 1e-300)
@@ -243,12 +244,14 @@ def _verdict(cancelled: float, raised: float, ratio: float) -> str:
         longer, shorter = ("alignment", "prediction")[:: 1 if ratio > 1 else -1]
         times = max(ratio, 1 / max(ratio, 1e-300))
         return (
-            f"Not the angle, the lengths matter: the {longer} gradient is {times:.3g} times as "
+            f"The lengths matter, not the angle: the {longer} gradient is {times:.3g} times as "
             f"long, and drowns the {shorter} gradient in the sum."
         )
     if cancelled >= MATTERS / 4:
-        return f"Some conflict: the sum cancels {cancelled:.0%} of the decrease. Try both."
-    return f"No conflict that matters: the sum cancels {cancelled:.0%} of the decrease. Keep it."
+        return f"Some conflict: the sum cancels {cancelled:.0%} of the decrease. Try GDMAM, too."
+    return (
+        f"No conflict that matters: the sum cancels {cancelled:.0%} of the decrease. Keep the sum."
+    )
 
 
 def _draw_conflict(cosines: NDArray[Any], smooth: NDArray[Any], verdict: str) -> "Figure":

@@ -41,22 +41,20 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "conservation": regularisers.conservation,
     "denoising": regularisers.denoising,
 }
-Folder = Annotated[
-    Path, typer.Option(help="Where the results lie; what is there is not run again.")
-]
+Folder = Annotated[Path, typer.Option(help="Folder for results; finished runs are not repeated.")]
 
 
 @app.command()
 def run(
     out: Folder = Path("results/kinds"),
-    kinds: Annotated[str, typer.Option(help="Commas between.")] = ",".join(KINDS),
-    seeds: Annotated[int, typer.Option(help="Of the results.", min=1)] = 5,
+    kinds: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(KINDS),
+    seeds: Annotated[int, typer.Option(help="Seeds of the results.", min=1)] = 5,
     tuning_seeds: Annotated[
-        int, typer.Option(help="Others, by which rates and factors are chosen.", min=1)
+        int, typer.Option(help="Other seeds, by which rates and factors are chosen.", min=1)
     ] = 2,
-    steps: Annotated[int | None, typer.Option(help="Fewer or more than the kind's.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps, if not the kind's own.", min=1)] = None,
 ) -> None:
-    """Train each kind by each method, with every rate and seed; resumes where it was stopped."""
+    """Train each kind by each method, with every rate and seed; resumes where it stopped."""
     settings = {"seeds": seeds, "tuning_seeds": tuning_seeds, "steps": steps}
     out.mkdir(parents=True, exist_ok=True)
     for name in known_names(kinds, list(KINDS)):
@@ -91,13 +89,13 @@ def _every_run(kind: Kind, program: str, seeds: int) -> dict[str, Any]:
 
 @app.command()
 def delta(
-    problems: Annotated[str, typer.Option(help="Commas between.")] = ",".join(deltas.PROBLEMS),
-    seeds: Annotated[int, typer.Option(help="Of parameters and batches.", min=1)] = 5,
-    steps: Annotated[int, typer.Option(help="Of each training.", min=1)] = 200,
-    rate: Annotated[float, typer.Option(help="Of Adam, for all.", min=0)] = 3e-3,
+    problems: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(deltas.PROBLEMS),
+    seeds: Annotated[int, typer.Option(help="Seeds of parameters and batches.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Steps of each training.", min=1)] = 200,
+    rate: Annotated[float, typer.Option(help="Rate of Adam, for all.", min=0)] = 3e-3,
     output: Output = None,
 ) -> None:
-    """Multi-task learning: the relative change to single tasks, beside other libraries."""
+    """Multi-task learning: the relative change to single tasks, here and in other libraries."""
     names = known_names(problems, list(deltas.PROBLEMS))
     rows = deltas.benchmark(names, seeds, steps, rate)
     timing.report(f"delta m, {seeds} seeds, {steps} steps", rows, output)

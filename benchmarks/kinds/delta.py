@@ -1,12 +1,12 @@
 """Several tasks on a shared trunk, by how far each method is from one network for each task.
 
-Multi-task learning reports the *relative change* to single-task training, the mean over tasks t and
-their measures m in percent,
+Multi-task learning reports the *relative change* to single-task training in percent, the mean over
+tasks t and their measures m,
 
     delta m = 100 / (T M) sum (-1)^(more is better) (M - M_single) / M_single,
 
 so that below 0 is better than single tasks.
-The methods of the library, of TorchJD and, where it is installed, of LibMTL get the same data,
+The methods of this library, of TorchJD and, if it is installed, of LibMTL get the same data,
 first parameters and batches. ``pip install --no-deps LibMTL`` is enough: it needs torch and SciPy.
 """
 
@@ -58,9 +58,9 @@ def two_digits() -> Tasks:
 
 
 def tumours() -> Tasks:
-    """Ten properties at once, as of QM9's molecules: here of the largest cells of 569 tumours.
+    """Ten properties at once, as with QM9's molecules: here of the largest cells of 569 tumours.
 
-    From means and errors over all of a tumour's cells, in standard deviations.
+    They are predicted from means and errors over all of a tumour's cells, in standard deviations.
     """
     data = load_breast_cancer()
     order = np.random.default_rng(0).permutation(len(data.data))
@@ -88,7 +88,7 @@ def batches(tasks: Tasks, seed: int, steps: int) -> jax.Array:
 
 
 def outputs(params: Any, inputs: jax.Array, copies: Any = None) -> list[jax.Array]:
-    """Of each head; ``copies``: of the features, one for each head."""
+    """The outputs of all heads; ``copies`` makes a copy of the features for each head."""
     count = len(params) - 1
     features = networks.apply(params["trunk"], inputs, last=True)
     each = [features] * count if copies is None else copies(features, count)
@@ -107,7 +107,7 @@ def losses(tasks: Tasks, params: Any, inputs: Any, targets: Any, copies: Any = N
 
 
 def measures(tasks: Tasks, params: Any) -> jax.Array:
-    """Of each task on test data: accuracy, or mean absolute error."""
+    """Each task's accuracy or mean absolute error on test data."""
     inputs, targets = tasks.test
     found = jnp.stack(outputs(params, inputs), axis=1)
     if tasks.classes:
@@ -124,8 +124,9 @@ def delta_m(found: np.ndarray, single: np.ndarray, higher: bool) -> np.ndarray:
 def _weighed(weighting: Any) -> Callable[[Any, int], Any]:
     """Adam behind a weighting of the trunk's gradients, as the field does; heads keep their own.
 
-    What looks at the losses' values weighs the losses, for trunk and heads. Not for MGDA: in the
-    scope of a head the other losses' gradients are 0, and so is the shortest combination.
+    A weighting that looks at the losses' values weighs the losses, for trunk and heads. MGDA cannot
+    be used: in the scope of a head the other losses' gradients are 0, and so is the shortest
+    combination.
     """
     whole = isinstance(weighting, gdmam.RememberingWeighting)
     scope = None if whole else lambda path: path.split("/")[0]
@@ -227,7 +228,7 @@ def benchmark(problems: Sequence[str], seeds: int, steps: int, rate: float) -> l
       problems: some of `PROBLEMS`.
       seeds: of parameters and batches.
       steps: of each training.
-      rate: of Adam for all, at first; falls along half a cosine.
+      rate: of Adam for all, at the start; it falls along half a cosine.
     """
     rows = []
     for problem, (library, name, trainer) in timing.tracked(

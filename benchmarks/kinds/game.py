@@ -1,4 +1,4 @@
-"""A kind of problem whose data come of playing: a pole on a cart."""
+"""A kind of problem whose data come from playing: a pole on a cart."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from benchmarks.kinds.kind import Kind
 
 
 class Rollout(NamedTuple):
-    """What a policy saw and did: shape ``(steps, games)``, and one more axis of observations."""
+    """What a policy saw and did: shape ``(steps, games)``; observations have one more axis."""
 
     observations: jax.Array
     actions: jax.Array
@@ -35,7 +35,7 @@ def _fallen(state: jax.Array) -> jax.Array:
 
 
 GAMES, LENGTH = 8, 128
-"""How many are played at once, and steps of a rollout."""
+"""How many games are played at once, and how many steps a rollout has."""
 
 
 def _begin(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -58,7 +58,7 @@ def _advantages(values: jax.Array, final: jax.Array, done: jax.Array) -> jax.Arr
 
     Args:
       values: what the critic says, shape ``(steps, games)``.
-      final: what it says of where the rollout ends, shape ``(games,)``.
+      final: what it says of the state in which the rollout ends, shape ``(games,)``.
       done: whether the step was a game's last, shape ``(steps, games)``.
     """
     discount, smoothing = 0.99, 0.95

@@ -151,7 +151,7 @@ def _test_accuracy(params: Any, key: jax.Array, part: int) -> jax.Array:
 
 
 def distillation() -> Kind:
-    """A few labels, and a teacher who saw more of them."""
+    """A few labels, and a teacher that saw more of them."""
     training, _ = digits()
     teacher = ExtraTreesClassifier(300, random_state=0).fit(training.pixels, training.labels)
     few, temperature = 200, 2.0

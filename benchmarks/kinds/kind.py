@@ -7,7 +7,7 @@ import jax
 
 
 class Opponent(NamedTuple):
-    """A network that is trained beside the model, on a loss of its own, such as a discriminator.
+    """A network trained alongside the model on a loss of its own, such as a discriminator.
 
     Attributes:
       init: ``key -> params``.
@@ -19,7 +19,7 @@ class Opponent(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Two losses, data and what people of the field measure.
+    """Two losses, data and what the field measures.
 
     Attributes:
       title: in words.
@@ -31,15 +31,15 @@ class Kind(NamedTuple):
       features: ``(params, batch) -> features``, what both losses share.
       prediction: ``(params, features, batch) -> loss``.
       alignment: likewise.
-      score: ``(params, key, part) -> score`` on held-out data; ``part`` is 0, which rates and
-        factors are chosen by, or 1, which is reported.
+      score: ``(params, key, part) -> score`` on held-out data; ``part`` is 0, by which rates and
+        factors are chosen, or 1, which is reported.
       steps: how many batches.
       rates: of Adam, to choose from.
       trunk: whether the features are those of a shared trunk with a head for each loss.
       epochs: updates on one batch.
       last: ``params -> array``, the last layer that both losses reach, for the norm ratio there.
-      opponent: whose parameters features, prediction and alignment then get with the batch:
-        ``(batch, opponent's params)``.
+      opponent: if there is one, features, prediction and alignment get its parameters along with
+        the batch: ``(batch, opponent's params)``.
     """
 
     title: str

@@ -10,9 +10,9 @@ import gdmam_jax as gdmam
 from benchmarks.kinds.kind import Kind
 
 FACTORS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
-"""Of the alignment loss in the sum."""
+"""Factors of the alignment loss in the sum."""
 PREFERENCES = (0.01, 0.1, 1.0, 10.0)
-"""Of GDMAM for the alignment loss, and of the norm ratio at the last layer."""
+"""GDMAM's preferences for the alignment loss, and factors of the norm ratio at the last layer."""
 
 
 class Method(NamedTuple):
@@ -34,13 +34,13 @@ WEIGHTINGS = {
     "gradient norm": gdmam.gradient_norm_weighting(every=1),
     "uncertainty": gdmam.uncertainty_weighting(),
 }
-"""In front of Adam. Of two losses UPGrad's weights are half of PCGrad's, which Adam cannot tell."""
+"""In front of Adam. With two losses UPGrad's weights are half of PCGrad's, the same to Adam."""
 
 
 def one_of_all(number: jax.Array) -> gdmam.RememberingWeighting:
     """The weighting in one place of `WEIGHTINGS`.
 
-    All are cheap beside a gradient, and one compiled program serves them all.
+    All are cheap compared with a gradient, and one compiled program serves them all.
     """
     within = {
         name: weighting
@@ -78,17 +78,17 @@ TUNED = {
     "gdmam tuned": [f"gdmam {preference:g}" for preference in PREFERENCES],
     "last layer tuned": [f"last layer {preference:g}" for preference in PREFERENCES],
 }
-"""The best of several methods by the runs that rates are chosen by."""
+"""The best of several methods, by the runs that choose the rates."""
 
 
 def programs(kind: Kind) -> list[str]:
-    """Those that a kind has what it takes for."""
+    """The programs for which a kind has what they need."""
     lacking = {"fork": not kind.trunk, "last-layer": kind.last is None}
     return [program for program in PROGRAMS if not lacking.get(program)]
 
 
 def optimizer(program: str, rate: Any, setting: jax.Array, last: Any = None) -> Any:
-    """What takes pairs; ``last``: those of the last layer."""
+    """The optimizer of pairs; ``last`` are the pairs of the last layer."""
     if program == "gdmam":
         return gdmam.gdmam(rate, weighting=gdmam.unit_weighting(preference=setting))
     weighting: Any = gdmam.constant_weighting(1.0, setting)

@@ -19,7 +19,7 @@ def init(key: jax.Array, *sizes: int) -> Layers:
 
 
 def apply(layers: Layers, x: jax.Array, last: bool = False) -> jax.Array:
-    """Layers with hyperbolic tangents between them; ``last``: also behind the last."""
+    """Layers with hyperbolic tangents between them; with ``last``, also after the last."""
     for number, (kernel, bias) in enumerate(layers):
         x = x @ kernel + bias
         if last or number < len(layers) - 1:

@@ -20,7 +20,7 @@ EPOCH = 25
 
 
 class Layers(torch.nn.Module):
-    """A linear layer of given arrays, or several with a hyperbolic tangent behind each."""
+    """A linear layer of given arrays, or several with a hyperbolic tangent after each."""
 
     def __init__(self, layers: Any, tangents: bool) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def libmtl_is_installed() -> bool:
 
 @contextmanager
 def _torchvision_of_then() -> Iterator[None]:
-    """What LibMTL's residual networks, unused here, import and no torchvision has any longer."""
+    """What LibMTL's residual networks, unused here, import and torchvision no longer has."""
     absent = ModuleType("torchvision.models.utils")
     absent.load_state_dict_from_url = None
     names = ("torchvision", "torchvision.models", absent.__name__)
@@ -157,7 +157,7 @@ LIBMTL: dict[str, Callable[[dict[str, Any]], torch.nn.Module]] = {
         "Random": {"weighting": "RLW", "dist": "Normal"},
     }.items()
 }
-"""All that it has but CAGrad, which is written for three tasks there."""
+"""All that LibMTL has except CAGrad, which it has for three tasks only."""
 
 
 def train(
@@ -174,7 +174,7 @@ def train(
       batches: rows of the data, step by step.
       data: inputs, and targets of all tasks.
       classes: how many a task's targets have; 0 where they are numbers.
-      rate: of Adam, at first; falls along half a cosine.
+      rate: of Adam, at the start; it falls along half a cosine.
     """
     inputs, targets = (torch.tensor(np.asarray(array)) for array in data)
     loss = torch.nn.functional.cross_entropy if classes else torch.nn.functional.mse_loss
@@ -199,6 +199,6 @@ def _arrays(layers: Layers) -> list[tuple[Any, Any]]:
 
 
 def seed(number: int) -> None:
-    """For what some methods draw."""
+    """Seeds what some methods draw."""
     torch.manual_seed(number)
     random.seed(number)

@@ -1,4 +1,4 @@
-"""Kinds of problems whose alignment loss is a regulariser that a constant answer satisfies, too."""
+"""Kinds of problems whose alignment loss is a regulariser that a constant answer also satisfies."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ INTERVAL = 0.2
 
 
 def trajectories(field: Any, starts: jax.Array, count: int) -> jax.Array:
-    """Points behind the starts, ``(n, d)``, along a vector field; shape ``(n, count, d)``."""
+    """Points after the starts, ``(n, d)``, along a vector field; shape ``(n, count, d)``."""
 
     def step(at: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
         first = field(at)
@@ -31,8 +31,8 @@ def trajectories(field: Any, starts: jax.Array, count: int) -> jax.Array:
 def conservation() -> Kind:
     """A neural ordinary differential equation of a pendulum, whose energy it should conserve.
 
-    It learns from 30 short trajectories with noise, and is judged by long ones without. At rest the
-    energy is conserved, too.
+    It learns from 30 short trajectories with noise, and is judged on long ones without. A pendulum
+    that stays at rest conserves its energy, too.
     """
     random = np.random.default_rng(0)
     starts = jnp.asarray(random.uniform([-2, -1], [2, 1], (600, 2)), jnp.float32)
@@ -77,7 +77,7 @@ def conservation() -> Kind:
 
 
 def consistency() -> Kind:
-    """Eight rare labels of 150 examples; the answers to 1,000 others should not mind noise."""
+    """Eight rare labels of 150 examples; noise should not change the answers to 1,000 others."""
     inputs, labels = make_multilabel_classification(
         4000, n_features=30, n_classes=8, n_labels=1, allow_unlabeled=True, random_state=0
     )

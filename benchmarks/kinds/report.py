@@ -1,4 +1,4 @@
-"""What the runs say: which rate and factor were chosen, and what the others then came to."""
+"""What the runs say: the rate and factor that were chosen, and the results with them."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A method at the rate that was chosen: how good on the tuning seeds, and the results."""
+    """A method at the rate that was chosen: how good it is on the tuning seeds, and the results."""
 
     method: str
     rate: float
@@ -98,7 +98,7 @@ def table(rows: list[Row]) -> str:
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    """One line a run."""
+    """One line for each run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -17,10 +17,10 @@ Program = str | Callable[[Any, jax.Array], optax.GradientTransformation]
 
 
 class Runs(NamedTuple):
-    """What each run came to, shape ``(runs,)``.
+    """The results of each run, shape ``(runs,)``.
 
     Attributes:
-      chosen_by: the score on the part that rates and factors are chosen by.
+      chosen_by: the score on the part that chooses rates and factors.
       score: the score that is reported.
       cosine: of the two gradients, the mean over the steps.
       ratio: norm of the alignment gradient over that of the prediction gradient, the geometric

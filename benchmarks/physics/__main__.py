@@ -38,7 +38,7 @@ app = typer.Typer(
     help="Train physics-informed networks by several methods, and compare their errors.",
 )
 TUNING_SEEDS = 1000
-"""The first seed that rates are tuned on; results have seeds from 0."""
+"""The first of the seeds on which rates are tuned; results have seeds from 0."""
 
 DEFAULTS = ",".join(name for name in ALL_METHODS if name not in [*CHOICES, *PLANS])
 
@@ -53,10 +53,8 @@ Configuration = Annotated[
         "points; jaxpi: its examples' default, for --rates 1e-3."
     ),
 ]
-Methods = Annotated[str, typer.Option(help=f"Commas between, or all: {', '.join(ALL_METHODS)}.")]
-Folder = Annotated[
-    Path, typer.Option(help="Where the results lie; what is there is not run again.")
-]
+Methods = Annotated[str, typer.Option(help=f"Comma-separated, or all: {', '.join(ALL_METHODS)}.")]
+Folder = Annotated[Path, typer.Option(help="Folder for results; finished runs are not repeated.")]
 
 
 def _chosen(text: str, known: list[str]) -> list[str]:
@@ -67,25 +65,25 @@ def _chosen(text: str, known: list[str]) -> list[str]:
 def run(
     out: Folder = Path("results/physics"),
     equations: Annotated[
-        str, typer.Option(help=f"Commas between, or all: {', '.join(EQUATIONS)}.")
+        str, typer.Option(help=f"Comma-separated, or all: {', '.join(EQUATIONS)}.")
     ] = ",".join([*CHOSEN_ON, *HELD_OUT]),
     methods: Methods = DEFAULTS,
     losses: Losses = 2,
     rates: Annotated[str, typer.Option(help="Peak learning rates to tune over.")] = "3e-3,1e-2",
-    seeds: Annotated[int, typer.Option(help="Of the results, from 0.", min=1)] = 5,
-    tuning_seeds: Annotated[int, typer.Option(help="That the rate is tuned on.", min=1)] = 2,
+    seeds: Annotated[int, typer.Option(help="Seeds of the results, from 0.", min=1)] = 5,
+    tuning_seeds: Annotated[int, typer.Option(help="Seeds that tune the rate.", min=1)] = 2,
     steps: Annotated[
-        int | None, typer.Option(help="Fewer or more than the configuration's.", min=1)
+        int | None, typer.Option(help="Steps, if not the configuration's.", min=1)
     ] = None,
     points: Annotated[
-        int | None, typer.Option(help="Fewer or more than the configuration's, inside.", min=1)
+        int | None, typer.Option(help="Points inside, if not the configuration's.", min=1)
     ] = None,
     configuration: Configuration = "small",
     extras: Annotated[
-        str, typer.Option(help=f"What helps beyond weights; commas between: {', '.join(EXTRAS)}.")
+        str, typer.Option(help=f"What else may help, comma-separated: {', '.join(EXTRAS)}.")
     ] = "",
 ) -> None:
-    """Tune each method's rate on seeds of their own, then train; resumes where it was stopped."""
+    """Tune each method's rate on separate seeds, then train; resumes where it stopped."""
     scale = _scale(configuration, extras)
     if points is not None:
         data = -(-points * scale.data_points // scale.residual_points)
@@ -153,7 +151,7 @@ def _compare(
     scale: Scale,
     losses: int,
 ) -> dict[str, Any]:
-    """Tuning where there is a choice, then results; one program, whose lanes both have."""
+    """Tunes if there is a choice, then trains for the results; both run in the same program."""
     lanes = max(seeds, len(grid) * tuning_seeds) if len(grid) > 1 else seeds
 
     def padded(values: Any) -> np.ndarray:
@@ -165,7 +163,7 @@ def _compare(
         tuned = padded(np.tile(TUNING_SEEDS + np.arange(tuning_seeds), len(grid)))
         tuning = train(problem, method, rates, tuned, scale, losses)
         finals = tuning.errors[: len(grid) * tuning_seeds, -1].reshape(len(grid), tuning_seeds)
-        # The geometric mean: one failed run does not hide that another rate is far better.
+        # The geometric mean, so that one failed run does not hide that a rate is far better.
         scores = np.nan_to_num(np.log(finals), nan=np.inf, posinf=np.inf).mean(axis=1)
         rate = grid[int(np.argmin(scores))]
     start = time.perf_counter()
@@ -189,7 +187,7 @@ def report(
     csv: Annotated[Path | None, typer.Option(help="Where to write every final error.")] = None,
     step: Annotated[
         Path | None,
-        typer.Option(help="What `step --output` wrote: the picture is over seconds on one core."),
+        typer.Option(help="What `step --output` wrote, for a picture over seconds on one core."),
     ] = None,
 ) -> None:
     """Print the table of what has been run; draw the errors over the steps, or over seconds."""
@@ -227,7 +225,7 @@ def step(
     equation: Annotated[str, typer.Option(help="One name.")] = "burgers",
     methods: Methods = DEFAULTS,
     losses: Losses = 2,
-    steps: Annotated[int, typer.Option(help="In one measurement.", min=1)] = 50,
+    steps: Annotated[int, typer.Option(help="Steps in one measurement.", min=1)] = 50,
     rounds: Rounds = 20,
     configuration: Configuration = "small",
     threads: Threads = None,
@@ -242,7 +240,7 @@ def step(
     for method in chosen:
         _check(problem, method, scale, losses)
         if method in PLANS:
-            raise typer.BadParameter(f"{method} has steps of two kinds: no time of a step is told")
+            raise typer.BadParameter(f"{method} has steps of two kinds, which are not timed")
     rows = module.benchmark(EQUATIONS[problem], chosen, scale, losses, steps, rounds)
     timing.report(f"physics step: {problem}, {losses} losses, one network", rows, output)
 

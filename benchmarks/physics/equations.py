@@ -59,13 +59,13 @@ class Equation:
       outputs: how many the network has.
       orders: of the derivatives in the residual, by input.
       residual: ``(along, points) -> (N, equations)``, 0 for a solution.
-      values: what the solution is at given points of the boundary or of the first moment,
+      values: the solution at given points of the boundary or of the first moment,
         ``(points, numpy or jax.numpy) -> (N, outputs)``.
       solution: the reference anywhere, float64: ``points -> (N, outputs)``.
       timed: whether the last input is time.
       periodic: whether the solution repeats in space, with its derivatives below the residual's
-        order, instead of having values at its ends.
-      velocity: whether the first moment prescribes the derivative by time, 0, too.
+        order, instead of having given values at the ends.
+      velocity: whether the derivative by time is given at the first moment, too: it is 0.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Equation:
         residual = self.residual(network(inside, self.orders), inside)
         found = {"residual": _causal(residual, chunks) if chunks else _mean_square(residual)}
         if self.periodic:
-            # What a solution of this order need not repeat is left free.
+            # Derivatives that a solution of this order need not repeat are left free.
             slopes = (max(self.orders[0] - 1, 0), *values[1:])
             left = network(boundary.at[:, 0].set(self.lower[0]), slopes)[0]
             right = network(boundary.at[:, 0].set(self.upper[0]), slopes)[0]
@@ -215,7 +215,7 @@ def _waves(x: np.ndarray) -> np.ndarray:
 def _carried(
     x: np.ndarray, u: np.ndarray, end: float, steps: int, speed: float, symbol: np.ndarray
 ) -> Grid:
-    """$u_t + speed u u_x = L u$ by Runge-Kutta's fourth order behind an integrating factor.
+    """$u_t + speed u u_x = L u$ by a fourth-order Runge-Kutta method with an integrating factor.
 
     ``symbol`` is what ``L`` multiplies each wave by.
     """
@@ -251,7 +251,7 @@ def _between(points: np.ndarray, grid: Grid) -> np.ndarray:
 
 @functools.cache
 def schroedinger_grid(points: int = 256, steps: int = 4000) -> Grid:
-    """The wave on a grid; its phase turns as fast as its square says."""
+    """The wave on a grid; without dispersion, its phase turns at the speed of its square."""
     x = np.linspace(-5, 5, points, endpoint=False)
 
     def flow(h: np.ndarray, step: float) -> np.ndarray:
@@ -323,7 +323,7 @@ def _korteweg_de_vries_solution(points: np.ndarray) -> np.ndarray:
 
 STEEPENING, GROWTH, DAMPING = 100 / 16, 100 / 16**2, 100 / 16**4
 REGULAR = 0.4
-"""How long; chaos comes later."""
+"""The time until which it is solved; chaos comes later."""
 
 
 def _kuramoto_sivashinsky_start(points: Any, xp: Any) -> Any:
@@ -510,7 +510,7 @@ def _fisher(along: Along, points: jax.Array) -> jax.Array:
 def _liouville_hill(points: Any, xp: Any) -> Any:
     r"""$\ln(8 |f'|^2 / (1 + |f|^2)^2)$ of $f(z) = e^z - 1/2$; any analytic $f$ solves it.
 
-    $f$ maps the domain to less than half a sphere: of the solutions with these values on the
+    $f$ maps the domain to less than half a sphere, so of the solutions with these values on the
     boundary this is the smallest.
     """
     x, y = points[:, :1], points[:, 1:]
@@ -624,13 +624,13 @@ EQUATIONS = {
 CHOSEN_ON = (
     "burgers", "kovasznay", "helmholtz", "soliton", "heat", "reaction", "advection-30", "liouville",
 )  # fmt: skip
-"""Equations that the default's choices were made on."""
+"""Equations on which the default's choices were made."""
 
 HELD_OUT = (
     "klein-gordon", "beltrami", "poisson", "sine-gordon", "advection", "allen-cahn", "fisher",
     "membrane",
 )  # fmt: skip
-"""Equations that no choice was made on: they judge."""
+"""Equations on which no choice was made: they judge."""
 
 REPEATING = (
     "burgers", "advection", "advection-30",

@@ -25,18 +25,18 @@ def ours(**choices: Any) -> Method:
 
 
 def common_descent_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""Lets all through, except where a step would raise either loss.
+    r"""Passes everything, except where a step would raise one of the losses.
 
-    With $k = -\cos(g_a, g_p) > 0$ and $r$ the ratio of the weighted gradients' norms, a step is
-    against neither loss, to first order and before a second moment rescales the elements, where
-    the factor of the parallel part lies in an interval that is never empty:
+    With $k = -\cos(g_a, g_p) > 0$ and $r$ the ratio of the weighted gradients' norms, a step
+    raises neither loss, to first order and before a second moment rescales the elements, if the
+    factor of the parallel part lies in an interval, which is never empty:
 
     $$v_\parallel = clip\left(1, \frac{k / r + k^2 - 1}{k^2}, \frac{1}{r k}\right)$$
 
-    Neither loss comes first: where the gradients agree, or conflict and neither outvotes the other
-    ($k \le r \le 1 / k$), the step is that of `open_gate`. Of several alignment losses, all that is
-    kept against the prediction gradient is shortened together where it is longer than what is for
-    it, see `priority_gate`.
+    Neither loss comes first. Where the gradients agree, or conflict without one outweighing the
+    other ($k \le r \le 1 / k$), the step is that of `open_gate`. With several alignment losses, the
+    parts kept against the prediction gradient are shortened together if they outweigh it and what
+    agrees with it, see `priority_gate`.
 
     Args:
       cosine: of the angles between prediction and alignment gradients, shape ``(..., J)`` for J
@@ -74,7 +74,7 @@ def gradients(pairs: Any) -> list[list[jax.Array]]:
 
 OPTIMIZERS: dict[str, Callable[[Rate], optax.GradientTransformation]] = {
     "adamw": optax.adamw,
-    # Its elements move by the rate at each step: a tenth of what the others get.
+    # Each element moves by the rate at each step, so Lion gets a tenth of the others' rate.
     "lion": lambda rate: optax.lion(lambda count: 0.1 * rate(count)),
     "muon": optax.contrib.muon,
     "soap": lambda rate: optax.chain(scale_by_soap(), optax.scale_by_learning_rate(rate)),
@@ -102,7 +102,7 @@ def _fixed(data_weight: float) -> Front:
 def _gradient_norms(
     optimizer: optax.GradientTransformation, losses: Losses, steps: int
 ) -> optax.GradientTransformation:
-    """jaxpi renews its weights every 1,000 of 200,000 steps; this is the same share."""
+    """Weights as jaxpi's, which are renewed every 1,000 of 200,000 steps: here the same share."""
     weighting = gdmam.gradient_norm_weighting(every=max(1, steps // 200))
     return _weighed(weighting)(optimizer, losses, steps)
 
@@ -167,14 +167,14 @@ METHODS: dict[str, Method] = {
     },
     **{name: ours(**choices) for name, choices in OURS.items()},
 }
-"""Those that are optimizers of pairs, by name."""
+"""The methods that are optimizers of pairs, by name."""
 
 RESIDUAL_FIRST = " residual first"
 """The end of a method's name where the losses' roles are exchanged: the residual is the
 prediction."""
 
 MOMENTUM_CONFIG = "m-config"
-"""M-ConFIG, which evaluates one loss a step: see `momentum_config`."""
+"""M-ConFIG, which evaluates one loss at a time: see `momentum_config`."""
 
 ALL_METHODS = [
     *METHODS,

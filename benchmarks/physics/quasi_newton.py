@@ -1,4 +1,4 @@
-"""Quasi-Newton methods: a fixed function is minimised, in float64."""
+"""Quasi-Newton methods, which minimise a fixed function in float64."""
 
 import os
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def l_bfgs(loss: Loss, params: jax.Array) -> tuple[Any, Step]:
 
 
 def ssbroyden(loss: Loss, params: jax.Array) -> tuple[Any, Step]:
-    """Self-scaled Broyden, whose matrix is full, of `ssbroyden-optimistix`; a step is one trial."""
+    """Self-scaled Broyden with a full matrix, from `ssbroyden-optimistix`; a step is one trial."""
     # Without this its import would make float64 the default everywhere.
     os.environ.setdefault("SSBROYDEN_ENABLE_X64", "0")
     import equinox
@@ -61,7 +61,7 @@ SOLVERS: dict[str, Callable[[Loss, jax.Array], tuple[Any, Step]]] = {
 
 
 class Plan(NamedTuple):
-    """What is done one after the other.
+    """The parts of a training, one after the other.
 
     Attributes:
       first: the method of the first half of the training, on new points at each step; or None.
@@ -81,13 +81,13 @@ PLANS = {
 """The methods that have a quasi-Newton part, by name."""
 
 FIXED = 5
-"""How many times a step's points its fixed points are; it has as many evaluations fewer."""
+"""Fixed points are this many times a step's points, and evaluations are this many times fewer."""
 
 
 def minimise(
     solver: str, loss: Loss, params: jax.Array, every: int, records: int, seen: Any
 ) -> Any:
-    """Minimises and records ``seen(params)`` after every so many evaluations.
+    """Minimises, and records ``seen(params)`` after every so many evaluations.
 
     A line search that goes on past a record's last evaluation has fewer left for the next.
 

@@ -29,7 +29,7 @@ def load(folder: Path) -> Records:
 
 
 def finals(record: dict[str, Any]) -> np.ndarray:
-    """The final error of each seed; infinite where it is no number."""
+    """The final error of each seed; infinite if it is NaN."""
     return np.nan_to_num(np.array(record["errors"])[:, -1], nan=np.inf)
 
 
@@ -70,7 +70,7 @@ def table(records: Records) -> str:
 
 
 def write_csv(records: Records, path: Path) -> None:
-    """One line a run: equation, method, extras, steps, rate, seed, final error."""
+    """One line for each run: equation, method, extras, steps, rate, seed, final error."""
     lines = ["equation,method,extras,steps,rate,seed,error"]
     for equation, found in records.items():
         for name, record in found.items():
@@ -93,7 +93,7 @@ SHOWN = {
 
 OPTIMIZERS = {"adamw": "0.4", "muon": "C1", "soap": "C0"}
 LINES = {"summed": ":", "gradient norms": "--", "allocated": "-"}
-"""In the picture over seconds: optimizers' colours, and the lines of what stands before them."""
+"""In the picture over seconds: optimizers' colours, and the lines of what is in front of them."""
 
 FINALS = (
     "summed", "data x 10", "data x 100", "pcgrad", "imtl-g", "config", "m-config", "gdmam",
@@ -166,7 +166,7 @@ def draw_over_seconds(records: Records, milliseconds: dict[str, float], path: Pa
     axes[0, 0].set_ylabel("relative error")
     named = max(axes[0], key=lambda axis: len(axis.lines))
     if not named.lines:
-        raise ValueError("no optimizer has both a time of a step and results")
+        raise ValueError("no optimizer has both results and the time of a step")
     _save(figure, path, named)
 
 
@@ -208,13 +208,13 @@ def _curve(axis: Any, name: str, record: dict[str, Any]) -> np.ndarray:
 
 
 def _steps(record: dict[str, Any]) -> np.ndarray:
-    """After which the errors were recorded."""
+    """The steps after which the errors were recorded."""
     count = len(record["errors"][0])
     return record["settings"]["scale"]["steps"] / count * np.arange(1, count + 1)
 
 
 def _save(figure: Any, path: Path, named: Any = None) -> None:
-    """``named`` has the curves that a legend names."""
+    """Saves a figure; ``named`` has the curves for the legend."""
     import matplotlib.pyplot as plt
 
     if named is not None:

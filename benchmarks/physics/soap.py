@@ -1,4 +1,4 @@
-"""SOAP, Adam in the eigenbasis of Shampoo's statistics, as short as the benchmark needs it."""
+"""SOAP, Adam in the eigenbasis of Shampoo's statistics, with only what the benchmark needs."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 Sides = tuple[jax.Array, ...]
-"""For a matrix one square matrix for its rows and one for its columns, otherwise nothing."""
+"""For a matrix, one square matrix for its rows and one for its columns; otherwise nothing."""
 
 
 class Leaf(NamedTuple):

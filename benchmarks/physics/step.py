@@ -31,7 +31,7 @@ def benchmark(
       scale: sizes of the network and of the sets of points.
       losses: 2 or 3, see `training.train`.
       steps: in one measurement.
-      rounds: how often each case runs.
+      rounds: how many times each case runs.
 
     Returns:
       One row for the summed loss, one for the pair's sum and one for each other method.

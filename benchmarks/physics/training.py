@@ -26,7 +26,7 @@ from benchmarks.physics.methods import (
 from benchmarks.physics.quasi_newton import FIXED, PLANS, minimise
 
 WARM_UP = 100
-"""Steps over which the learning rate climbs to its peak; after them it follows half a cosine."""
+"""Steps over which the learning rate climbs to its peak; then it falls along half a cosine."""
 
 
 class Scale(NamedTuple):
@@ -36,14 +36,14 @@ class Scale(NamedTuple):
       width: of the hidden layers.
       depth: how many hidden layers.
       residual_points: inside the domain, at each step.
-      data_points: at each step; of equations with time half are at the first moment.
+      data_points: at each step; for equations with time, half are at the first moment.
       steps: of a training.
       records: how many errors of a training are kept.
       periodic: whether the network repeats in space by itself. Then no boundary loss is left.
       frequencies: of the waves, both learned, that the first layer has instead of the inputs.
       factorised: whether each column of a kernel has a learned factor.
-      chunks: of time, each of whose residuals counts little while those before it are large.
-      exponential: whether the rate falls by a tenth each hundredth of the training, without
+      chunks: of time; a chunk's residuals count little while those of earlier chunks are large.
+      exponential: whether the rate falls by a tenth in each hundredth of the training, without
         warm-up, instead of along half a cosine.
     """
 
@@ -71,7 +71,7 @@ SCALES = {
         periodic=True, frequencies=128, factorised=True, chunks=32, exponential=True,
     ),
 }  # fmt: skip
-"""This benchmark's own, the ConFIG paper's, and the one that jaxpi's examples have by default."""
+"""This benchmark's own, the ConFIG paper's, and the default of jaxpi's examples."""
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "periodic": {"periodic": True},
@@ -79,27 +79,27 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "factorised": {"factorised": True},
     "causal": {"chunks": 20},
 }
-"""What `SMALL` can have besides, by name."""
+"""What can be added to `SMALL`, by name."""
 
 
 class Curves(NamedTuple):
-    """What training left: relative errors and cosines over time, shape ``(runs, records)``."""
+    """The course of trainings: relative errors and cosines, shape ``(runs, records)``."""
 
     errors: np.ndarray
     cosines: np.ndarray
 
 
 Layers = list[dict[str, jax.Array]]
-"""Kernels and biases, as optimizers that know of matrices want them."""
+"""Kernels and biases, apart, for optimizers that treat matrices in their own way."""
 
 
 def init(
     key: jax.Array, sizes: list[int], frequencies: int = 0, factorised: bool = False
 ) -> Layers:
-    """Glorot-normal layers without biases at first.
+    """Glorot-normal layers whose biases start at 0.
 
     With ``frequencies`` a layer of waves, which has no bias, comes before them. With
-    ``factorised`` the products of kernels and factors are at first what the kernels are without.
+    ``factorised`` the products of kernels and factors start as the kernels do without.
     """
     waves = []
     if frequencies:
@@ -125,7 +125,7 @@ def init(
 def network(params: Layers, equation: Equation, periodic: bool = False) -> Network:
     r"""Hyperbolic tangents over inputs scaled to [-1, 1], with their derivatives.
 
-    Derivatives by each input go through the layers beside the values. With $y = \tanh z$ and
+    Derivatives by each input go through the layers along with the values. With $y = \tanh z$ and
     $s = 1 - y^2$, so that $y_1 = s z_1$, Leibniz' rule gives
     $y_n = \sum_k \binom{n - 1}{k} s_k z_{n - k}$ and $s_n = -\sum_k \binom{n}{k} y_k y_{n - k}$.
 
@@ -224,7 +224,7 @@ def train(
       Relative errors in the root mean square against the reference, and cosines of the
       prediction gradient and the sum of the others, every ``steps / records`` steps.
     """
-    # A quasi-Newton method tells apart what float32 cannot.
+    # A quasi-Newton method needs differences that float32 cannot resolve.
     with jax.enable_x64(method in PLANS):
         seeds = jnp.asarray(seeds, jnp.uint32)
         starts = _start(tuple(layer_sizes(equation, scale)), scale, seeds)
@@ -242,7 +242,7 @@ def layer_sizes(equation: Equation, scale: Scale) -> list[int]:
 def _start(sizes: tuple[int, ...], scale: Scale, seeds: jax.Array) -> tuple[Layers, jax.Array]:
     """Parameters and the keys of all steps, for each seed.
 
-    A program of its own: random bits are long to compile, and all methods share these.
+    This is a program of its own: random bits take long to compile, and all methods share these.
     """
     shape = scale.records, scale.steps // scale.records
 
@@ -260,18 +260,18 @@ def objective(
     """The losses as a method takes them: ``(params, sample) -> (prediction, alignment)``."""
     if losses not in (2, 3) or (losses == 3 and not equation.timed):
         raise ValueError(
-            f"{losses} losses are not to be had of {equation.name}: there are 2, or 3 where there "
-            "is time"
+            f"{equation.name} does not have {losses} losses; expected 2, or 3 if the equation has "
+            "time"
         )
     if scale.periodic and (losses == 3 or equation.name not in REPEATING):
         raise ValueError(
-            f"a periodic network has 2 losses, and solves {', '.join(REPEATING)}; expected one of "
-            f"these, got {losses} losses of {equation.name}"
+            f"a periodic network has 2 losses and solves one of {', '.join(REPEATING)}; got "
+            f"{losses} losses of {equation.name}"
         )
     if scale.chunks and not (equation.timed and scale.residual_points % scale.chunks == 0):
         raise ValueError(
-            f"causal weights need time, and points in {scale.chunks} equal parts; expected such an "
-            f"equation, got {equation.name} with {scale.residual_points} points"
+            f"causal weights need an equation with time, and points in {scale.chunks} equal parts; "
+            f"got {equation.name} with {scale.residual_points} points"
         )
     first = _prediction(method, losses)
 
@@ -289,7 +289,7 @@ def objective(
 
 
 def _prediction(method: str | Method, losses: int) -> str:
-    """The loss that is the prediction; of three the initial condition, which picks a solution."""
+    """The loss that is the prediction; of three, the initial condition, which picks a solution."""
     # M-ConFIG, which takes one loss after the other, begins with the residual.
     if isinstance(method, str) and (method == MOMENTUM_CONFIG or method.endswith(RESIDUAL_FIRST)):
         return "residual"
@@ -339,7 +339,7 @@ def _program(equation: Equation, method: str | Method, scale: Scale, losses: int
         before = scale.records // 2
         (params, state), first = trained(rate, params, keys[:before])
         last = gdmam.diagnostics(state)
-        # In the order of the losses' leaves; those of several alignment losses have their names.
+        # In the order of the losses' leaves; keys of several alignment losses end with their names.
         others = [last[key] for key in sorted(last) if key.startswith("alignment_weight")]
         weights = jnp.stack([last["prediction_weight"], *others])
         second = finished(params, weights, keys[-1, -1], scale.records - before)
@@ -347,7 +347,7 @@ def _program(equation: Equation, method: str | Method, scale: Scale, losses: int
 
     if plan is None:
         return jax.jit(jax.vmap(lambda *each: trained(*each)[1]))
-    # One run after the other: their line searches are of different lengths.
+    # One run after the other, since their line searches differ in length.
     return jax.jit(lambda *starts: jax.lax.map(lambda each: run(*each), starts))
 
 
@@ -394,7 +394,7 @@ def stepper(
 
 
 def _cosine(pairs: Any) -> jax.Array:
-    """Of the prediction gradient and the sum of the others."""
+    """The cosine of the prediction gradient and the sum of the others."""
     prediction, *others = gradients(pairs)
     alignment = [sum(each) for each in zip(*others, strict=True)]
     norms = optax.tree.norm(prediction) * optax.tree.norm(alignment)

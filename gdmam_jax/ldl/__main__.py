@@ -42,7 +42,7 @@ class _Listing(TyperCommand):
         selections = "; ".join(f"{name}, {meaning}" for name, meaning in SELECTIONS.items())
         self.epilog = (
             f"Methods: {methods}.\n\nSets: films, {', '.join(sets.REGISTRY)}.\n\n"
-            f"Selections, all of which every run is tested with: {selections}."
+            f"Selections (every run is tested with each): {selections}."
         )
         super().format_help(*args)
 
@@ -50,16 +50,16 @@ class _Listing(TyperCommand):
 _Imbalance = Annotated[
     str,
     typer.Option(
-        help="Which rows training folds keep. auto: as the set's papers do, all of an unknown "
-        "file; thresholds: the papers' rule, thresholds found in the data; a number: rows "
-        "drawn such that their largest label mass is that many times the smallest; none: all."
+        help="Which rows training folds keep. auto: as the set's papers do, or all rows of an "
+        "unknown file; thresholds: the papers' rule, with thresholds found in the data; a number: "
+        "rows whose largest label mass is that many times the smallest; none: all."
     ),
 ]
 
 
 @app.command(cls=_Listing)
 def run(
-    out: Annotated[Path, typer.Option(help="Folder for results; an experiment resumes there.")],
+    out: Annotated[Path, typer.Option(help="Folder for results; an experiment in it is resumed.")],
     data: Annotated[
         str, typer.Option(help="A set's name (below), or a .mat, .npz or .csv file.")
     ] = "films",
@@ -69,24 +69,24 @@ def run(
     imbalance: _Imbalance = "auto",
     rows: Annotated[
         int | None,
-        typer.Option(help="Rows they keep with thresholds or a number; 100 if not given."),
+        typer.Option(help="Rows kept with --imbalance thresholds or a number; 100 if not given."),
     ] = None,
-    folds: Annotated[int, typer.Option(help="Of the cross-validation.")] = 10,
+    folds: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 10,
     seeds: Annotated[int, typer.Option(help="Repetitions of every fold.")] = 5,
-    epochs: Annotated[int, typer.Option(help="Of every run.")] = 300,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 50,
+    epochs: Annotated[int, typer.Option(help="Epochs of every run.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 50,
     validation_size: Annotated[int, typer.Option(help="Rows held out of training.")] = 20,
     hidden: Annotated[int, typer.Option(help="Width of the model.")] = 100,
     learning_rates: Annotated[
-        str, typer.Option(help="Separated by commas; every one is trained, report chooses.")
+        str, typer.Option(help="Separated by commas; all are tried, and the report chooses.")
     ] = "1e-3",
-    alignment_weight: Annotated[float, typer.Option(help="The three lambdas.")] = 0.1,
+    alignment_weight: Annotated[float, typer.Option(help="Each of RDA's three lambdas.")] = 0.1,
     log_variance_bound: Annotated[
-        float, typer.Option(help="Soft bound of the log-variances; 0: none, as released.")
+        float, typer.Option(help="Soft bound on the log-variances; 0: none, as released.")
     ] = 2.0,
-    chunk: Annotated[int, typer.Option(help="Epochs between two tests and signs of life.")] = 25,
+    chunk: Annotated[int, typer.Option(help="Epochs between tests and progress lines.")] = 25,
     data_folder: Annotated[
-        Path | None, typer.Option(help="Where registered data sets lie, if not in the cache.")
+        Path | None, typer.Option(help="Folder of registered data sets, if not the cache.")
     ] = None,
     normalize: Annotated[
         bool, typer.Option(help="Divide rows of labels by their sum instead of refusing them.")
@@ -95,7 +95,7 @@ def run(
         bool, typer.Option(help="Leave out constant features instead of refusing them.")
     ] = False,
     report_too: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write tables, pictures and page.")
+        bool, typer.Option("--report/--no-report", help="Write tables, pictures and a page.")
     ] = True,
 ) -> None:
     """Train and test methods on a data set's folds, and write tables, pictures and a page."""
@@ -170,14 +170,14 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
     try:
         return tuple(float(number) for number in text.split(","))
     except ValueError:
-        raise ValueError(f"{option} must be numbers with commas between, got {text!r}") from None
+        raise ValueError(f"{option} must be numbers separated by commas, got {text!r}") from None
 
 
 _Tuning = Annotated[
     str | None,
     typer.Option(
         help="Held-out rows that choose learning rate and setting: validation, reweighted or "
-        "natural; if not given, those that choose the epoch, natural ones where none do."
+        "natural; if not given, those that choose the epoch, or natural ones if none do."
     ),
 ]
 
@@ -187,7 +187,7 @@ def report_command(
     folder: Annotated[Path, typer.Argument(help="An experiment's folder.")],
     tuning: _Tuning = None,
     selection: Annotated[
-        str, typer.Option(help="What is tested, separated by commas, or all; see run --help.")
+        str, typer.Option(help="Selections, separated by commas, or all; see run --help.")
     ] = "all",
 ) -> None:
     """Write tables, pictures and a page from what was trained; nothing is trained again."""
@@ -204,10 +204,10 @@ def _names(text: str) -> list[str]:
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Experiments' folders, one a data set.")],
+    folders: Annotated[list[Path], typer.Argument(help="Experiments' folders, one per data set.")],
     tuning: _Tuning = None,
-    selection: Annotated[str, typer.Option(help="What is tested, see run --help.")] = "natural",
-    reference: Annotated[str, typer.Option(help="Method that wins are counted against.")] = "rda",
+    selection: Annotated[str, typer.Option(help="A selection; see run --help.")] = "natural",
+    reference: Annotated[str, typer.Option(help="Method against which wins count.")] = "rda",
     out: Annotated[
         Path | None,
         typer.Option(help="Also write OUT.md, OUT.csv and the diagram OUT.png."),
@@ -241,20 +241,20 @@ def data_list() -> None:
 @data_app.command("fetch")
 def data_fetch(
     names: Annotated[list[str], typer.Argument(help="Names that data list shows, or all.")],
-    folder: Annotated[Path | None, typer.Option(help="Instead of the cache.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder to use, if not the cache.")] = None,
 ) -> None:
-    """Fetch data sets, verified against the registry; what broke off is continued."""
+    """Fetch data sets and verify them; a download that broke off is continued."""
     for name in list(sets.REGISTRY) if names == ["all"] else names:
         console.print(f"{name}: {sets.fetch(name, folder=folder)}", soft_wrap=True)
 
 
 def keep_compiled() -> None:
-    """Let JAX keep compiled programs in the user's cache, unless it is told where already."""
+    """Let JAX keep compiled programs in the user's cache, unless it keeps them elsewhere."""
     folder = sets.cache_folder() / "compiled"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     unset = jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]
-    if unset and os.access(folder, os.W_OK):  # JAX would complain of every program
+    if unset and os.access(folder, os.W_OK):  # else JAX would warn about every program
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

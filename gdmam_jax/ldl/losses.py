@@ -275,10 +275,10 @@ def cross_entropy(
 
 
 def bounded(log_variance: jax.Array, bound: float | None) -> jax.Array:
-    r"""A log-variance softly bounded to $(-b, b)$ by $b \tanh(v / b)$; the same where b is None.
+    r"""A log-variance softly bounded to $(-b, b)$ by $b \tanh(v / b)$; unchanged if b is None.
 
-    The identity to first order at 0, so a model at initialisation is as without it; and
-    $e^{b \tanh(v / b)}$ overflows at no v, nor does its gradient.
+    At 0 this is the identity to first order, so a model at initialisation is as without it. Neither
+    $e^{b \tanh(v / b)}$ nor its gradient overflows, whatever v is.
 
     Args:
       log_variance: v, any shape.

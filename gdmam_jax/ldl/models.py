@@ -19,8 +19,8 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
 class ConvolutionalEncoder(nnx.Module):
     """A small convolutional encoder, for labelled images instead of feature vectors.
 
-    Three 3 x 3 convolutions with ReLU, each halving height and width, then the mean over what is
-    left of the image and an affine layer.
+    Three 3 x 3 convolutions with ReLU, each of which halves height and width, are followed by the
+    mean over what is left of the image and an affine layer.
 
     Args:
       channels: of the images.
@@ -65,7 +65,7 @@ class RDA(nnx.Module):
     $$h = A x, \quad \mu_x, v_x = B h, C h, \quad z_x = \mu_x + \epsilon_1 e^{v_x / 2}$$
     $$k = D y, \quad \mu_y, v_y = E k, F k, \quad z_y = \mu_y + \epsilon_2 e^{v_y / 2}$$
 
-    The prediction is $\mathrm{softmax}(G\,\mathrm{relu}(h))$. He-normal weights, zero biases.
+    The prediction is $\mathrm{softmax}(G\,\mathrm{relu}(h))$. Weights start He-normal, biases at 0.
 
     The released architecture leaves the log-variances v unbounded. The alignment loss divides by
     the variances that the labels' encoder gives, so they shrink, the loss and its gradient grow
@@ -149,7 +149,7 @@ def rda_losses(
       x: features, shape (samples, features).
       y: label distributions, shape (samples, labels), rows sum to 1.
       noise: standard normal, shape (2, samples, hidden), for z_x and z_y: see `draw_noise`.
-      prediction_loss: of `(logits, y, weights)`, say a partial of
+      prediction_loss: a function of `(logits, y, weights)`, such as a partial of
         `losses.distribution_balanced`.
       weights: shape (samples,), 0 for rows of padding, or None.
       recovery_weight: RDA's lambda 1.

@@ -96,11 +96,11 @@ def test_bad_files(tmp_path):
     ("text", "message"),
     [
         ("a,b\n1,2\n", "line 1: the header needs columns that begin with 'label'"),
-        ("a,label_1,label_2\n1,.5,.5\n\nx,1,0", r"line 4: column 'a' holds 'x', which is no num"),
+        ("a,label_1,label_2\n1,.5,.5\n\nx,1,0", r"line 4: column 'a' holds 'x', which is not a n"),
         (f"a,label_1,label_2\n1,.5,.5\n{'x' * 9999},1,0", r"line 3: column 'a' holds .{,40}, wh"),
-        ("a,label_1,label_2\n1,.5,\n", "line 2: column 'label_2' holds '', which is no number"),
+        ("a,label_1,label_2\n1,.5,\n", "line 2: column 'label_2' holds '', which is not a number"),
         ("a,label_1,label_2\n1,.5,.5\n2,1\n", "line 3: 2 fields, but the header has 3"),
-        ("a,a,label_1,label_2\n1,2,.5,.5\n", r"line 1: the header has .* one name: \['a'\]"),
+        ("a,a,label_1,label_2\n1,2,.5,.5\n", r"line 1: the header has .* same name: \['a'\]"),
         ("a,label_1,label_2\n1,.5,.5\n\n2,.5,.25\n", "labels of line 4 sum to 0.75, not to 1"),
         ('a,label_1,label_2\n1,.5,".5', "line 2: unexpected end of data"),
         ("a,label_1,label_2\n", "no rows below the header"),
@@ -262,7 +262,7 @@ def test_fetch_verifies_and_keeps(server, tmp_path):
 
 def test_a_truncated_download_is_continued(server, tmp_path):
     server.stop_after = 100_000
-    with pytest.raises(ConnectionError, match="bytes are kept, and continued") as caught:
+    with pytest.raises(ConnectionError, match="bytes are kept for the next try") as caught:
         fetch(server, tmp_path)
     assert str(tmp_path / "Movie.mat") in str(caught.value)
     assert not (tmp_path / "Movie.mat").exists()
@@ -282,7 +282,7 @@ def test_a_tampered_download_is_refused(server, tmp_path):
 
 
 def test_offline_says_where_to_put_the_file(tmp_path):
-    with pytest.raises(ConnectionError, match="put the file there by hand") as caught:
+    with pytest.raises(ConnectionError, match="put the file by hand at") as caught:
         data.fetch("Movie", folder=tmp_path, base_url="http://127.0.0.1:9")
     assert str(tmp_path / "Movie.mat") in str(caught.value)
     with pytest.raises(ValueError, match="unknown data set 'Moovie'; expected one of FG-Net"):

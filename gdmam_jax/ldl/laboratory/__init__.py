@@ -10,5 +10,5 @@
 - `results`: what lies in a folder
 - `tables`, `pictures`, `report`: of one data set
 - `compare`: ranks over several data sets
-- `storage`, `progress`: files that are whole or absent; signs of life
+- `storage`, `progress`: files that are whole or absent; progress bars
 """

@@ -16,7 +16,7 @@ BASELINES = {
     "trivial-untouched": "Mean of the untouched fold",
 }
 """All of them, and their labels in tables. The last one knows what the sampler left out, which no
-method does: it is the bound of what can be reached without features."""
+method does: it bounds what can be reached without features."""
 
 ATTAINABLE = ("trivial-uniform", "trivial-mean")
 """Those that know no more than a method."""

@@ -1,8 +1,8 @@
 """Several data sets: which method ranks best, and whether that can be told from chance.
 
 Methods are ranked by mean test KLD on every set on which some method beats the trivial
-predictions; the others say nothing about methods. Ranks are tested by Friedman's test, pairs of
-methods by Nemenyi's, as Demsar recommends.
+predictions. These are the sets of the verdict; the others say nothing about methods. Ranks are
+tested by Friedman's test, pairs of methods by Nemenyi's, as Demsar recommends.
 
 References:
   Demsar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 2006.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PARTS = {"mean rank": (0, 1), "odd sets": (0, 2), "even sets": (1, 2)}
-"""Of which sets of the verdict mean ranks are shown: number of the first, and step."""
+"""The sets of the verdict over which mean ranks are shown: number of the first, and step."""
 
 
 def compare(
@@ -36,10 +36,10 @@ def compare(
     """Compare methods over several experiments.
 
     Args:
-      folders: of experiments, one a data set.
+      folders: of experiments, one for each data set.
       selected: one of `protocol.SELECTIONS`.
       tuning: see `selection.rows`.
-      reference: the method that all are tested against.
+      reference: the method against which all are tested.
 
     Returns:
       A row for every set, in alphabetical order, and method, lowest mean rank first: ``data``;

@@ -31,7 +31,7 @@ from gdmam_jax.ldl.laboratory.protocol import Configuration
 from gdmam_jax.ldl.laboratory.training import train
 
 Progress = Callable[[str, int, int], None]
-"""Told `(method's label, epochs done, epochs in all)` after every chunk, and of what was done."""
+"""Told `(method's label, epochs done, epochs in all)` at the start and after every chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +88,15 @@ def run(
 ) -> None:
     """Train every method on a data set's folds, with every learning rate and setting.
 
-    Which rate, setting and epoch count is chosen when results are read, see `results.load`. Folds
-    are trained in threads, see `training.train`.
+    The rate, setting and epoch that count are chosen when results are read, see `results.load`.
+    Folds are trained in threads, see `training.train`.
 
     Args:
       dataset: a `Dataset`.
       methods: which, see `methods.METHODS`.
       configuration: what they have in common.
       folder: for results and checkpoints. What is there is not trained again, so that learning
-        rates and methods can be added; what was broken off goes on at its last checkpoint,
+        rates and methods can be added. A training that broke off goes on at its last checkpoint,
         with the same numbers. A method is known by its name: one whose optimizer or losses you
         have changed needs another name, or another folder.
       checkpoint_seconds: see `training.train`.
@@ -182,7 +182,7 @@ def _finished(method: Method, configuration: Configuration, home: Path) -> int:
 
 
 def _describe(path: Path, method: Method, configuration: Configuration) -> None:
-    """Write label and trials, beside those of earlier runs."""
+    """Write the label, and the trials along with those of earlier runs."""
     found = json.loads(path.read_text())["trials"] if path.is_file() else []
     names = dict.fromkeys([*found, *(trial.name for trial in trials(method, configuration))])
     record = {"method": method.name, "label": method.label, "trials": list(names)}
@@ -214,7 +214,7 @@ def facts(dataset: Dataset, folds: Folds, configuration: Configuration) -> dict[
 
 
 def _checksum(folds: Folds) -> str:
-    """Of every number that a run sees of the data, and of the rows that each fold has."""
+    """A hash of every number of the data that a run sees, and of the rows of each fold."""
     digest = hashlib.sha256()
     for field in dataclasses.fields(folds):
         digest.update(np.ascontiguousarray(getattr(folds, field.name)).tobytes())

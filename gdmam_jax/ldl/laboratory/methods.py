@@ -1,7 +1,7 @@
 """The methods an experiment compares, and how to add one.
 
 A method says which optimizer takes the pairs of gradients, on which losses. All run through the
-one loop of `program`. One of your own:
+one loop of `program`. This adds one of your own:
 
 ```python
 import optax
@@ -65,10 +65,10 @@ class Method:
         and similarity terms of the alignment loss.
       similarity: how the alignment loss reduces RDA's similarity term.
       rescale: of `(prediction_loss, alignment_loss)`, before gradients are taken.
-      flat: the optimizer treats all parameters alike, and gets them as one vector, which
-        compiles twice as fast; otherwise it gets the model's tree.
-      settings: numbers by name, to be tuned beside the learning rate. Methods that differ in
-        them alone are compiled once.
+      flat: whether the optimizer treats all parameters alike. It then gets them as one vector,
+        which compiles twice as fast; otherwise it gets the model's tree.
+      settings: numbers by name, to be tuned along with the learning rate. Methods that differ
+        only in settings are compiled once.
     """
 
     name: str
@@ -107,10 +107,10 @@ class ReleasedAmsgradState(NamedTuple):
 def scale_by_released_amsgrad(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
-    r"""AMSGrad as PyTorch has it, which is what the released code of RDA and GDMAM ran with.
+    r"""AMSGrad as PyTorch has it, with which the released code of RDA and GDMAM ran.
 
-    The maximum is taken over the second moment before bias correction, Optax's after it: with
-    gradients that shrink, Optax's steps stay smaller for the first thousand steps.
+    The maximum is taken over the second moment before bias correction. Optax takes it after, so
+    with gradients that shrink, its steps stay smaller for the first thousand steps.
 
     $$m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
       \hat v \leftarrow \max(\hat v, v), \quad

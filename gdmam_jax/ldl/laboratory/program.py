@@ -97,7 +97,7 @@ def arrays_of(folds: Folds) -> Arrays:
 
 
 def run_of(fold: int, seed: int, learning_rate: float, setting: float = 0.0) -> Run:
-    """A `Run` of Python's numbers."""
+    """A `Run` from Python numbers."""
     numbers = jnp.float32(learning_rate), jnp.float32(setting)
     return Run(jnp.int32(fold), jnp.int32(seed), *numbers)
 
@@ -125,7 +125,7 @@ class _Model:
 
     @functools.cached_property
     def split(self) -> tuple[nnx.GraphDef[RDA], Callable[[jax.Array], nnx.State]]:
-        """The model without its parameters, and from a vector to them."""
+        """The model without its parameters, and a function from a vector to them."""
         graph, state = nnx.split(nnx.eval_shape(lambda: self.make(jax.random.key(0))))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
         return graph, ravel_pytree(zeros)[1]
@@ -205,7 +205,7 @@ class _Loop:
     num_batches: int
 
     def optimizer(self, run: Run) -> optax.GradientTransformationExtraArgs:
-        """The method's, of a vector's pair."""
+        """The method's optimizer, for a pair of vectors."""
         setting = (run.setting,) if self.method.settings else ()
         inner = optax.with_extra_args_support(self.method.optimizer(run.learning_rate, *setting))
         tree = self.model.tree
@@ -268,7 +268,7 @@ class _Loop:
             similarity=method.similarity,
         )
 
-    # Compiled, so that it is traced once, for its shapes and for the loop.
+    # Compiled, so that it is traced once, both for its shapes and for the loop.
     @partial(jax.jit, static_argnums=0)
     def step(
         self,
@@ -298,7 +298,7 @@ class _Loop:
         rows = arrays.train[run.fold][order].reshape(self.num_batches, self.batch_size)
         mask = (jnp.arange(size) < present.sum()).reshape(rows.shape)
 
-        # Drawn out here: inside of `step`, XLA draws it again wherever it is used.
+        # Noise is drawn here: inside `step`, XLA would draw it again wherever it is used.
         hidden = self.model.configuration.hidden
         draw = partial(draw_noise, num_samples=self.batch_size, hidden=hidden)
         return rows, mask, jax.lax.map(draw, jax.random.split(noise_key, self.num_batches))
@@ -345,7 +345,7 @@ class _Loop:
 
 
 def _better(newest: Checkpoints, best: Checkpoints) -> Checkpoints:
-    """The best so far; the newest's parameters are of one epoch, for all scores."""
+    """The best so far by each score; the newest parameters are the same for all scores."""
     better = newest.score < best.score
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -401,7 +401,7 @@ def _diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """What `gdmam_jax.diagnostics` finds, mean over the scopes where there are several."""
     try:
         found = gdmam.diagnostics(opt_state)
-    except ValueError:  # the method is no GDMAM: it has none
+    except ValueError:  # the method is not GDMAM: it has none
         return {}
     names = dict.fromkeys(key.rsplit("/", 1)[-1] for key in found)
     return {

@@ -1,4 +1,4 @@
-"""How far an experiment is: bars on a terminal, lines elsewhere, and the time left in all."""
+"""How far an experiment has got: bars on a terminal, lines elsewhere, and the total time left."""
 
 import contextlib
 import time
@@ -14,7 +14,7 @@ class Clock:
 
     Args:
       totals: epochs in all of every method, by label.
-      chunk: most epochs trained between two calls; a larger step is of what was done before.
+      chunk: most epochs trained between two calls; a larger step is what was done before.
       now: a clock, in seconds.
     """
 
@@ -29,7 +29,7 @@ class Clock:
         """Take what `experiment.Progress` is told, and say the time left."""
         step = done - self.done[label]
         if 0 < step <= self._chunk:
-            if self._start is None:  # this step took as long as compiling did: it does not count
+            if self._start is None:  # the first step includes compiling: it does not count
                 self._start = self._now()
             else:
                 self._trained += step
@@ -53,7 +53,7 @@ def shown(
       console: where.
       totals: see `Clock`.
       chunk: see `Clock`.
-      seconds: least time between two lines of a method, where the console is no terminal.
+      seconds: least time between two lines of a method, if the console is not a terminal.
 
     Yields:
       What `experiment.run` takes as `progress`.

@@ -42,8 +42,8 @@ def write(
       selected: some of `protocol.SELECTIONS`; None is all. Pictures are of the first.
 
     Returns:
-      The path of `report.html`. Beside it: `runs.csv`, `table.md`, `table.tex`, and a PNG for
-      every one of `pictures.PICTURES`.
+      The path of `report.html`. In the same folder are `runs.csv`, `table.md`, `table.tex`, and a
+      PNG for every one of `pictures.PICTURES`.
 
     Raises:
       FileNotFoundError: there are no results.

@@ -17,7 +17,7 @@ from gdmam_jax.ldl.laboratory.training import Trained
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one method, or of a trivial prediction.
+    """The results of one method, or of a trivial prediction.
 
     Attributes:
       name: of the method.
@@ -85,7 +85,7 @@ class Experiment:
         return [*self.methods, *self.trivial]
 
     def without_features(self) -> float:
-        """Test KLD of the best trivial prediction that could be known."""
+        """Test KLD of the best trivial prediction that a method could know."""
         return min(
             float(result.values("kld", "last").mean())
             for result in self.trivial
@@ -105,7 +105,7 @@ def load(folder: str | os.PathLike[str]) -> Experiment:
       folder: what `experiment.run` wrote to.
 
     Returns:
-      An `Experiment`, of the methods of which every trial is finished.
+      An `Experiment`, with the methods whose trials are all finished.
 
     Raises:
       FileNotFoundError: there are none.

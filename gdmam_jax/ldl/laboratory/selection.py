@@ -1,8 +1,8 @@
 """Which epoch, learning rate and setting of a method count: one rule for all methods.
 
-Training keeps every trial (a learning rate and a setting) tested by every selection of
-`protocol.SELECTIONS`. The trial that counts is the one with the lowest KLD on held-out rows, mean
-over folds and seeds, of the very parameters that the selection tests: epoch, rate and setting are
+Every trial (a learning rate and a setting) is tested with every selection of `protocol.SELECTIONS`.
+The trial that counts is the one with the lowest KLD on held-out rows, mean over folds and seeds. It
+is the KLD of the very parameters that the selection tests, so that epoch, rate and setting are
 chosen by one criterion.
 """
 
@@ -15,12 +15,12 @@ from gdmam_jax.ldl.laboratory.training import Trained
 
 
 def rows(selection: str, tuning: str | None = None) -> str:
-    """Of which held-out rows the KLD chooses the trial.
+    """The held-out rows whose KLD chooses the trial.
 
     Args:
       selection: one of `protocol.SELECTIONS`.
-      tuning: one of `protocol.HELD_OUT`. None: those that choose the epoch, natural rows for
-        the selections that choose none.
+      tuning: one of `protocol.HELD_OUT`. None: those that choose the epoch, or natural rows for
+        the selections that choose no epoch.
 
     Returns:
       One of `protocol.HELD_OUT`.

@@ -1,4 +1,4 @@
-"""What an experiment writes: files that are whole or absent, checkpoints, one program a folder."""
+"""What an experiment writes: files that are whole or absent, checkpoints, a lock on the folder."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a folder, and hold it against other processes until left, or killed.
+    """Make a folder, and lock it against other processes until the context or the process ends.
 
     Args:
       folder: of an experiment.
@@ -65,13 +65,13 @@ def locked(folder: Path) -> Iterator[None]:
     with file:
         try:
             import fcntl
-        except ModuleNotFoundError:  # Windows: not held
+        except ModuleNotFoundError:  # Windows: not locked
             yield
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(f"another run writes to {folder}: wait for it, or give another") from None
+            raise OSError(f"another run writes to {folder}: wait, or give another folder") from None
         except OSError:  # a file system without locks
             pass
         yield

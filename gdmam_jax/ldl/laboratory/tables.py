@@ -115,7 +115,7 @@ def compare_runs(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple
 
 
 def unbeaten(experiment: Experiment, selected: str, tuning: str | None = None) -> str:
-    """Says so where no method has a lower test KLD than the best trivial baseline it could know.
+    """Says so if no method has a lower test KLD than the best trivial baseline it could know.
 
     Args:
       experiment: from `results.load`.
@@ -123,7 +123,7 @@ def unbeaten(experiment: Experiment, selected: str, tuning: str | None = None) -
       tuning: see `selection.rows`.
 
     Returns:
-      A sentence, empty where a method beats them.
+      A sentence; empty if a method beats that baseline.
     """
     if experiment.beaten(selected, tuning):
         return ""
@@ -151,7 +151,7 @@ def ranked(
 
 
 def arrow(measure: str) -> str:
-    """Where better is."""
+    """Which way is better."""
     return "↑" if measure in HIGHER_IS_BETTER else "↓"
 
 
@@ -258,8 +258,8 @@ def summary(experiment: Experiment, selections: Sequence[str], tuning: str | Non
     """
     width = max(len(result.label) for result in experiment.rows)
     lines = [
-        f"test KLD, {experiment.name}; in brackets p, paired t-test over folds against the "
-        "lowest method's, and the learning rate (and setting) chosen"
+        f"test KLD, {experiment.name}; in brackets: p of a paired t-test over folds against the "
+        "method with the lowest KLD, and the learning rate (and setting) chosen"
     ]
     for selected in selections:
         cells = table(experiment, selected, tuning)

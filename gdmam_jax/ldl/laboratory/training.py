@@ -1,11 +1,12 @@
 """Training the runs of all folds: a thread for every worker, checkpoints.
 
 Every device, on a CPU every processor, trains one run at a time, a chunk of epochs at a time, so
-that progress shows and a killed experiment resumes at the last checkpoint with the same numbers,
-since random draws depend only on seed, fold and epoch. (On a CPU `jax.vmap` over the folds is up to
-a half slower where the model is large, since a run's state then no longer stays in the cache, and
-as fast where it is small; a program sharded over processors that are devices is a sixth slower,
-since XLA compiles it worse.)
+that progress shows. A killed experiment resumes at the last checkpoint with the same numbers, since
+random draws depend only on seed, fold and epoch.
+
+On a CPU, `jax.vmap` over the folds is up to a half slower if the model is large, since a run's
+state then no longer stays in the cache. If the model is small, it is as fast. A program sharded
+over processors as devices is a sixth slower, since XLA compiles it worse.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from gdmam_jax.ldl.laboratory.protocol import Configuration
 
 
 class Trained(NamedTuple):
-    """What came of some runs.
+    """The results of some runs.
 
     Attributes:
       history: by name, shape (runs, epochs), but (runs, chunks) for `test_kld`, the KLD on the
@@ -55,8 +56,8 @@ def train(
 ) -> Trained:
     """Train and test the runs of all folds, from the last checkpoint if there is one.
 
-    Folds are trained in threads, which do not see JAX's settings by context manager, such as `with
-    jax.default_matmul_precision(...)`; those by `jax.config.update` they do.
+    Folds are trained in threads. These see the settings of JAX that `jax.config.update` makes, but
+    not those of a context manager, such as `with jax.default_matmul_precision(...)`.
 
     Args:
       program: from `build`.
@@ -66,7 +67,7 @@ def train(
       setting: of the method, see `methods.Method`.
       folder: for checkpoints, after every quarter of the epochs; None keeps none.
       checkpoint_seconds: most time between two checkpoints, up to a chunk.
-      progress: told the number of epochs done after every chunk, and at a checkpoint restored.
+      progress: told the number of epochs done after every chunk, and when one is restored.
 
     Returns:
       A `Trained` of as many runs as there are folds.
@@ -107,7 +108,7 @@ def processors() -> int:
 
 
 def _workers() -> list[Any]:
-    """The devices that train a run each, None for the default one: a CPU's, once a processor."""
+    """The devices that train a run each, None for the default one; a CPU's once per processor."""
     devices = jax.local_devices()
     if devices[0].platform != "cpu":
         return [None, *devices[1:]]
