@@ -1,6 +1,6 @@
 r"""Which digits are in the picture, and how much of each? Label distributions of blended images.
 
-Two or three handwritten digits (scikit-learn's, 8 x 8) are laid over each other in known
+Three handwritten digits (scikit-learn's, 8 x 8) are laid over each other in known
 proportions, which are the label. An encoder, convolutional or a vision transformer, feeds RDA.
 RDA's prediction loss says how far the predicted distribution is off. Its alignment loss says how
 differently images and labels are represented. GDMAM is compared with the sum of both.

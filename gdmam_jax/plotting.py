@@ -245,7 +245,7 @@ def _verdict(cancelled: float, raised: float, ratio: float) -> str:
         times = max(ratio, 1 / max(ratio, 1e-300))
         return (
             f"The lengths matter, not the angle: the {longer} gradient is {times:.3g} times as "
-            f"long, and drowns the {shorter} gradient in the sum."
+            f"long, and drowns out the {shorter} gradient in the sum."
         )
     if cancelled >= MATTERS / 4:
         return f"Some conflict: the sum cancels {cancelled:.0%} of the decrease. Try GDMAM, too."

@@ -195,8 +195,8 @@ def of_two(cosine, prediction=1.0, alignment=1.0, steps=40):
         (of_two(-0.1), "Some conflict: the sum cancels 10%"),
         (of_two(-0.5), "Conflict, and it matters: the sum cancels 50% of the decrease."),
         (of_two(-0.5, 1.0, 3.0), "cancels 30% of the decrease, and raises .* on 100%"),
-        (of_two(0.0, 1.0, 40.0), "the alignment gradient is 40 times as long, and drowns the pred"),
-        (of_two(0.0, 40.0, 1.0), "the prediction gradient is 40 times as long, and drowns the ali"),
+        (of_two(0.0, 1.0, 40.0), "the alignment gradient is 40 times as long, and drowns out"),
+        (of_two(0.0, 40.0, 1.0), "the prediction gradient is 40 times as long, and drowns out"),
         (of_two(0.0, 1.0, 0.0), "the prediction gradient is .* times as long"),
     ],
 )
