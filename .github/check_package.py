@@ -46,7 +46,11 @@ def build(files: set[str]) -> Path:
     copy(files, folder / "source")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([*command, folder / "source"], check=True, **quiet)
+    # Files in the archives are as old as the commit.
+    dated = ["git", "log", "-1", "--format=%ct"]
+    time = subprocess.check_output(dated, cwd=ROOT, text=True).strip()
+    environment = os.environ | {"SOURCE_DATE_EPOCH": time}
+    subprocess.run([*command, folder / "source"], check=True, env=environment, **quiet)
     return folder / "dist"
 
 
