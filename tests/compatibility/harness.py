@@ -56,11 +56,10 @@ class Run:
 
 
 def train(optimizers, params, pairs, extra=None, keywords=False):
-    """Runs optimizers beside each other over the same pairs, in one compiled scan.
+    """Runs optimizers beside each other over the same pairs, with one compiled step.
 
-    The scan is called twice, for each half of the steps. Fails if the second call compiles again,
-    if a state or a parameter changes its structure, shape, dtype or weak type, between steps or
-    between calls, or if an update is not of its parameter's dtype.
+    Fails if a later step compiles again, if a state or a parameter changes its structure, shape,
+    dtype or weak type between steps, or if an update is not of its parameter's dtype.
 
     Args:
       optimizers: a dictionary of optimizers.
@@ -72,10 +71,12 @@ def train(optimizers, params, pairs, extra=None, keywords=False):
     Returns:
       A dictionary of `Run`.
     """
-    extra = {} if extra is None else extra
 
-    def step(carry, inputs):
-        pair, extra = inputs
+    traces = []
+
+    @jax.jit
+    def step(carry, pair, extra):
+        traces.append(None)
         if keywords:
             pair, extra["alignment"] = gdmam.unpair_gradients(pair)
         results = {}
@@ -85,37 +86,27 @@ def train(optimizers, params, pairs, extra=None, keywords=False):
             updates, state = transformation.update(given, state, params, **extra)
             jax.tree.map(check_update, updates, params)
             results[name] = (optax.apply_updates(params, updates), state, updates)
-        carried = {name: result[:2] for name, result in results.items()}
-        return carried, results
+        return results
 
     def check_update(update, param):
         assert update.dtype == param.dtype
         assert update.shape == param.shape
 
-    traces = []
-
-    @jax.jit
-    def scan(carry, inputs):
-        traces.append(None)
-        return jax.lax.scan(step, carry, inputs)
-
     several = isinstance(params, dict) and params.keys() == optimizers.keys()
     starts = params if several else dict.fromkeys(optimizers, params)
     start = {name: (starts[name], tx.init(starts[name])) for name, tx in optimizers.items()}
-    half = jax.tree.leaves(pairs)[0].shape[0] // 2
-    # On the host: slicing and joining there compiles nothing.
-    inputs = jax.device_get((pairs, extra))
-    first, second = (
-        jax.tree.map(lambda leaf, part=part: leaf[part], inputs)
-        for part in (slice(0, half), slice(half, 2 * half))
-    )
-    middle, early = scan(start, first)
-    end, late = scan(middle, second)
-    assert len(traces) == 1, "the second call compiled again"
-    for carry in (middle, end):
-        assert jax.tree.structure(carry) == jax.tree.structure(start)
-        assert jax.tree.map(jax.typeof, carry) == jax.tree.map(jax.typeof, start)
-    history = jax.tree.map(joined, early, late)
+    # On the host slicing and stacking compile nothing. In a scan they take longer to compile than
+    # the step, since every array of every state is stacked.
+    inputs = jax.device_get((pairs, {} if extra is None else extra))
+    carry, steps = start, []
+    for number in range(jax.tree.leaves(inputs)[0].shape[0]):
+        results = step(carry, *jax.tree.map(lambda leaf, at=number: leaf[at], inputs))
+        carry = {name: result[:2] for name, result in results.items()}
+        steps.append(results)
+        if typed(carry) != typed(start):
+            raise TypeError(f"the carry was {typed(start)}, and is {typed(carry)} after a step")
+    assert len(traces) == 1, "a later step compiled again"
+    history = jax.tree.map(stack, *steps)
     return {
         name: Run(
             params=history[name][0],
@@ -128,9 +119,15 @@ def train(optimizers, params, pairs, extra=None, keywords=False):
     }
 
 
-def joined(early, late):
-    is_key = jax.dtypes.issubdtype(early.dtype, jax.dtypes.prng_key)
-    return (jnp if is_key else np).concatenate([early, late])
+def typed(tree):
+    """All that `jax.lax.scan` demands of a carry to stay the same."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(jax.typeof, tree))
+    return structure, leaves
+
+
+def stack(*leaves):
+    is_key = jax.dtypes.issubdtype(leaves[0].dtype, jax.dtypes.prng_key)
+    return (jnp if is_key else np).stack(leaves)
 
 
 def stateless(function):
