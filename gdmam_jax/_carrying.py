@@ -113,7 +113,9 @@ def _allocation(where: str, old: Allocation, new: Allocation) -> Allocation:
     axes = len(new.scopes.shape)
 
     def move(before: Any, after: Any) -> Any:
-        return _moved(where, before, after, places, old.norms.shape[-1], axes)
+        # A memory may have arrays for all scopes together.
+        first = axes if jnp.ndim(after) > axes else 0
+        return _moved(where, before, after, places, old.norms.shape[-1], first)
 
     same = _alike(old.memory, new.memory)
     return dataclasses.replace(

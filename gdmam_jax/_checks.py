@@ -95,6 +95,10 @@ def check_losses(losses: Any) -> None:
             f"names, each once; got {losses!r}. optax.inject_hyperparams would inject a number: "
             "give it static_args=('alignment_losses',)"
         )
+    if names and "prediction" in losses:
+        raise ValueError(
+            f"alignment_losses names one 'prediction', which is the first loss; got {losses!r}"
+        )
 
 
 def check_ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:

@@ -127,6 +127,6 @@ def _skips(allocation: Allocation) -> dict[str, jax.Array]:
     }
     if allocation.skipped_losses is not None:
         names = ["prediction", *(suffix[1:] or "alignment" for suffix in _suffixes(allocation))]
-        for name, count in zip(names, allocation.skipped_losses, strict=True):
-            counts[f"skipped/{name}"] = count
+        for number, name in enumerate(names):
+            counts[f"skipped/{name}"] = allocation.skipped_losses[..., number]
     return counts

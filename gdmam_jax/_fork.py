@@ -63,6 +63,10 @@ def _floats(allocation: Allocation) -> Allocation:
     return jax.tree.map(as_float, allocation)
 
 
+def _where(condition: jax.Array, yes: Allocation, no: Allocation) -> Allocation:
+    return jax.tree.map(functools.partial(jnp.where, condition), yes, no)
+
+
 def fork(
     features: Any,
     losses: int | Sequence[str],
@@ -84,6 +88,10 @@ def fork(
     an ordinary gradient, for any optimizer. What follows a copy, such as a loss's own head, gets
     the gradient of its own loss, unweighed.
 
+    Only the derivatives of losses may go through a fork. If a loss itself contains a `jax.grad`
+    through it, such as the residual of an equation or a gradient penalty, that inner derivative
+    would be weighed, too. Use pairs there.
+
     Args:
       features: an array, or a tree of arrays, that several losses depend on. Floating-point arrays
         are settled together, others are copied.
@@ -92,7 +100,9 @@ def fork(
       weighting: a function ``(gramian, norms) -> weights``, or a `RememberingWeighting`.
       gate: a function ``(cosine, ratio) -> (parallel, orthogonal)``.
       state: what the fork remembers, from `fork_state`, for running means of the norms and for
-        `diagnostics`; the new state is its *gradient*. None: the norms are those of this step.
+        `diagnostics`; the new state is its *gradient*. So do not scale or clip it with the other
+        gradients. A step whose cotangents are not finite changes nothing in it; after a step that
+        reaches no copy it starts afresh. None: the norms are those of this step.
       statistics_decay: decay of the norms' running means, in [0, 1).
       axis_name: inside `jax.shard_map`, `jax.pmap` or a `jax.vmap` over examples, the axes of
         the batch. Without it each shard, or example, settles its own conflict. On a mesh without
@@ -136,6 +146,7 @@ def fork(
     floating = _floating(features)
     settled = [jnp.asarray(leaves[number]) for number in floating]
     first = _first(allocator, others, wide_dtype(*settled))
+    remembers = state is not None
     if state is None:
         state = first
     check_state(state, Allocation)
@@ -150,8 +161,16 @@ def fork(
     def settle(state: Allocation, *cotangents: Any) -> tuple[Allocation, list[jax.Array]]:
         pairs = [GradientPair(first, rest) for first, *rest in zip(*cotangents, strict=True)]
         previous = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, kinds)
+        if remembers:
+            # A step that reached no copy gave the state's gradient no value but 0.
+            lost = (state.remainder == 0).all() & (state.norms == 0).all()
+            previous = _where(lost, kinds, previous)
         allocation, _ = allocator.decide(pairs, previous, None, None)
-        return _floats(allocation), [add_up(pair, allocation.factors) for pair in pairs]
+        total = [add_up(pair, allocation.factors) for pair in pairs]
+        if remembers:
+            # What is not finite would stay in the means for good.
+            allocation = _where(jnp.isfinite(allocation.norms).all(), allocation, previous)
+        return _floats(allocation), total
 
     # In loops, what the choices close over, such as a scheduled preference, must be handed over.
     converted, hidden = jax.closure_convert(settle, state, *[settled] * count)

@@ -21,6 +21,7 @@ from gdmam_jax._pairs import (
     is_pair,
     named_leaves,
 )
+from gdmam_jax._remembering import made
 from gdmam_jax._weightings import Weighting
 
 OVERWRITTEN = "_overwrite_with_gradient"
@@ -163,8 +164,8 @@ def value_and_weighed_grad(
       TypeError: ``loss_fn`` does not return floating-point arrays, an argument to differentiate
         holds something other than floating-point arrays, or it is one of ``example_argnums``.
         Raised while tracing.
-      ValueError: there are fewer than two losses, ``chunk`` is less than 1, or the weighting does
-        not return K weights.
+      ValueError: there are fewer than two losses, ``chunk`` is less than 1, the weighting does not
+        return K weights, or an array is sharded over explicit axes of a mesh.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -190,7 +191,9 @@ def value_and_weighed_grad(
       Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
     check_function("loss_fn", loss_fn)
-    check_function("weighting", weighting, "; value_and_weighed_grad needs one without a memory")
+    check_function(
+        "weighting", made(weighting), "; value_and_weighed_grad needs one without a memory"
+    )
     check_argnums(argnums)
     check_argnums(example_argnums, "example_argnums")
     if not (chunk is None or (isinstance(chunk, int) and chunk >= 1)):
@@ -220,6 +223,17 @@ def value_and_weighed_grad(
     return weighed
 
 
+def _check_replicated(tree: Any) -> None:
+    for leaf in jax.tree.leaves(tree):
+        axes = [axis for axis in jax.typeof(leaf).sharding.spec if axis is not None]
+        if axes:
+            raise ValueError(
+                f"value_and_weighed_grad takes no arrays that are sharded over explicit axes, got "
+                f"one over {axes}; make the mesh with axis_types of jax.sharding.AxisType.Auto, or "
+                "use value_and_paired_grad"
+            )
+
+
 def _weighed(
     weighting: Weighting, losses_of: Callable[..., Any], chosen: Any, examples: Any, chunk: Any
 ) -> tuple[Weighing, Any, Any]:
@@ -228,8 +242,10 @@ def _weighed(
     def all_losses(chosen: Any) -> tuple[jax.Array, Any]:
         over = jax.vmap(losses_of, (None, 0)) if examples else losses_of
         losses, aux = over(chosen, examples)
+        _check_replicated(losses)
         return losses.ravel(), aux
 
+    _check_replicated((chosen, examples))
     losses, pushforward, aux = jax.linearize(all_losses, chosen, has_aux=True)
     if losses.size < 2:
         raise ValueError(f"the loss function must return two losses or more, got {losses.size}")

@@ -67,11 +67,11 @@ def widen(x: Any) -> jax.Array:
 
 
 def narrow(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x`` in ``dtype``, cut at the largest number of that type."""
+    """``x`` in ``dtype``, cut at the largest number of that type; what is infinite stays so."""
     if x.dtype == dtype:
         return x
     limit = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -limit, limit).astype(dtype)
+    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -limit, limit)).astype(dtype)
 
 
 def zeros_like(tree: Any, dtype: Any = None) -> Any:

@@ -55,7 +55,8 @@ def made_by_call(function: F) -> F:
     return function
 
 
-def _made(weighting: Any) -> Any:
+def made(weighting: Any) -> Any:
+    """The weighting, also of a function of settings that was given uncalled."""
     known = inspect.isfunction(weighting) and weighting in _MADE_BY_CALL
     return weighting() if known else weighting
 
@@ -68,7 +69,7 @@ def check_weighting(weighting: Any, advice: str) -> None:
 
 def first_memory(weighting: Any, zeros: jax.Array) -> Any:
     """The memory before the first step; None for a weighting without one."""
-    weighting = _made(weighting)
+    weighting = made(weighting)
     if not isinstance(weighting, RememberingWeighting):
         return None
     # An array in two places could not be donated.
@@ -83,7 +84,7 @@ def weigh(
     losses: Losses,
 ) -> tuple[Any, Any]:
     """The weights of a weighting, and its memory, if it has one."""
-    weighting = _made(weighting)
+    weighting = made(weighting)
     if isinstance(weighting, RememberingWeighting):
         return weighting.update(gramian, norms, memory, losses)
     if isinstance(weighting, Choice):
@@ -103,7 +104,7 @@ def values_of(name: str, losses: Losses) -> jax.Array:
     if losses.values is None:
         raise ValueError(
             f"{name} needs the losses' values: give them to update, value=(prediction, alignment), "
-            "as value_and_paired_grad returns them"
+            "as value_and_paired_grad returns them; a fork has none"
         )
     return losses.values if losses.present is None else jnp.where(losses.present, losses.values, 1)
 

@@ -76,7 +76,8 @@ def gradient_norm_weighting(*, decay: Any = 0.9, every: Any = 1000) -> Rememberi
         new = 1 / (divide(lengths, mean) + 1e-5)
         renewed = decay * memory.weights + (1 - decay) * new
         weights = jnp.where((memory.steps % every == 0) & there, renewed, memory.weights)
-        return weights, _Renewed(weights, (memory.steps + 1) % every)
+        steps = ((memory.steps + 1) % every).astype(memory.steps.dtype)
+        return weights, _Renewed(weights, steps)
 
     return RememberingWeighting(init, update)
 

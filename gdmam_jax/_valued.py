@@ -157,7 +157,10 @@ def famo_weighting(
     """
     check_range("learning_rate", learning_rate)
     check_range("weight_decay", weight_decay)
-    adam = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+    # The root of a second moment of 0 has no derivative, and an absent loss leaves it at 0.
+    smallest = float(jnp.finfo(jnp.float32).tiny)
+    adam = optax.adam(learning_rate, eps_root=smallest)
+    adam = optax.chain(optax.add_decayed_weights(weight_decay), adam)
 
     def init(zeros: jax.Array) -> _Famo:
         start = _losses_alone(zeros)

@@ -177,8 +177,9 @@ def conflict_report(
 
     Args:
       history: see `History`; of one scope and any method, such as Adam on the sum,
-        ``weighed(optax.adam(rate), sum_weighting)``.
-      alignment_weight: $w$, at least 0.
+        ``weighed(optax.adam(rate), sum_weighting)``. Steps with a value that is not finite are left
+        out.
+      alignment_weight: $w$, greater than 0.
       loss: the alignment loss's name, if there are several.
       window: over how many steps to average; None: a twentieth of all.
 
@@ -186,8 +187,8 @@ def conflict_report(
       A `ConflictReport`.
 
     Raises:
-      ValueError: the history is empty or lacks the cosines or norms of the losses, the window is
-        less than 1, or the weight negative.
+      ValueError: the history is empty or lacks the cosines or norms of the losses, a gradient is 0
+        or not finite at every step, the window is less than 1, or the weight is not positive.
 
     Examples:
       >>> cosines = {"cosine": [-0.5, -0.7, -0.6, -0.6]}
@@ -197,8 +198,8 @@ def conflict_report(
     """
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    if not alignment_weight >= 0:
-        raise ValueError(f"alignment_weight must be at least 0, got {alignment_weight}")
+    if not alignment_weight > 0:
+        raise ValueError(f"alignment_weight must be greater than 0, got {alignment_weight}")
     ending = "" if loss is None else f"/{loss}"
     keys = (f"cosine{ending}", "prediction_norm", f"alignment_norm{ending}")
     found = {
@@ -209,14 +210,22 @@ def conflict_report(
             f"the history lacks {', '.join(lacking)}; if there are several losses, name one with "
             f"loss=; several scopes cannot be reported. It has {', '.join(found)}"
         )
-    cosines, prediction, alignment = (found[key] for key in keys)
+    steps = np.stack([found[key] for key in keys])
+    steps = steps[:, np.isfinite(steps).all(axis=0)]
+    if not (steps[1:] > 0).any(axis=1).all():
+        raise ValueError(
+            "one of the gradients is 0 or not finite at every step of the history: there is "
+            "nothing to compare"
+        )
+    cosines, prediction, alignment = steps
     alignment = alignment_weight * alignment
     terms = np.stack([prediction * alignment * cosines, prediction**2, alignment**2])
     smooth = np.stack([_smooth(term, window or max(1, cosines.size // 20)) for term in terms])
     total = np.sum(terms, axis=1, keepdims=True)
     cosine, cancelled = (float(each[0]) for each in _cosine_and_cancelled(total))
     raised = float(np.mean(smooth[0] + smooth[1] < 0))
-    ratio = float(np.median(np.sqrt(smooth[2] / np.maximum(smooth[1], 1e-300))))
+    both = (smooth[1:] > 0).all(axis=0)
+    ratio = float(np.median(np.sqrt(smooth[2, both] / smooth[1, both]))) if both.any() else 1.0
     verdict = _verdict(cancelled, raised, ratio)
     figure = _draw_conflict(cosines, smooth, verdict)
     return ConflictReport(verdict, cosine, cancelled, raised, ratio, figure)
@@ -289,6 +298,12 @@ def _read(history: History, names: Collection[str]) -> list[_Scalar]:
     """The scalars of these names, each with one number for each step."""
     if not isinstance(history, Mapping):
         entries = list(history)
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, Mapping):
+                raise TypeError(
+                    f"entry {number} of the history is a {type(entry).__name__}; expected what "
+                    "gdmam.diagnostics(opt_state) returns at each step"
+                )
         keys = dict.fromkeys(itertools.chain(*entries))
         for number, entry in enumerate(entries):
             lacking = [key for key in keys if key not in entry and _split(key, keys)[0] in names]

@@ -141,6 +141,38 @@ def test_losses_without_names_go_by_their_place():
     assert norms.tolist() == [3, 4, 0, 0]
 
 
+WITH_A_MEMORY = {
+    "running": gdmam.running_weighting(gdmam.unit_weighting),
+    "pcd": gdmam.pcd_weighting(),
+    "gradnorm": gdmam.gradnorm_weighting(),
+    "gradvac": gdmam.gradvac_weighting(),
+    "gradient_norm": gdmam.gradient_norm_weighting(),
+}
+
+
+@pytest.mark.parametrize("name", WITH_A_MEMORY)
+def test_memories_of_several_scopes_go_with_their_losses(name):
+    """As each scope's would by itself: one loss is replaced, and the other changes its place."""
+
+    def make(names, scope):
+        link = gdmam.allocate(WITH_A_MEMORY[name], scope=scope, alignment_losses=names)
+        return optax.chain(link, optax.sgd(0.1))
+
+    found = {}
+    for scope in (None, gdmam.leaf_scope):
+        old, new = (make(names, scope) for names in (("one", "two"), ("three", "one")))
+        state = jax.jit(old.init)(PARAMS["w"])
+        for step in range(3):
+            _, state = jax.jit(old.update)(
+                pairs_of(step, ("one", "two"))["w"], state, value=(1.0, {"one": 2.0, "two": 3.0})
+            )
+        state = gdmam.carry_over(state, jax.jit(new.init)(PARAMS["w"]))
+        found[scope], _ = jax.jit(new.update)(
+            pairs_of(3, ("three", "one"))["w"], state, value=(1.0, {"three": 2.0, "one": 1.0})
+        )
+    assert_close(found[gdmam.leaf_scope], found[None])
+
+
 def test_another_weighting_starts_afresh():
     old = gdmam.weighed(optax.sgd(0.1), gdmam.pcd_weighting, alignment_losses=("ic",))
     new = gdmam.weighed(optax.sgd(0.1), gdmam.gradvac_weighting, alignment_losses=("ic", "bc"))

@@ -164,3 +164,18 @@ def test_metrics_of_a_compiled_step():
 def test_a_state_without_gdmam_is_refused():
     with pytest.raises(ValueError, match="no GDMAM state found"):
         gdmam.diagnostics(optax.adam(0.1).init(PARAMS))
+
+
+def test_an_ensemble_has_the_losses_that_each_member_skipped():
+    optimizer, w = gdmam.gdmam(0.1, not_finite="skip_loss"), jnp.ones(3)
+
+    @jax.jit
+    @jax.vmap
+    def member(factor):
+        pair = gdmam.GradientPair(w, factor * w)
+        return optimizer.update(pair, optimizer.init(w), w)[1]
+
+    for factors in ([jnp.nan, 1.0], [jnp.nan, 1.0, jnp.nan]):
+        seen = gdmam.diagnostics(member(jnp.array(factors)))
+        np.testing.assert_array_equal(seen["skipped/alignment"], np.isnan(factors))
+        assert not seen["skipped/prediction"].any()

@@ -625,8 +625,17 @@ COMPATIBILITY = {
     "`value_and_weighed_grad` with `jax.checkpoint`, `custom_vjp`, loops": (
         "test_gradients test_checkpointed_custom_and_looped_functions"
     ),
+    "`value_and_weighed_grad` on a mesh with explicit axes": (
+        "test_gradients test_arrays_sharded_over_explicit_axes_are_refused"
+    ),
     "`gdmam_jax.nnx.value_and_weighed_grad`": (
         "test_gradients test_modules_of_flax_nnx_advance_once"
+    ),
+    "`fork` with a state under Flax's `DynamicScale`": (
+        "test_fork test_dynamic_scale_divides_the_state_too"
+    ),
+    "a `jax.grad` inside a loss, through a `fork`": (
+        "test_fork test_an_inner_derivative_is_weighed_too"
     ),
     "`jax.jvp` through a `fork`": "test_fork test_forward_mode_is_refused",
 }

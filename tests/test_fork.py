@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -557,6 +558,88 @@ def test_names_are_in_the_order_as_written():
     gradient, state = gradients(jnp.zeros(3), gdmam.fork_state(names))
     assert gradient.tolist() == [1, 0.5, 0.25]
     assert gdmam.diagnostics(state)["alignment_weight/a"] == 0.25
+
+
+def remembering(weighting):
+    """Steps of losses with a fork that remembers: one that reaches the copies, and one not."""
+    x = jnp.linspace(-1, 1, 6).reshape(2, 3)
+
+    @jax.jit
+    def step(w, state, factor):
+        def loss(w, state):
+            first, second = gdmam.fork(x * w, 2, state=state, weighting=weighting)
+            return factor * jnp.mean(first**2) + 10 * jnp.mean(jnp.abs(second))
+
+        return jax.grad(loss, argnums=(0, 1))(w, state)
+
+    @jax.jit
+    def unreached(w, state):
+        def loss(w, state):
+            gdmam.fork(x * w, 2, state=state, weighting=weighting)
+            return jnp.mean(w)
+
+        return jax.grad(loss, argnums=(0, 1))(w, state)[1]
+
+    return step, unreached, gdmam.fork_state(2, weighting=weighting)
+
+
+@pytest.mark.parametrize(
+    "weighting", [gdmam.unit_weighting, gdmam.gradient_norm_weighting(), gdmam.gradvac_weighting()]
+)
+def test_a_step_that_is_not_finite_changes_nothing_in_a_state(weighting):
+    """The gradient itself is not finite, and the optimizer's to deal with."""
+    step, _, state = remembering(weighting)
+    w = jnp.arange(1.0, 4.0)
+    _, before = step(w, state, 1.0)
+    gradient, after = step(w, before, jnp.nan)
+    assert not np.isfinite(gradient).any()
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+@pytest.mark.parametrize("weighting", [gdmam.unit_weighting, gdmam.gradient_norm_weighting()])
+def test_after_a_step_that_reaches_no_copy_a_state_starts_afresh(weighting):
+    step, unreached, state = remembering(weighting)
+    w = jnp.arange(1.0, 4.0)
+    expected, fresh = step(w, state, 1.0)
+    lost = unreached(w, fresh)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(lost))
+    gradient, after = step(w, lost, 1.0)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, after, fresh)
+
+
+def test_an_inner_derivative_is_weighed_too():
+    """A known limit: a loss that contains a derivative through a fork has another value."""
+
+    def loss(w, fork):
+        def twice(x):
+            first, second = fork(jnp.tanh(x * w))
+            return jnp.sum(first) + 0 * jnp.sum(second)
+
+        return jax.grad(twice)(0.5)
+
+    w = jnp.array([1.0, 2.0])
+    expected = loss(w, lambda features: (features, features))
+    found = loss(w, lambda features: gdmam.fork(features, 2, weighting=gdmam.unit_weighting))
+    assert abs(found - expected) > 0.1
+    np.testing.assert_allclose(loss(w, lambda features: gdmam.fork(features, 2)), expected, 1e-6)
+
+
+def test_dynamic_scale_divides_the_state_too():
+    """A known limit; without a state the gradient is right."""
+    x, w = jnp.linspace(-1, 1, 6).reshape(2, 3), jnp.arange(1.0, 4.0)
+
+    def loss(w, state):
+        first, second = gdmam.fork(x * w, 2, state=state)
+        return jnp.mean(first**2) + 10 * jnp.mean(jnp.abs(second))
+
+    scale = DynamicScale(scale=1024.0)
+    found = scale.value_and_grad(loss)(w, None)[3]
+    np.testing.assert_allclose(found, jax.grad(loss)(w, None), rtol=1e-5)
+    state = gdmam.fork_state(2)
+    new = jax.grad(loss, argnums=1)(w, state)
+    divided = scale.value_and_grad(loss, argnums=1)(w, state)[3]
+    np.testing.assert_allclose(divided.weights, new.weights / 1024, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

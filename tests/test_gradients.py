@@ -278,8 +278,27 @@ def test_errors_say_what_is_wrong(given, loss_fn, error, message):
 def test_weightings_are_checked():
     with pytest.raises(TypeError, match="weighting must be a function, got None"):
         gdmam.value_and_weighed_grad(losses, None)
+    with pytest.raises(TypeError, match="needs one without a memory"):
+        gdmam.value_and_weighed_grad(losses, gdmam.famo_weighting)
     with pytest.raises(ValueError, match="weighting must return 5 weights"):
         gdmam.value_and_weighed_grad(losses, lambda gramian, norms: jnp.ones(3))(PARAMS)
     model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"NNX module Linear; use the function.*gdmam_jax\.nnx"):
         gdmam.value_and_weighed_grad(losses, gdmam.mean_weighting)(model)
+
+
+@pytest.mark.parametrize(
+    "choices", [{}, {"chunk": 2}, {"example_argnums": 1}, {"example_argnums": 1, "chunk": 4}]
+)
+def test_arrays_sharded_over_explicit_axes_are_refused(choices):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((8, 3)), jax.P("data"))
+        with pytest.raises(
+            ValueError, match=r"sharded over explicit axes, got one over \['data'\]"
+        ):
+            jax.jit(
+                gdmam.value_and_weighed_grad(
+                    lambda w, x: (x @ w - 1) ** 2, gdmam.mean_weighting, **choices
+                )
+            )(jnp.ones(3), x)

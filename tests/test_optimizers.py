@@ -208,3 +208,20 @@ def test_parameters_of_another_shape_are_refused(optimizer):
     """They would broadcast: to an update of shape (2, 2)."""
     with pytest.raises(ValueError, match=r"array of shape \(2, 1\)|parameter's \(2, 1\)"):
         optimizer.update(ONES, optimizer.init(W), W[:, None])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_an_overflow_reaches_the_guards_behind_a_sum_in_half_precision(dtype):
+    """What is too large for the dtype, but not for float32, is cut at its largest number."""
+    limit = float(jnp.finfo(dtype).max)
+    cut = limit if dtype == jnp.float16 else jnp.inf
+    gradient = jnp.array([jnp.inf, 1, 0.75 * limit], dtype)
+    pair = gdmam.GradientPair(gradient, gradient)
+    update = one_update(gdmam.summed(optax.identity()), pair)
+    np.testing.assert_array_equal(update, jnp.array([jnp.inf, 2, cut], dtype))
+
+
+@pytest.mark.parametrize("names", [("prediction", "b"), ["prediction"]])
+def test_no_alignment_loss_is_named_prediction(names):
+    with pytest.raises(ValueError, match="alignment_losses names one 'prediction'"):
+        gdmam.gdmam(0.1, alignment_losses=names)

@@ -322,3 +322,31 @@ def test_settings_by_name():
         return link.update(pair, link.init(jnp.zeros(3)))[1].weights
 
     np.testing.assert_array_equal(weights({"bc": 0.9, "ic": 0.1}), weights((0.1, 0.9)))
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_famo_has_a_derivative_where_a_loss_was_absent(absent):
+    optimizer = gdmam.weighed(optax.sgd(0.05), gdmam.famo_weighting)
+
+    def losses(w):
+        return jnp.sum((w - 1) ** 2), jnp.sum(w**2)
+
+    @jax.jit
+    @jax.grad
+    def end(w):
+        state = optimizer.init(w)
+        for step in range(3):
+            values, pairs = gdmam.value_and_paired_grad(losses)(w)
+            present = (True, step != absent)
+            updates, state = optimizer.update(pairs, state, w, value=values, present=present)
+            w = optax.apply_updates(w, updates)
+        return losses(w)[0]
+
+    assert np.isfinite(end(jnp.array([0.5, -1.0]))).all()
+
+
+def test_a_number_of_steps_may_be_a_float():
+    weighting = gdmam.gradient_norm_weighting(every=1e2)
+    memory = weighting.init(jnp.zeros(2))
+    _, later = weighting.update(jnp.eye(2), jnp.ones(2), memory, gdmam.Losses())
+    assert jax.tree.map(jax.typeof, later) == jax.tree.map(jax.typeof, memory)
