@@ -75,7 +75,8 @@ MUTANTS = (
     ),
     Mutant(
         "float16 parts become infinite", "_numerics",
-        "return jnp.clip(x, -limit, limit).astype(dtype)", "return x.astype(dtype)",
+        "return jnp.where(jnp.isinf(x), x, jnp.clip(x, -limit, limit)).astype(dtype)",
+        "return x.astype(dtype)",
         "tests/test_geometry.py -k float16_is_cut",
     ),
     Mutant(
@@ -301,6 +302,31 @@ MUTANTS = (
         "n_p, n_a = lengths[..., :1] + floor, lengths[..., 1:] + floor",
         "n_p, n_a = lengths[..., :1] + 1e-12, lengths[..., 1:] + 1e-12",
         "tests/test_scale_freedom.py -k trajectory",
+    ),
+    Mutant(
+        "a fork's state keeps a step that is not finite", "_fork",
+        "_where(jnp.isfinite(allocation.norms).all(), allocation, previous)", "allocation",
+        "tests/test_fork.py -k not_finite",
+    ),
+    Mutant(
+        "a fork's state goes on from the zeros of a step that reached no copy", "_fork",
+        "previous = _where(lost, kinds, previous)", "pass",
+        "tests/test_fork.py -k reaches_no_copy",
+    ),
+    Mutant(
+        "a memory of all scopes is carried over as one of each", "_carrying",
+        "first = axes if jnp.ndim(after) > axes else 0", "first = axes",
+        "tests/test_carrying.py -k memories",
+    ),
+    Mutant(
+        "an overflow is cut to a finite number", "_numerics",
+        "jnp.where(jnp.isinf(x), x, jnp.clip(x, -limit, limit))", "jnp.clip(x, -limit, limit)",
+        "tests/test_optimizers.py -k overflow",
+    ),
+    Mutant(
+        "an ensemble's skipped losses are those of its members", "_diagnostics",
+        "allocation.skipped_losses[..., number]", "allocation.skipped_losses[number]",
+        "tests/test_diagnostics.py -k ensemble",
     ),
 )  # fmt: skip
 
