@@ -12,7 +12,7 @@ from gdmam_jax._allocation import Allocation, Allocator, add_up
 from gdmam_jax._checks import check_state
 from gdmam_jax._gates import Gate, open_gate
 from gdmam_jax._losses import Names
-from gdmam_jax._numerics import wide_dtype
+from gdmam_jax._numerics import where, wide_dtype
 from gdmam_jax._pairs import GradientPair, named_leaves
 from gdmam_jax._remembering import RememberingWeighting
 from gdmam_jax._settings import chosen, default
@@ -61,10 +61,6 @@ def _floats(allocation: Allocation) -> Allocation:
         return leaf if floating else leaf.astype(allocation.norms.dtype)
 
     return jax.tree.map(as_float, allocation)
-
-
-def _where(condition: jax.Array, yes: Allocation, no: Allocation) -> Allocation:
-    return jax.tree.map(functools.partial(jnp.where, condition), yes, no)
 
 
 def fork(
@@ -164,12 +160,12 @@ def fork(
         if remembers:
             # A step that reached no copy gave the state's gradient no value but 0.
             lost = (state.remainder == 0).all() & (state.norms == 0).all()
-            previous = _where(lost, kinds, previous)
+            previous = where(lost, kinds, previous)
         allocation, _ = allocator.decide(pairs, previous, None, None)
         total = [add_up(pair, allocation.factors) for pair in pairs]
         if remembers:
             # What is not finite would stay in the means for good.
-            allocation = _where(jnp.isfinite(allocation.norms).all(), allocation, previous)
+            allocation = where(jnp.isfinite(allocation.norms).all(), allocation, previous)
         return _floats(allocation), total
 
     # In loops, what the choices close over, such as a scheduled preference, must be handed over.

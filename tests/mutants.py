@@ -305,12 +305,12 @@ MUTANTS = (
     ),
     Mutant(
         "a fork's state keeps a step that is not finite", "_fork",
-        "_where(jnp.isfinite(allocation.norms).all(), allocation, previous)", "allocation",
+        "where(jnp.isfinite(allocation.norms).all(), allocation, previous)", "allocation",
         "tests/test_fork.py -k not_finite",
     ),
     Mutant(
         "a fork's state goes on from the zeros of a step that reached no copy", "_fork",
-        "previous = _where(lost, kinds, previous)", "pass",
+        "previous = where(lost, kinds, previous)", "pass",
         "tests/test_fork.py -k reaches_no_copy",
     ),
     Mutant(
