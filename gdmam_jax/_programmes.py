@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gdmam_jax._geometry import norms
-from gdmam_jax._numerics import divide
+from gdmam_jax._numerics import divide, where
 
 ITERATIONS = 40
 """The most iterations of the interior-point method: always enough for rounding in float64."""
@@ -62,7 +62,7 @@ def minimise(slopes: Slopes, start: jax.Array, side: jax.Array | None = None) ->
         )
         # Where rounding dominates, stay: a step that is not finite is not taken.
         finite = jnp.isfinite(step) & jnp.all(jnp.isfinite(dx))
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (x, dual, price))
+        new = where(finite, new, (x, dual, price))
         moved = jnp.max(jnp.abs(new[0] - x))
         # Near the solution steps become shorter and shorter, down to rounding.
         shorter = (moved < before / 2) & (moved > eps * jnp.maximum(1, jnp.max(x)))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gdmam_jax import _geometry
 from gdmam_jax._checks import check_function, check_range
 from gdmam_jax._losses import Losses
-from gdmam_jax._numerics import divide
+from gdmam_jax._numerics import divide, where
 from gdmam_jax._settings import Choice, in_order
 from gdmam_jax._weightings import Weighting
 
@@ -136,7 +136,7 @@ def kept(present: Any, new: Any, old: Any) -> Any:
     """The new numbers of losses that are present, along the last axis, else the old ones."""
     if present is None:
         return new
-    return jax.tree.map(lambda a, b: jnp.where(present, a, b), new, old)
+    return where(present, new, old)
 
 
 def learned(
