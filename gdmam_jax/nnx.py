@@ -163,7 +163,10 @@ def _of_modules(
         rest = states.pop()
         for position, state in zip(positions, states, strict=True):
             if not jax.tree.leaves(state):
-                raise TypeError(f"argument {position} holds no variable that wrt={wrt} chooses")
+                raise TypeError(
+                    f"argument {position} holds no variable that wrt={wrt} chooses, or only those "
+                    "of an argument before it"
+                )
         chosen = [state[0][position] for state, position in zip(states, positions, strict=True)]
         for position, state in zip(positions, chosen, strict=True):
             check_floating(state, f"argument {position} of the loss function,")
@@ -178,14 +181,14 @@ def _of_modules(
             result = loss_fn(*merged_args, **merged_kwargs)
             losses, aux = _gradients.split_aux(result) if has_aux else (result, None)
             with nnx.split_context(_CONTEXT) as inside:
-                changed = inside.split((merged_args, merged_kwargs))
-            return losses, (changed, aux)
+                changed = inside.split((merged_args, merged_kwargs, aux))
+            return losses, changed
 
-        (losses, (changed, aux)), gradients, *more = transform(
+        (losses, changed), gradients, *more = transform(
             pure, argnums=range(len(chosen)), has_aux=True
         )(*chosen)
         with nnx.merge_context(_CONTEXT, inner=False) as outside:
-            outside.merge(*changed)
+            *_, aux = outside.merge(*changed)
         single = gradients[0] if isinstance(argnums, int) else gradients
         return (losses, aux) if has_aux else losses, single, *more
 

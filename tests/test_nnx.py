@@ -206,6 +206,22 @@ def test_references_shared_between_arguments_stay_shared(batch):
     assert rngs.default.count[...] == before + 2
 
 
+def test_modules_and_variables_in_aux_are_the_same_objects(batch):
+    """As with `nnx.value_and_grad`; what is not a module comes as it is."""
+
+    def two_losses(model, x):
+        total = jnp.sum(model(x))
+        aux = {"model": model, "kernel": model.kernel, "total": total, "name": "linear"}
+        return (total, total**2), aux
+
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    (losses, aux), _ = value_and_paired_grad(two_losses, has_aux=True)(model, batch["x"])
+    assert aux["model"] is model
+    assert aux["kernel"] is model.kernel
+    assert aux["total"] == losses[0]
+    assert aux["name"] == "linear"
+
+
 @skipped_under_strict_promotion("a metric of Flax")
 def test_metrics_in_the_loss_function(model, batch):
     metric = nnx.metrics.Average()
@@ -273,7 +289,7 @@ def test_ordinary_optimizer_through_summed_is_nnx_grad_of_the_sum(model, batch):
     ("kwargs", "message"),
     [
         ({"wrt": nnx.Cache}, "argument 0 holds no variable that wrt=.*Cache"),
-        ({"argnums": 1}, "argument 1 holds no variable that wrt=.*Param"),
+        ({"argnums": 1}, "argument 1 holds no variable that wrt=.*Param.*, or only those of an"),
         ({"argnums": 5}, "argnums=5 needs an argument at position 5, but 2"),
         (
             {"wrt": nnx.RngCount},
