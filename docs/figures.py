@@ -165,7 +165,7 @@ def physics_table(
         count = len(ranks[methods[0]])
         rows.append(["lowest or level", *(f"{each} of {count}" for each in level.values())])
     if times is not None:
-        column = "over the pair's sum"
+        column = "over the summed loss"
         rows.append(["time of a step", *(figure(times, column, method=name) for name in methods)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -513,7 +513,8 @@ COMPATIBILITY = {
     "several modules, containers, shared `Rngs`, metrics as arguments": (
         "test_nnx test_several_arguments_in_any_order "
         "test_variables_and_containers_of_modules_are_arguments_too "
-        "test_references_shared_between_arguments_stay_shared test_metrics_in_the_loss_function"
+        "test_references_shared_between_arguments_stay_shared test_metrics_in_the_loss_function "
+        "test_modules_and_variables_in_aux_are_the_same_objects"
     ),
     "attributes that the loss adds, replaces or removes": (
         "test_nnx test_structure_changes_are_kept"
