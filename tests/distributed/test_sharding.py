@@ -1,6 +1,7 @@
 """One trajectory, whatever the parameters' sharding, and nothing but scalars sent for it."""
 
 import functools
+import math
 import re
 
 import jax
@@ -43,17 +44,22 @@ def mesh_of(shape, axis_type=AxisType.Auto):
     return jax.make_mesh(shape, ("data", "model"), axis_types=(axis_type,) * 2)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def drawn():
+    """Parameters and a batch, on the host, from where they are laid out without a program."""
+    shapes = {**SHAPES, "batch": (32, 16)}
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    draw = jax.jit(lambda: jax.random.normal(jax.random.key(0), (ends[-1],), jnp.float32))
+    pieces = np.split(np.asarray(draw()), ends[:-1])
+    return {name: x.reshape(shapes[name]) for name, x in zip(shapes, pieces, strict=True)}
+
+
 def parameters(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), len(SHAPES))
-    return {
-        name: jax.random.normal(key, shape, dtype) / 4
-        for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
-    }
+    return {name: drawn()[name].astype(dtype) / 4 for name in SHAPES}
 
 
 def batch(dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(1), (32, 16), dtype)
+    return drawn()["batch"].astype(dtype)
 
 
 def losses(params, x):
@@ -276,4 +282,4 @@ def test_shard_map_catches_a_forgotten_axis_name():
 
     mapped = jax.shard_map(update, mesh=mesh_of((8, 1)), in_specs=P("data"), out_specs=P())
     with pytest.raises(ValueError, match="varying"):
-        mapped(jnp.ones(8))
+        jax.eval_shape(mapped, np.ones(8))
