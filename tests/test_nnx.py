@@ -115,7 +115,7 @@ def test_gradients_are_those_of_each_loss(model, batch):
             copy
         )
         chex.assert_trees_all_close(nnx.as_pure(found), nnx.as_pure(expected), rtol=1e-5, atol=1e-7)
-        assert max(jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(found)) > 0.01
+        assert max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(found)) > 0.01
 
 
 def test_structure_changes_are_kept(batch):
@@ -145,18 +145,18 @@ def test_structure_changes_are_kept(batch):
 
 @pytest.mark.parametrize("wrt", [nnx.LoRAParam, nnx.PathContains("lora")])
 def test_wrt_differentiates_and_trains_only_what_it_chooses(model, batch, wrt):
-    frozen = jax.tree.map(jnp.copy, nnx.state(model, nnx.All(nnx.Param, nnx.Not(wrt))))
+    frozen = jax.tree.map(np.array, nnx.state(model, nnx.All(nnx.Param, nnx.Not(wrt))))
     optimizer = nnx.Optimizer(model, gdmam.gdmam(0.1), wrt=wrt)
-    before = jax.tree.map(jnp.copy, nnx.state(model, wrt))
+    before = jax.tree.map(np.array, nnx.state(model, wrt))
     _, pairs = value_and_paired_grad(losses, wrt=wrt)(model, batch)
     assert jax.tree.structure(nnx.as_pure(pairs)) == jax.tree.structure(
         jax.tree.map(lambda leaf: gdmam.GradientPair(leaf, leaf), nnx.as_pure(before))
     )
-    optimizer.update(model, pairs)
+    nnx.jit(nnx.Optimizer.update)(optimizer, model, pairs)
     assert set(nnx.to_pure_dict(before)) == {"out"}
     chex.assert_trees_all_equal(nnx.state(model, nnx.All(nnx.Param, nnx.Not(wrt))), frozen)
     # LoRA's second factor starts at zero, so only that one has a gradient at the first step.
-    assert jnp.any(model.out.lora.lora_b[...] != before["out"]["lora"]["lora_b"][...])
+    assert np.any(model.out.lora.lora_b[...] != before["out"]["lora"]["lora_b"][...])
 
 
 def test_several_arguments_in_any_order(model, batch):
@@ -173,7 +173,7 @@ def test_several_arguments_in_any_order(model, batch):
     found = [gdmam.unpair_gradients(pairs)[0] for pairs in (of_model, of_head)]
     chex.assert_trees_all_close(nnx.as_pure(found), nnx.as_pure(list(expected)), rtol=1e-5)
     alignment_of_head = jax.tree.leaves(gdmam.unpair_gradients(of_head)[1])
-    assert all(jnp.all(leaf == 0) for leaf in alignment_of_head)
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in alignment_of_head)
 
 
 def test_variables_and_containers_of_modules_are_arguments_too(batch):
@@ -186,10 +186,10 @@ def test_variables_and_containers_of_modules_are_arguments_too(batch):
 
     _, (of_weight, of_models) = value_and_paired_grad(two_losses, argnums=(0, 1))(weight, models)
     assert of_weight.get_value().prediction.shape == (3,)
-    a, b = (of_models[name]["kernel"].get_value() for name in "ab")
-    assert jnp.any(a.prediction != 0)
-    assert not jnp.any(a.alignment != 0)
-    assert jnp.any(b.alignment != 0)
+    a, b = (jax.device_get(of_models[name]["kernel"].get_value()) for name in "ab")
+    assert np.any(a.prediction != 0)
+    assert not np.any(a.alignment != 0)
+    assert np.any(b.alignment != 0)
 
 
 def test_references_shared_between_arguments_stay_shared(batch):
