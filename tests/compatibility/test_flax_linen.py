@@ -42,7 +42,7 @@ def test_train_state(optimizer):
     model = Model()
     x = jax.random.normal(jax.random.key(1), (16, 3))
     y = jnp.stack([x.sum(axis=1), x[:, 0]], axis=1)
-    variables = model.init(jax.random.key(0), x, train=False)
+    variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), x, train=False)
     state = State.create(
         apply_fn=model.apply,
         params=variables["params"],
