@@ -142,15 +142,15 @@ PROBLEMS = {"RDA": made_up_rda, "convolutional": made_up_convolutional}
 
 
 @functools.cache
-def compare(problem_name: str, form: str) -> dict[str, Any]:
-    """Everything the tests and the table say about one form on one problem, over 300 steps.
+def compare(problem_name: str, form: str, steps: int = 300) -> dict[str, Any]:
+    """Everything the tests and the table say about one form on one problem.
 
     Returns:
         `conflicts` and `clipped`, the shares of steps at which they occurred; `float64`, the
         deviation of the two trajectories; `jax_float32` and `torch_float32`, how far each one's
         float32 trajectory is from its own float64 one.
     """
-    problem, (optimizer, method) = PROBLEMS[problem_name](), FORMS[form]
+    problem, (optimizer, method) = PROBLEMS[problem_name](steps), FORMS[form]
     with jax.enable_x64(True):
         ours = [run_jax(problem, optimizer(), dtype)["params"] for dtype in ("float64", "float32")]
     theirs = [run_torch(problem, method, dtype) for dtype in (torch.float64, torch.float32)]
