@@ -12,7 +12,12 @@ ROOT = Path(__file__).parents[1]
 SHORTER = {
     "first_training": {"STEPS = 2000": "STEPS = 400"},
     "is_there_conflict": {"STEPS = 400": "STEPS = 150"},
-    "physics_informed_network": {"STEPS = 2000": "STEPS = 300"},
+    "physics_informed_network": {
+        "STEPS = 2000": "STEPS = 300",
+        "[2, width, width, width]": "[2, width, width]",
+        "(200, 2)": "(100, 2)",
+        "0.0, 1e-2, 100": "0.0, 2e-2, 100",
+    },
     "label_distributions": {"EPOCHS = 50, 60": "EPOCHS = 50, 20"},
 }
 """What a test replaces in a notebook, to be quick."""

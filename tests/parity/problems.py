@@ -108,7 +108,9 @@ def rda_problem(
     hidden, features = parameters["encoder_x.weight"].shape
     labels = parameters["decoder.weight"].shape[0]
     frequency, samples = training_labels.sum(0), len(training_labels)
-    model = RDA(features, labels, hidden, log_variance_bound=None, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(
+        lambda: RDA(features, labels, hidden, log_variance_bound=None, rngs=nnx.Rngs(0))
+    )
     graph, template = nnx.split(model)
 
     def to_tree(arrays: dict[str, Any]) -> Any:

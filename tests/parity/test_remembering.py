@@ -43,8 +43,8 @@ def ours(weighting, count, rows=None, losses=None):
     memory, update = weighting.init(jnp.zeros(count)), jax.jit(weighting.update)
     found = []
     for step in range(STEPS):
-        gramian = None if rows is None else jnp.asarray(rows[step] @ rows[step].T)
-        known = None if losses is None else jnp.asarray(losses[step])
+        gramian = None if rows is None else rows[step] @ rows[step].T
+        known = None if losses is None else losses[step]
         weights, memory = update(gramian, None, memory, gdmam.Losses(values=known))
         found.append(np.asarray(weights))
     return found

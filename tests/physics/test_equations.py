@@ -67,9 +67,10 @@ def test_the_reference_of_burgers_equation_satisfies_it():
     def at(dx, dt):
         return equations.burgers_solution(points + h * np.array([dx, dt]), 300)
 
-    slope, speed = (at(1, 0) - at(-1, 0)) / (2 * h), (at(0, 1) - at(0, -1)) / (2 * h)
-    curvature = (at(1, 0) - 2 * at(0, 0) + at(-1, 0)) / h**2
-    residual = speed + at(0, 0) * slope - equations.VISCOSITY * curvature
+    here, left, right = at(0, 0), at(-1, 0), at(1, 0)
+    slope, speed = (right - left) / (2 * h), (at(0, 1) - at(0, -1)) / (2 * h)
+    curvature = (right - 2 * here + left) / h**2
+    residual = speed + here * slope - equations.VISCOSITY * curvature
     assert np.max(np.abs(residual)) < 1e-4
 
 

@@ -225,9 +225,19 @@ def test_fixed_weights_are_on_each_data_loss(name, weight, alone):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def start(sizes):
+    """Parameters, in float64, and points."""
+
+    @jax.jit
+    def drawn():
+        params = optax.tree.cast(init(jax.random.key(0), sizes), jnp.float64)
+        return params, BURGERS.sample(jax.random.key(1), 20, 10)
+
+    return drawn()
+
+
 def test_three_losses_are_parts_of_two(x64):
-    params = optax.tree.cast(init(jax.random.key(0), [2, 6, 6, 1]), jnp.float64)
-    sample = BURGERS.sample(jax.random.key(1), 20, 10)
+    params, sample = start([2, 6, 6, 1])
 
     @jax.jit
     def found(params):
@@ -254,8 +264,7 @@ def test_three_losses_are_parts_of_two(x64):
 def test_causal_weights_are_those_of_the_residuals_before(x64):
     """The loss and its gradient, of a network that repeats: no boundary loss is left."""
     scale = SMALLEST._replace(chunks=4, periodic=True)
-    params = optax.tree.cast(init(jax.random.key(0), [3, 6, 1]), jnp.float64)
-    sample = BURGERS.sample(jax.random.key(1), 20, 10)
+    params, sample = start([3, 6, 1])
     learned = functools.partial(network, equation=BURGERS, periodic=True)
 
     @jax.jit
