@@ -37,12 +37,12 @@ def test_both_losses_have_a_gradient_and_the_score_is_of_data_held_out(name):
         scores = [kind.score(params, key, part) for part, key in enumerate(keys[3:])]
         return gdmam.decompose(pairs).geometry, scores
 
-    geometry, (chosen_by, reported) = measured(jax.random.key(0))
+    geometry, (chosen_by, reported) = jax.device_get(measured(jax.random.key(0)))
     assert geometry.prediction_norm > 0
     assert geometry.alignment_norm > 0
     # Neither loss is a multiple of the other.
     assert abs(geometry.cosine) < 0.999
-    assert jnp.isfinite(reported)
+    assert np.isfinite(reported)
     assert chosen_by != reported
 
 
