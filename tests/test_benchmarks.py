@@ -11,10 +11,17 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchjd")
 from typer.testing import CliRunner  # noqa: E402
 
+from benchmarks import pair  # noqa: E402
 from benchmarks.__main__ import app  # noqa: E402
 from benchmarks.hlo import bytes_moved, instructions  # noqa: E402
-from benchmarks.pair import peak_bytes  # noqa: E402
 from benchmarks.timing import Case, measure_in_turn, ratio  # noqa: E402
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Models of few layers: each is compiled for itself."""
+    monkeypatch.setattr(pair, "MLP_LAYERS", 2)
+    monkeypatch.setattr(pair, "TRANSFORMER_LAYERS", 1)
 
 
 def run(tmp_path, *arguments):
@@ -69,7 +76,7 @@ def test_update_of_several_losses(tmp_path):
 @pytest.mark.parametrize(
     ("model", "losses", "options"), [("mlp", "2,3", ()), ("transformer", "2", ("--rematerialise",))]
 )
-def test_pair(tmp_path, model, losses, options):
+def test_pair(shallow, tmp_path, model, losses, options):
     rows = run(
         tmp_path, "pair", "--models", model, "--losses", losses, "--batch", "8", "--width", "32",
         "--rounds", "1", *options,
@@ -90,7 +97,7 @@ def test_pair(tmp_path, model, losses, options):
         assert not row["off by"] > 1e-5
 
 
-def test_fork(tmp_path):
+def test_fork(shallow, tmp_path):
     rows = run(
         tmp_path, "fork", "--models", "mlp", "--losses", "2,3", "--batch", "8", "--width", "32",
         "--rounds", "1",
@@ -103,7 +110,8 @@ def test_fork(tmp_path):
     assert [(row["losses"], row["way"]) for row in rows] == [(k, w) for k in (2, 3) for w in ways]
     memory = {row["way"]: row["MiB"] for row in rows[: len(ways)]}
     # Nothing of the parameters' size beside the summed loss's gradient.
-    assert memory["JAX fork, UPGrad, state"] < memory["JAX summed"] + 6 * 32 * 32 * 4 / 2**20 / 2
+    half = pair.MLP_LAYERS * 32 * 32 * 4 / 2**20 / 2
+    assert memory["JAX fork, UPGrad, state"] < memory["JAX summed"] + half
 
 
 def test_many(tmp_path):
@@ -136,7 +144,7 @@ def test_peak_memory_is_what_is_held_at_once():
         del first
         second + torch.ones(2000)[:1000]  # 4000 + 8000 + 4000
 
-    assert 16_000 <= peak_bytes(run) < 17_000
+    assert 16_000 <= pair.peak_bytes(run) < 17_000
 
 
 @pytest.mark.filterwarnings("ignore:.*renormalised")
