@@ -73,6 +73,8 @@ def test_movie_ratings_lowers_for(movie_ratings, platform):
 
 def test_burgers_trains_concludes_and_draws(tmp_path, monkeypatch, capsys):
     example = load_example("burgers")
+    monkeypatch.setattr(example, "RESIDUAL_POINTS", 32)
+    monkeypatch.setattr(example, "DATA_POINTS", 16)
     picture = tmp_path / "new" / "burgers.png"
     output = tmp_path / "errors.json"
     arguments = ["--steps", "200", "--width", "8", "--seeds", "2"]

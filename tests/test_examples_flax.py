@@ -20,7 +20,7 @@ def percentages(printed, method):
 
 
 def test_nnx_lora_learns_the_new_and_keeps_the_old(monkeypatch, capsys):
-    arguments = ["--pretraining-epochs", "6", "--epochs", "12", "--learning-rate", "5e-3"]
+    arguments = ["--pretraining-epochs", "6", "--epochs", "8", "--learning-rate", "5e-3"]
     printed = run("nnx_lora", arguments, monkeypatch, capsys)
     new_before, old_before = percentages(printed, "before fine-tuning")
     new, old = percentages(printed, "both losses, GDMAM")
