@@ -483,7 +483,7 @@ def test_a_method_is_given_the_losses_values(dataset, tmp_path, flat):
     method = methods.Method(
         "famo", "FAMO", lambda rate: gdmam.weighed(optax.adam(rate), weighting), flat=flat
     )
-    short = dataclasses.replace(SMALL, seeds=1, epochs=1, learning_rates=(1e-3,))
+    short = dataclasses.replace(SMALL, seeds=1, learning_rates=(1e-3,))
     experiment.run(dataset, [method], short, folder=tmp_path)
     assert np.all(np.isfinite(results.load(tmp_path).methods[0].values("kld", "last")))
 
@@ -547,7 +547,8 @@ def command(tmp_path, dataset):
 
     def invoke(*options):
         given = f"run --data {tmp_path / 'small.npz'} --methods adamw --out {tmp_path / 'out'}"
-        given += " --folds 2 --seeds 1 --epochs 2 --validation-size 6 --hidden 4 --chunk 1"
+        # Models like those of SMALL, which need not be compiled again.
+        given += " --folds 2 --seeds 1 --epochs 4 --validation-size 6 --hidden 6 --chunk 2"
         return CliRunner().invoke(app, [*given.split(), *options], catch_exceptions=False)
 
     return invoke
@@ -573,18 +574,18 @@ def test_command_line(tmp_path, command):
     result = command(*options)
     assert result.exit_code == 0, result.output
     assert "is not made imbalanced" not in result.output
-    assert "AdamW: 0 of 2 epochs; all methods: time left unknown" in result.output
+    assert "AdamW: 0 of 4 epochs; all methods: time left unknown" in result.output
     out = tmp_path / "out"
     assert (out / "report.html").is_file()
     facts = json.loads((out / "experiment.json").read_text())
-    assert facts["configuration"]["hidden"] == 4
+    assert facts["configuration"]["hidden"] == 6
     assert facts["data"]["features"] == 5
     assert facts["data"]["training_rows"] == [8, 8]
     assert facts["data"]["imbalance_factor"] > 1
     assert facts["versions"]["jax"] == jax.__version__
     outcome = (out / "adamw" / "0.001" / "0.npz").read_bytes()
     again = command(*options, "--no-report")  # trains nothing, and reads as finished
-    assert "AdamW: 2 of 2 epochs; all methods: nothing left" in again.output
+    assert "AdamW: 4 of 4 epochs; all methods: nothing left" in again.output
     assert (out / "adamw" / "0.001" / "0.npz").read_bytes() == outcome
     with pytest.raises(ValueError, match="is of another data"):
         command("--drop-constant")
