@@ -10,7 +10,7 @@ import pytest
 
 import gdmam_jax as gdmam
 
-PARAMS = {"w": jnp.array([1.0, -2.0, 0.5, 0.1]), "b": jnp.array([0.3, 1.0])}
+PARAMS = {"w": np.float32([1.0, -2.0, 0.5, 0.1]), "b": np.float32([0.3, 1.0])}
 NAMES = ("ic", "bc")
 OPTIMIZERS = {
     "gdmam": functools.partial(gdmam.gdmam, 0.1),
@@ -20,6 +20,12 @@ OPTIMIZERS = {
     "scopes": functools.partial(gdmam.gdmam, 0.1, scope=gdmam.leaf_scope),
     "weighed": lambda **given: gdmam.weighed(optax.adam(0.1), gdmam.pcgrad_weighting, **given),
 }
+
+
+@functools.cache
+def made(name, **given):
+    """One optimizer, and so one program, for all tests."""
+    return OPTIMIZERS[name](alignment_losses=NAMES, **given)
 
 
 def pairs_of(seed, broken=()):
@@ -41,8 +47,8 @@ def presence(absent=()):
     return "prediction" not in absent, {name: name not in absent for name in NAMES}
 
 
-def run(optimizer, steps):
-    """Parameters and state after steps of (pairs, extra arguments), in one compiled function."""
+@functools.cache
+def compiled(optimizer):
     traces = []
 
     @jax.jit
@@ -51,7 +57,12 @@ def run(optimizer, steps):
         updates, state = optimizer.update(pairs, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
-    params, state = PARAMS, optimizer.init(PARAMS)
+    return step, traces
+
+
+def run(optimizer, steps):
+    """Parameters and state after steps of (pairs, extra arguments), in one compiled function."""
+    (step, traces), params, state = compiled(optimizer), PARAMS, optimizer.init(PARAMS)
     for pairs, extra in steps:
         params, state = step(params, state, pairs, extra)
     assert len(traces) == 1
@@ -61,7 +72,7 @@ def run(optimizer, steps):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_absent_loss_is_as_if_it_were_not_there(name):
     """Whatever its gradient holds, and with the same program."""
-    optimizer = OPTIMIZERS[name](alignment_losses=NAMES)
+    optimizer = made(name)
     steps = [(pairs_of(0), presence()), (pairs_of(1, ("bc",)), presence(("bc",)))]
     params, state = run(optimizer, [(pairs, {"present": p}) for pairs, p in steps * 2])
     alone = OPTIMIZERS[name](alignment_losses=("ic",))
@@ -99,7 +110,7 @@ WEIGHTINGS = (
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_every_weighting_weighs_the_losses_that_are_there(weighting, x64):
     """As if the others had never been named; MGDA would put all weight on a gradient of 0."""
-    pairs = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), pairs_of(3))
+    pairs = jax.tree.map(np.float64, pairs_of(3))
     many = gdmam.allocate(weighting, gdmam.open_gate, alignment_losses=NAMES)
     few = gdmam.allocate(weighting, gdmam.open_gate)
     update, update_alone = jax.jit(many.update), jax.jit(few.update)
@@ -144,7 +155,7 @@ def test_without_a_prediction_the_alignment_losses_go_on():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_skip_loss_leaves_out_what_is_not_finite_and_counts_it_by_name(name):
-    optimizer = OPTIMIZERS[name](alignment_losses=NAMES, not_finite="skip_loss")
+    optimizer = made(name, not_finite="skip_loss")
     broken = [(), ("bc",), ("prediction",), ("prediction", "ic", "bc"), ("bc",)]
     found, state = run(optimizer, [(pairs_of(n, who), {}) for n, who in enumerate(broken)])
     report = gdmam.diagnostics(state)
@@ -158,8 +169,7 @@ def test_skip_loss_leaves_out_what_is_not_finite_and_counts_it_by_name(name):
         return
     # A loss left out equals one that is absent; a step without any has not been.
     steps = [(pairs_of(n, who), presence(who)) for n, who in enumerate(broken) if len(who) < 3]
-    plain = OPTIMIZERS[name](alignment_losses=NAMES)
-    expected, _ = run(plain, [(pairs, {"present": here}) for pairs, here in steps])
+    expected, _ = run(made(name), [(pairs, {"present": here}) for pairs, here in steps])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
 
 
@@ -203,7 +213,7 @@ def test_numbers_beside_names_are_in_the_order_as_written():
         optimizer = gdmam.weighed(
             optax.sgd(1.0), gdmam.constant_weighting(*weights), alignment_losses=NAMES
         )
-        found, state = optimizer.update(pairs, optimizer.init(PARAMS))
+        found, state = jax.jit(optimizer.update)(pairs, optimizer.init(PARAMS))
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
         report = gdmam.diagnostics(state)
         assert float(report["alignment_weight/ic"]) == 100
@@ -260,7 +270,7 @@ def test_losses_in_a_dictionary_show_their_names_where_only_their_number_was_sai
     assert "cosine/0" in gdmam.diagnostics(state)
     _, later = run(optimizer, [(pairs_of(seed), {}) for seed in range(3)])
     assert {"cosine/ic", "cosine/bc"} < {*gdmam.diagnostics(later)}
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(pairs_of, range(3)))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(pairs_of, range(3)))
 
     def step(carry, pairs):
         params, state = carry

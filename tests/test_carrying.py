@@ -12,7 +12,7 @@ import pytest
 
 import gdmam_jax as gdmam
 
-PARAMS = {"w": jnp.linspace(-1.0, 1, 6).reshape(3, 2), "b": jnp.ones(2)}
+PARAMS = {"w": np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2), "b": np.ones(2, np.float32)}
 OPTIMIZERS = {
     "gdmam": lambda **given: gdmam.gdmam(optax.cosine_decay_schedule(0.1, 20), **given),
     "separate": functools.partial(
@@ -31,6 +31,12 @@ OPTIMIZERS = {
 }
 
 
+@functools.cache
+def made(name, names):
+    """One optimizer, and so one program, for all tests."""
+    return OPTIMIZERS[name](alignment_losses=names)
+
+
 def pairs_of(step, names):
     """Each loss's gradients go with its name, whatever the others are."""
 
@@ -41,13 +47,18 @@ def pairs_of(step, names):
     return gdmam.pair_gradients(tree("prediction"), {name: tree(name) for name in names})
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def after_step(optimizer, params, state, pairs, **given):
+    updates, state = optimizer.update(pairs, state, params, **given)
+    return optax.apply_updates(params, updates), state
+
+
 def run(optimizer, params, state, steps, names, absent=()):
-    update = jax.jit(optimizer.update)
+    present = (True, {name: name not in absent for name in names})
+    value = (1.0, {name: float(len(name)) for name in names})
     for step in steps:
-        present = (True, {name: name not in absent for name in names})
-        value = (1.0, {name: float(len(name)) for name in names})
-        updates, state = update(pairs_of(step, names), state, params, present=present, value=value)
-        params = optax.apply_updates(params, updates)
+        pairs = pairs_of(step, names)
+        params, state = after_step(optimizer, params, state, pairs, present=present, value=value)
     return params, state
 
 
@@ -61,7 +72,7 @@ def assert_close(found, expected):
 def test_a_new_loss_is_one_that_was_absent_so_far(name):
     """With names in another order, too."""
     few, many = ("ic",), ("bc", "ic")
-    old, new = (OPTIMIZERS[name](alignment_losses=names) for names in (few, many))
+    old, new = made(name, few), made(name, many)
     params, state = run(old, PARAMS, old.init(PARAMS), range(3), few)
     before, state = state, gdmam.carry_over(state, new.init(PARAMS))
     if name == "separate":
@@ -72,7 +83,7 @@ def test_a_new_loss_is_one_that_was_absent_so_far(name):
         ):
             expected = before[0].momentum_correction[place] if place is not None else 0
             assert correction == expected
-            other = jax.tree.map(jnp.zeros_like, PARAMS) if place is None else parts[place]
+            other = jax.tree.map(np.zeros_like, PARAMS) if place is None else parts[place]
             jax.tree.map(np.testing.assert_array_equal, momentum, other)
         return
     found, _ = run(new, params, state, range(3, 6), many)
@@ -84,7 +95,7 @@ def test_a_new_loss_is_one_that_was_absent_so_far(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_loss_less_is_one_that_is_absent_from_now_on(name):
     many, few = ("bc", "ic"), ("ic",)
-    old, new = (OPTIMIZERS[name](alignment_losses=names) for names in (many, few))
+    old, new = made(name, many), made(name, few)
     params, middle = run(old, PARAMS, old.init(PARAMS), range(3), many)
     found, state = run(new, params, gdmam.carry_over(middle, new.init(PARAMS)), range(3, 6), few)
     expected, after = run(old, params, middle, range(3, 6), many, absent=("bc",))
@@ -113,7 +124,7 @@ def test_nothing_is_compiled_anew_and_the_same_losses_keep_everything():
 @pytest.mark.parametrize("how", ["orbax", "flax"])
 def test_from_a_checkpoint(how, tmp_path):
     few, many = ("ic",), ("bc", "ic")
-    old, new = (OPTIMIZERS["gdmam"](alignment_losses=names) for names in (few, many))
+    old, new = made("gdmam", few), made("gdmam", many)
     params, state = run(old, PARAMS, old.init(PARAMS), range(3), few)
     if how == "orbax":
         with ocp.StandardCheckpointer() as checkpointer:
@@ -135,7 +146,7 @@ def test_from_a_checkpoint(how, tmp_path):
 def test_losses_without_names_go_by_their_place():
     old, new = (gdmam.gdmam(0.1, alignment_losses=count) for count in (1, 3))
     w = jnp.zeros(2)
-    pair = gdmam.GradientPair(jnp.array([3.0, 0.0]), jnp.array([0.0, 4.0]))
+    pair = gdmam.GradientPair(np.array([3.0, 0.0]), np.array([0.0, 4.0]))
     _, state = jax.jit(old.update)(pair, old.init(w), w)
     norms = gdmam.carry_over(state, new.init(w))[0].allocation.norms
     assert norms.tolist() == [3, 4, 0, 0]
@@ -158,15 +169,13 @@ def test_memories_of_several_scopes_go_with_their_losses(name):
         link = gdmam.allocate(WITH_A_MEMORY[name], scope=scope, alignment_losses=names)
         return optax.chain(link, optax.sgd(0.1))
 
-    found = {}
+    found, w = {}, PARAMS["w"]
     for scope in (None, gdmam.leaf_scope):
         old, new = (make(names, scope) for names in (("one", "two"), ("three", "one")))
-        state = jax.jit(old.init)(PARAMS["w"])
+        update, state, value = jax.jit(old.update), old.init(w), (1.0, {"one": 2.0, "two": 3.0})
         for step in range(3):
-            _, state = jax.jit(old.update)(
-                pairs_of(step, ("one", "two"))["w"], state, value=(1.0, {"one": 2.0, "two": 3.0})
-            )
-        state = gdmam.carry_over(state, jax.jit(new.init)(PARAMS["w"]))
+            _, state = update(pairs_of(step, ("one", "two"))["w"], state, value=value)
+        state = gdmam.carry_over(state, new.init(w))
         found[scope], _ = jax.jit(new.update)(
             pairs_of(3, ("three", "one"))["w"], state, value=(1.0, {"three": 2.0, "one": 1.0})
         )
@@ -197,7 +206,7 @@ def test_accumulated_pairs_of_other_losses_are_dropped():
     for step in range(3):
         _, state = update(pairs_of(step, ("ic",)), state, PARAMS)
     carried = gdmam.carry_over(state, new.init(PARAMS))
-    _, after = new.update(pairs_of(3, ("ic", "bc")), carried, PARAMS)
+    _, after = jax.eval_shape(new.update, pairs_of(3, ("ic", "bc")), carried, PARAMS)
     assert jax.tree.structure(after) == jax.tree.structure(new.init(PARAMS))
 
 
