@@ -133,9 +133,7 @@ def test_statistics_are_the_recursion_of_the_released_code(x64):
     for step, norm in enumerate(norms):
         mean, square = 0.9 * mean + 0.1 * norm, 0.9 * square + 0.1 * norm**2
         row = jax.tree.map(lambda leaf, step=step: leaf[step], statistics)
-        np.testing.assert_allclose(
-            deviation[step, [0, 2]], np.sqrt(square - mean**2), rtol=1e-12
-        )
+        np.testing.assert_allclose(deviation[step, [0, 2]], np.sqrt(square - mean**2), rtol=1e-12)
         np.testing.assert_allclose(row.mean[0] * (1 - row.remainder[0]), mean, rtol=1e-13)
 
 

@@ -82,14 +82,12 @@ DIRECTIONS = {
 def test_the_direction_is_the_same_at_every_scale(name, dtype):
     """Of the weightings whose sum is along one line whatever the losses' scales."""
     with jax.enable_x64(dtype == "float64"):
-        rows = np.random.default_rng(0).normal(size=(2, 6))
-        gradients = [jnp.asarray(row, dtype) for row in rows]
-
+        gradients = np.random.default_rng(0).normal(size=(2, 6)).astype(dtype)
         link = gdmam.allocate(DIRECTIONS[name], gdmam.open_gate)
         update = jax.jit(link.update)
 
         def direction(factors):
-            scaled = [jnp.asarray(f, dtype) * g for f, g in zip(factors, gradients, strict=True)]
+            scaled = [f * g for f, g in zip(factors, gradients, strict=True)]
             found, _ = update(gdmam.GradientPair(*scaled), link.init(scaled[0]))
             found = np.asarray(found, np.float64)
             return found / np.max(np.abs(found))

@@ -17,15 +17,17 @@ PARAMS = {"w": jnp.array([1.0, -0.0, 2.0]), "b": jnp.ones(4)}
 
 
 def example(seed):
-    keys = jax.random.split(jax.random.key(seed), 2)
-    halves = [jax.tree.map(lambda p, k=key: jax.random.normal(k, p.shape), PARAMS) for key in keys]
+    random = np.random.default_rng(seed)
+    halves = (
+        jax.tree.map(lambda p: np.float32(random.normal(size=p.shape)), PARAMS) for _ in range(2)
+    )
     return gdmam.pair_gradients(*halves)
 
 
 def spoiled(half, value):
     pairs = example(99)
-    bad = getattr(pairs["w"], half).at[1].set(value)
-    return pairs | {"w": pairs["w"].replace(**{half: bad})}
+    getattr(pairs["w"], half)[1] = value
+    return pairs
 
 
 def stepper(optimizer):
@@ -110,7 +112,7 @@ def test_weights_that_are_not_finite_are_skipped_too():
     optimizer = gdmam.gdmam(0.1, weighting=weighting, not_finite="skip")
     step, state = stepper(optimizer), optimizer.init(PARAMS)
     for length, skipped in ((1e-3, 0), (1e3, 1)):
-        pairs = jax.tree.map(lambda leaf, length=length: length * jnp.ones_like(leaf), example(0))
+        pairs = jax.tree.map(lambda leaf, length=length: np.full_like(leaf, length), example(0))
         params, state = step(PARAMS, state, pairs)
         assert counts(state) == (skipped, skipped)
         assert (bits(params) == bits(PARAMS)) == bool(skipped)
@@ -158,8 +160,9 @@ def test_wrappers_around_a_skipping_optimizer():
 def test_all_devices_decide_alike_and_send_nothing_more():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    params = jax.device_put(jnp.arange(16.0), sharding)
-    pair = gdmam.GradientPair(jnp.ones(16).at[3].set(jnp.nan), jnp.arange(16.0))
+    whole = np.arange(16, dtype=np.float32)
+    params = jax.device_put(whole, sharding)
+    pair = gdmam.GradientPair(np.where(whole == 3, np.nan, np.ones_like(whole)), whole)
     pair = jax.device_put(pair, sharding)
 
     def run(**choices):
@@ -195,7 +198,8 @@ def test_all_devices_decide_alike_and_send_nothing_more():
 def test_replicas_leave_out_the_step_that_one_device_spoils(kind):
     """Of data-parallel training, where only the batch on one of eight devices is not finite."""
     optimizer = gdmam.gdmam(0.1, not_finite="skip")
-    batches = jnp.ones((2, 8, 16)).at[1, 5, 3].set(jnp.nan)
+    batches = np.ones((2, 8, 16), np.float32)
+    batches[1, 5, 3] = np.nan
 
     def losses(w, x):
         return jnp.mean((x * w - 2) ** 2), jnp.mean(jnp.abs(w - x))
@@ -205,13 +209,13 @@ def test_replicas_leave_out_the_step_that_one_device_spoils(kind):
         updates, state = optimizer.update(average(pair), state, w)
         return w + updates, state
 
-    w = jnp.linspace(-1, 1, 16)
+    w = np.linspace(-1, 1, 16, dtype=np.float32)
     state = optimizer.init(w)
     if kind == "pmap":
         average = functools.partial(jax.lax.pmean, axis_name="data")
         whole = functools.partial(step, average=average)
         step_once = jax.pmap(whole, axis_name="data")
-        w, state = (jax.tree.map(lambda x: jnp.stack([x] * 8), tree) for tree in (w, state))
+        w, state = (jax.tree.map(lambda x: np.stack([x] * 8), tree) for tree in (w, state))
         mesh = contextlib.nullcontext()
     else:
         types = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -223,7 +227,7 @@ def test_replicas_leave_out_the_step_that_one_device_spoils(kind):
             batches = jax.device_put(batches, PartitionSpec(None, "data"))
         taken = step_once(w, state, batches[0])
         left_out = step_once(*taken, batches[1])
-    assert np.abs(np.asarray(taken[0] - w)).min() > 0.05
+    assert np.abs(np.asarray(taken[0]) - np.asarray(w)).min() > 0.05
     assert bits((left_out[0], kept(left_out[1]))) == bits((taken[0], kept(taken[1])))
     skipped = left_out[1][0].allocation.skipped
     assert [int(shard.data.sum()) for shard in skipped.addressable_shards] == [1] * 8
@@ -235,7 +239,7 @@ def steps_off(optimizer, steps):
     By 0.01 a momentum coefficient, by a tenth of what it was before anything else. And the longest
     update over the last one before.
     """
-    g = jnp.array([[1.0, 0.0], [0.6, 0.8]])
+    g = np.array([[1.0, 0.0], [0.6, 0.8]])
 
     def step(state, scale):
         updates, state = optimizer.update(gdmam.GradientPair(g[0], scale * g[1]), state)
@@ -249,8 +253,10 @@ def steps_off(optimizer, steps):
         }
 
     spike = steps // 4
-    scales = jnp.ones(steps).at[spike].set(1e10)
-    seen = jax.jit(lambda scales: jax.lax.scan(step, optimizer.init(g[0]), scales)[1])(scales)
+    scales = np.where(np.arange(steps) == spike, 1e10, 1.0)
+    seen = jax.device_get(
+        jax.jit(lambda scales: jax.lax.scan(step, optimizer.init(g[0]), scales)[1])(scales)
+    )
     assert all(np.isfinite(values).all() for values in seen.values())
     off = {}
     for name, values in seen.items():
