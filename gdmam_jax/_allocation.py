@@ -241,6 +241,10 @@ class Allocator:
             finite = jnp.isfinite(jnp.diagonal(products, axis1=-2, axis2=-1))
             finite = jnp.all(finite.reshape(-1, finite.shape[-1]), axis=0)
             lost = ~finite if present is None else present & ~finite
+            if self.max_skips is not None:
+                # The failure shows in the step that is taken when no loss is finite.
+                given = finite if present is None else present & finite
+                finite |= (previous.skipped_in_a_row >= self.max_skips) & ~jnp.any(given)
             present = finite if present is None else present & finite
             previous = dataclasses.replace(
                 previous,

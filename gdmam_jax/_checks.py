@@ -13,6 +13,13 @@ def _is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def concrete(value: Any) -> Any:
+    """An array of JAX as NumPy's, whose comparisons are not traced; anything else as it is."""
+    return (
+        jax.device_get(value) if isinstance(value, jax.Array) and not _is_traced(value) else value
+    )
+
+
 def check_range(
     name: str,
     value: Any,
@@ -41,6 +48,7 @@ def check_range(
     )
     if not real:
         raise TypeError(f"{name} must be a number, got {value!r}")
+    value = concrete(value)
     low = value > minimum if above_minimum else value >= minimum
     below_maximum = below_maximum or maximum == float("inf")
     high = value < maximum if below_maximum else value <= maximum
@@ -103,5 +111,5 @@ def check_losses(losses: Any) -> None:
 
 def check_ordered(low_name: str, low: Any, high_name: str, high: Any) -> None:
     """Raise a ``ValueError`` that names both unless ``low <= high``."""
-    if not (_is_traced(low) or _is_traced(high)) and low > high:
+    if not (_is_traced(low) or _is_traced(high)) and concrete(low) > concrete(high):
         raise ValueError(f"{low_name} must not exceed {high_name}, got {low} > {high}")

@@ -151,6 +151,8 @@ def fork(
             f"the state was made for {state.weights.shape[0]} losses named {state.names.values} "
             f"or for another weighting; make one with fork_state for {losses!r} and this weighting"
         )
+    if first.names.values:
+        state = dataclasses.replace(state, names=first.names)
     count = 1 + allocator.count
     kinds = dataclasses.replace(allocator.init(state.norms), names=state.names)
 

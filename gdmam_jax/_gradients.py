@@ -141,7 +141,9 @@ def value_and_weighed_grad(
     Args:
       loss_fn: returns the losses, or ``(losses, aux)`` with ``has_aux=True``: a floating-point
         array of any shape or a tree of them, each element a loss. The first is the prediction loss.
-      weighting: a function ``(gramian, norms) -> weights``; the norms are those of this step.
+      weighting: a function ``(gramian, norms) -> weights``; the norms are those of this step. The
+        weights are applied in the losses' dtype: where they may exceed what float16 holds, return
+        losses in float32.
       argnums: which positional argument, or arguments, to differentiate with respect to; trees of
         floating-point arrays.
       has_aux: whether ``loss_fn`` returns auxiliary data with the losses.

@@ -1,5 +1,6 @@
 """Ready-made optimizers of pairs."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -66,7 +67,8 @@ def gdmam(
         [0, 1).
       b2: decay of the second moment, in [0, 1); None for no second moment.
       eps: added to the root of the second moment, above 0.
-      amsgrad: divide by the largest second moment so far instead of the current one.
+      amsgrad: divide by the largest second moment so far instead of the current one, as PyTorch
+        does; Optax's is the largest after its bias is corrected.
       weight_decay: factor of the decoupled weight decay, at least 0.
       mask: which parameters decay: a tree of booleans with the parameters' structure or a prefix
         of it, or a function of the parameters that returns one. None: all.
@@ -243,7 +245,8 @@ def weighed(
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair`, or the prediction gradients
       with ``alignment=`` the alignment gradients, and ``present=`` as `allocate` does. A pair of
-      losses in ``value=`` reaches the optimizer as their weighed sum, anything else unchanged.
+      losses in ``value=`` reaches the optimizer as the weighed sum of those that count. With
+      several scopes, whose weights differ, it does not. Anything else reaches it unchanged.
       `diagnostics` finds the weights, the gradients' norms and their angle in its state.
 
     Raises:
@@ -272,14 +275,9 @@ def weighed(
         axis_name=axis_name,
     )
 
-    def weights(state: Allocation, count: int) -> jax.Array:
+    def weights(state: Allocation, count: int) -> jax.Array | None:
         del count
-        if state.scopes.labels:
-            raise ValueError(
-                "value= and value_fn= need one scope: with several, each scope has weights of its "
-                "own, and the allocated gradient is the gradient of no function; leave scope out"
-            )
-        return state.factors
+        return None if state.scopes.labels else state.factors
 
     return _behind(link, optimizer, weights, alignment_losses or 1)
 
@@ -295,7 +293,8 @@ def _behind(
     Args:
       link: pairs in, the weighed gradient out.
       optimizer: what takes the weighed gradient.
-      weights: the losses' weights, a function of the link's state and of the number of losses.
+      weights: the losses' weights, a function of the link's state and of the number of losses;
+        None where the weighed gradient is the gradient of no function.
       losses: how many alignment losses there are, or their names; None: any number.
     """
     inner = with_extra_args(optimizer)
@@ -322,19 +321,38 @@ def _behind(
             updates, state[0], params, alignment=alignment, present=present, value=given
         )
 
+        apart = weights(first, 1) is None
+
         def weighed_value(what: str, values: Any) -> jax.Array:
             count = losses if losses is not None else len(jax.tree.leaves(values)) - 1
             each = by_loss(what, values, count)
-            total = sum(w * v for w, v in zip(weights(first, len(each)), each, strict=True))
-            return jnp.asarray(total)
+            counts = [True] * len(each) if present is None else by_loss("present", present, count)
+            # A loss that is left out may be NaN.
+            shares = [
+                jnp.where(here & (factor != 0), factor * value, 0)
+                for factor, value, here in zip(weights(first, len(each)), each, counts, strict=True)
+            ]
+            return sum(shares[1:], shares[0])
 
         if isinstance(given, Sequence):
-            extra_args["value"] = weighed_value("value", given)
+            del extra_args["value"]
+            if not apart:
+                extra_args["value"] = weighed_value("value", given)
         if "grad" in extra_args:
             extra_args["grad"] = gradient
         if "value_fn" in extra_args:
+            if apart:
+                raise ValueError(
+                    "value_fn= needs one scope: with several, each scope has weights of its own, "
+                    "and the allocated gradient is the gradient of no function; leave scope out"
+                )
             losses_of = extra_args["value_fn"]
-            extra_args["value_fn"] = lambda p: weighed_value("what value_fn returns", losses_of(p))
+
+            @functools.wraps(losses_of)
+            def value_fn(*args: Any, **kwargs: Any) -> jax.Array:
+                return weighed_value("what value_fn returns", losses_of(*args, **kwargs))
+
+            extra_args["value_fn"] = value_fn
             if given is not None and not isinstance(given, Sequence):
                 by_loss("value", given, 1 if losses is None else losses)
         result, second = inner.update(gradient, state[1], params, **extra_args)

@@ -281,7 +281,7 @@ class _Form:
     def init(self, params: optax.Params) -> ReleasedState:
         """The state before the first step."""
         allocation = self.allocator.init(params)
-        squares = zeros_like(jax.tree.map(widen, params))
+        squares = jax.tree.map(lambda leaf: zeros_like(leaf, wide_dtype(leaf)), params)
         return ReleasedState(
             count=jnp.zeros((), jnp.int32),
             allocation=allocation,

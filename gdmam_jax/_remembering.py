@@ -27,7 +27,8 @@ class RememberingWeighting(NamedTuple):
 
     Attributes:
       init: ``zeros -> memory``: the memory before the first step, a tree of arrays. It is given
-        zeros of the weights' shape, ``(..., K)`` with ``...`` the scopes, and of their dtype.
+        zeros of the weights' shape, ``(..., K)`` with ``...`` the scopes, and of their dtype. It
+        must be finite: ``not_finite="skip"`` leaves out every step after which it is not.
       update: ``(gramian, norms, memory, losses) -> (weights, memory)``: it is given what a plain
         weighting gets, the memory, and the losses' names, values and presence, see `Losses`.
 
@@ -86,13 +87,19 @@ def weigh(
     """The weights of a weighting, and its memory, if it has one."""
     weighting = made(weighting)
     if isinstance(weighting, RememberingWeighting):
-        return weighting.update(gramian, norms, memory, losses)
+        weights, after = weighting.update(gramian, norms, memory, losses)
+        return weights, jax.tree.map(_as_before, after, memory)
     if isinstance(weighting, Choice):
         weighting = weighting.for_losses(losses.names)
     known: dict[str, Any] = {}
     if losses.present is not None and "present" in inspect.signature(weighting).parameters:
         known["present"] = losses.present
     return weighting(gramian, norms, **known), memory
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    """A number of the memory in its dtype, which a setting in float64 would have changed."""
+    return jnp.asarray(new, old.dtype) if jnp.issubdtype(old.dtype, jnp.floating) else new
 
 
 def values_of(name: str, losses: Losses) -> jax.Array:

@@ -219,9 +219,10 @@ def _vaccinated(
     """GradVac's weights of one Gramian, and the running means of the cosines."""
     own = jnp.eye(gramian.shape[-1], dtype=gramian.dtype)
     rows, lengths = jnp.arange(gramian.shape[-1]), _geometry.norms(gramian)
-    # What has become of each gradient, as a combination of all: a row for each.
-    turned = own
-    for others in orders.T:
+    decay = jnp.asarray(decay, gramian.dtype)
+
+    def meet(carry: tuple[jax.Array, jax.Array], others: jax.Array) -> tuple[Any, None]:
+        turned, means = carry
         length = safe_sqrt(jnp.sum(turned * (turned @ gramian), axis=1))
         product, other = jnp.sum(turned * gramian[others], axis=1), lengths[others]
         counts = (others != rows) & (length > 0) & (other > 0)
@@ -230,9 +231,12 @@ def _vaccinated(
         sine, wanted = safe_sqrt(1 - cosine**2), safe_sqrt(1 - aim**2)
         change = divide(length * (aim * sine - cosine * wanted), other * wanted)
         change = jnp.where(counts & (cosine < aim), change, 0)
-        turned = turned + change[:, None] * own[others]
         moved = jnp.where(counts, decay * aim + (1 - decay) * cosine, aim)
-        means = means.at[rows, others].set(moved)
+        return (turned + change[:, None] * own[others], means.at[rows, others].set(moved)), None
+
+    # What has become of each gradient, as a combination of all: a row for each.
+    unroll = len(rows) < _geometry.MANY
+    (turned, means), _ = jax.lax.scan(meet, (own, means), orders.T, unroll=unroll)
     return jnp.sum(turned, axis=0), means
 
 

@@ -67,10 +67,11 @@ def with_settings(
       check: raises an error if the settings are not valid.
     """
     signature = inspect.signature(function)
+    named = {name for name, each in signature.parameters.items() if each.kind != each.KEYWORD_ONLY}
 
     @functools.wraps(function)
     def wrapped(*arrays: Any, **settings: Any) -> Any:
-        if arrays:
+        if arrays or named & {*settings}:
             return function(*arrays, **settings)
         bound = signature.bind_partial(**settings)
         if check is not None:

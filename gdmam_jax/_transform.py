@@ -21,7 +21,6 @@ from gdmam_jax._numerics import (
     pytree_dataclass,
     where,
     wide_dtype,
-    widen,
     zeros_like,
 )
 from gdmam_jax._pairs import GradientPair, halves
@@ -111,7 +110,8 @@ def scale_by_gdmam(
       statistics_decay: decay of the norms' running statistics, in [0, 1).
       b2: decay of the second moment, in [0, 1); None for no second moment.
       eps: added to the root of the second moment, above 0.
-      amsgrad: divide by the largest second moment so far instead of the current one.
+      amsgrad: divide by the largest second moment so far instead of the current one, as PyTorch
+        does; Optax's is the largest after its bias is corrected.
       momentum_dtype: dtype of the momenta; None: that of the parameters. Second moment and
         statistics are float32 or better in any case.
       not_finite: see `allocate`.
@@ -210,7 +210,7 @@ class _Form:
         has_second = self.b2 is not None
 
         def second_moment() -> optax.Params:
-            return zeros_like(jax.tree.map(widen, params))
+            return jax.tree.map(lambda leaf: zeros_like(leaf, wide_dtype(leaf)), params)
 
         return GDMAMState(
             count=jnp.zeros((), jnp.int32),

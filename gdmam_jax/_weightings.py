@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gdmam_jax import _geometry
-from gdmam_jax._checks import check_range
+from gdmam_jax._checks import check_range, concrete
 from gdmam_jax._numerics import divide, safe_sqrt
 from gdmam_jax._programmes import ITERATIONS, cosines, minimise, quadratic, shares
 from gdmam_jax._settings import Choice, with_settings
@@ -109,7 +109,7 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
 def _preferences(preference: Any, like: jax.Array) -> jax.Array:
     """How much each task counts, shape ``(K,)``: the prediction 1, the others as wanted."""
     several = isinstance(preference, Sequence) or getattr(preference, "ndim", 0) == 1
-    for each in preference if several else [preference]:
+    for each in concrete(preference) if several else [preference]:
         check_range("preference", each)
     others, wanted = like.shape[-1] - 1, jnp.asarray(preference, like.dtype)
     if wanted.shape not in ((), (others,)):
@@ -130,18 +130,21 @@ def _shares(preference: Any, gramian: jax.Array, present: Any = None) -> jax.Arr
 
 
 def _absent_made_long(gramian: jax.Array, present: Any) -> jax.Array:
-    """The Gramian with absent gradients so long that no shortest average gives them weight."""
+    """The Gramian with absent gradients so long that no shortest average gives them weight.
+
+    Where any is absent, it is in units of its largest square, so that this length is finite.
+    """
     if present is None:
         return gramian
-    squares = jnp.diagonal(gramian, axis1=-2, axis2=-1)
-    longest = jnp.max(squares, axis=-1)[..., None, None] / float(jnp.finfo(gramian.dtype).eps) ** 2
+    longest = 1 / float(jnp.finfo(gramian.dtype).eps) ** 2
     absent = jnp.diag(~jnp.asarray(present))
-    return jnp.where(jnp.broadcast_to(absent, gramian.shape), longest, gramian)
+    return jnp.where(jnp.broadcast_to(absent, gramian.shape), longest, _over_largest(gramian))
 
 
-def _equal_pair(preference: Any, gramian: jax.Array) -> bool:
-    """Whether there are two tasks that count the same, for which there are closed forms."""
-    return gramian.shape[-1] == 2 and isinstance(preference, int | float) and preference == 1
+def _over_largest(gramian: jax.Array) -> jax.Array:
+    """The Gramian over its largest square, for weights that do not depend on its scale."""
+    largest = jnp.max(jnp.diagonal(gramian, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    return divide(gramian, jax.lax.stop_gradient(largest))
 
 
 def constant_weighting(*weights: Any) -> Weighting:
@@ -385,6 +388,7 @@ def cagrad_weighting(
     """
     del norms
     check_range("c", c)
+    c = jnp.asarray(c, gramian.dtype)
     equal = _shares(1.0, gramian, present)
     gramian = _absent_made_long(gramian, present)
 
@@ -529,10 +533,7 @@ def aligned_mtl_weighting(
     del norms
     count, dtype = gramian.shape[-1], gramian.dtype
     wanted = _shares(preference, gramian, present)
-    # The weights do not depend on the Gramian's scale. Without it, no power of an eigenvalue
-    # overflows.
-    largest = jnp.max(jnp.diagonal(gramian, axis1=-2, axis2=-1), axis=-1)[..., None, None]
-    gramian = divide(gramian, jax.lax.stop_gradient(largest))
+    gramian = _over_largest(gramian)  # no power of an eigenvalue overflows
     fixed = jax.lax.stop_gradient(gramian)
     values, vectors = jnp.linalg.eigh(fixed)
     kept = values > values[..., -1:] * count * float(jnp.finfo(dtype).eps)
@@ -556,6 +557,9 @@ def _projected(wanted: jax.Array, gramian: jax.Array) -> jax.Array:
     """The weights, at least ``wanted``, of the combination closest to the wanted one that opposes
     no gradient: its projection on the dual cone.
     """
+    if wanted.size == 2:  # it opposes one of them at most
+        against = jnp.minimum(jnp.sum(gramian * wanted[None], axis=-1), 0)
+        return wanted - divide(against, jnp.diagonal(gramian))
     lengths, inverses, between = cosines(gramian)
     linear = between @ (lengths * wanted)
     scale = jnp.max(jnp.abs(linear))
@@ -596,9 +600,8 @@ def dual_proj_weighting(
       as in Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
     del norms
-    return over_scopes(
-        functools.partial(_projected, _shares(preference, gramian, present)), gramian
-    )
+    wanted = _shares(preference, gramian, present)
+    return over_scopes(functools.partial(_projected, wanted), gramian)
 
 
 @with_settings
@@ -633,13 +636,13 @@ def upgrad_weighting(
     References:
       Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
-    if _equal_pair(preference, gramian) and present is None:
-        return pcgrad_weighting(gramian, norms) / 2
+    del norms
     wanted = _shares(preference, gramian, present)
 
     def weights(gramian: jax.Array) -> jax.Array:
         unit = jnp.eye(wanted.size, dtype=gramian.dtype)
-        return wanted @ jax.vmap(_projected, (0, None))(unit, gramian)
+        each = jax.vmap(_projected, (0, None))(unit, gramian)
+        return jnp.sum(wanted[:, None] * each, axis=0)
 
     return over_scopes(weights, gramian)
 
@@ -679,7 +682,7 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     del norms
     lengths = _geometry.norms(gramian)
     active = (lengths > 0).astype(lengths.dtype)
-    if _equal_pair(preference, gramian):
+    if lengths.shape[-1] == 2 and isinstance(preference, int | float) and preference == 1:
         total = jnp.sum(lengths, axis=-1, keepdims=True)
         return divide(divide(total, jnp.sum(active, axis=-1, keepdims=True)), lengths)
     _, inverses, between = cosines(gramian)

@@ -552,6 +552,24 @@ def test_the_settled_gradient_has_a_derivative(x64):
         np.testing.assert_allclose(jax.jit(derivative(value))(z), expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("made_for", [2, ("main", "aux")])
+def test_a_state_made_with_a_number_knows_the_names_of_the_fork(made_for):
+    weighting = gdmam.unit_weighting(preference={"aux": 2.0})
+
+    def loss(w, state):
+        copies = gdmam.fork(w, ("main", "aux"), weighting=weighting, state=state)
+        return copies["main"][0] + 99 * copies["aux"][1]
+
+    @jax.jit
+    def gradients(w, state):
+        first, state = jax.grad(loss, argnums=(0, 1))(w, state)
+        return first, *jax.grad(loss, argnums=(0, 1))(w, state)
+
+    first, second, _ = gradients(np.zeros(2), gdmam.fork_state(made_for))
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+    assert first[1] == pytest.approx(2 * first[0])
+
+
 def test_names_are_in_the_order_as_written():
     names = ("z_main", "b", "a")
 

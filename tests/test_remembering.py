@@ -356,3 +356,42 @@ def test_a_number_of_steps_may_be_a_float():
     memory = weighting.init(jnp.zeros(2))
     _, later = jax.jit(weighting.update)(np.eye(2), np.ones(2), memory, gdmam.Losses())
     assert jax.tree.map(jax.typeof, later) == jax.tree.map(jax.typeof, memory)
+
+
+IN_FLOAT64 = {
+    "running": lambda number: gdmam.running_weighting(gdmam.mgda_weighting, decay=number),
+    "gradient_norm": lambda number: gdmam.gradient_norm_weighting(decay=number),
+    "relobralo": lambda number: gdmam.relobralo_weighting(decay=number),
+    "famo": lambda number: gdmam.famo_weighting(learning_rate=number),
+    "uncertainty": lambda number: gdmam.uncertainty_weighting(learning_rate=number),
+    "gradnorm": lambda number: gdmam.gradnorm_weighting(learning_rate=number),
+    "gradvac": lambda number: gdmam.gradvac_weighting(decay=number),
+    "pcd": lambda number: gdmam.pcd_weighting(tau=number),
+    "cagrad": lambda number: gdmam.cagrad_weighting(c=number),
+}
+
+
+@pytest.mark.parametrize("name", IN_FLOAT64)
+def test_a_setting_in_float64_leaves_a_state_of_float32_its_types(name, x64):
+    link = gdmam.allocate(IN_FLOAT64[name](np.float64(0.5)), gdmam.open_gate)
+    w = jax.ShapeDtypeStruct((3,), jnp.float32)
+
+    def update(pair, state, value):
+        return link.update(pair, state, value=value)[1]
+
+    state = jax.eval_shape(link.init, w)
+    value = 2 * (jax.ShapeDtypeStruct((), jnp.float32),)
+    after = jax.eval_shape(update, gdmam.GradientPair(w, w), state, value)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
+def test_gradvacs_program_does_not_grow_with_many_losses():
+    weighting = gdmam.gradvac_weighting()
+
+    def lines(count):
+        memory = jax.eval_shape(weighting.init, jax.ShapeDtypeStruct((count,), jnp.float32))
+        gramian = jax.ShapeDtypeStruct((count, count), jnp.float32)
+        update = jax.jit(lambda *given: weighting.update(given[0], None, given[1], gdmam.Losses()))
+        return update.lower(gramian, memory).as_text().count("\n")
+
+    assert lines(40) == lines(10)

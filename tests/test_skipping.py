@@ -93,10 +93,14 @@ def test_skipping_finite_steps_only_is_the_plain_optimizer():
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_after_so_many_in_a_row_the_failure_shows():
-    optimizer = gdmam.gdmam(0.1, not_finite="skip", max_skips=2)
+@pytest.mark.parametrize("not_finite", ["skip", "skip_loss"])
+def test_after_so_many_in_a_row_the_failure_shows(not_finite):
+    """Where losses are left out one by one, once none is left."""
+    optimizer = gdmam.gdmam(0.1, not_finite=not_finite, max_skips=2)
     step, params, state = stepper(optimizer), PARAMS, optimizer.init(PARAMS)
     bad = spoiled("prediction", jnp.nan)
+    if not_finite == "skip_loss":
+        bad = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), bad)
     for pairs in (bad, bad, example(0), bad, bad):
         params, state = step(params, state, pairs)
         assert np.isfinite(params["w"]).all()

@@ -83,6 +83,62 @@ def test_a_preference_is_of_the_alignment_losses_and_1_changes_nothing(weighting
             weighting(gramian, means, preference=-1.0)
 
 
+@pytest.mark.parametrize(
+    ("weighting", "setting", "shape"),
+    [
+        (gdmam.unit_weighting, "preference", ()),
+        (gdmam.unit_weighting, "preference", (1,)),
+        (gdmam.cagrad_weighting, "c", ()),
+        (gdmam.fairgrad_weighting, "alpha", ()),
+    ],
+)
+def test_a_setting_may_be_an_array_of_jax(weighting, setting, shape):
+    """It is checked while the step is traced, where comparing it would be traced, too."""
+    chosen = [weighting(**{setting: value}) for value in (jnp.full(shape, 0.7), 0.7)]
+    weights = jax.jit(lambda *given: [each(*given) for each in chosen])
+    np.testing.assert_allclose(*weights(np.diag([4.0, 1.0]), np.ones(2)), rtol=1e-6)
+
+
+def test_an_array_of_jax_that_is_out_of_range_is_refused():
+    weighting = gdmam.unit_weighting(preference=jnp.array([-1.0]))
+    with pytest.raises(ValueError, match="preference must lie in"):
+        jax.eval_shape(weighting, np.eye(2), np.ones(2))
+
+
+def test_arrays_may_be_given_by_name():
+    weights = jax.jit(lambda g, n: gdmam.unit_weighting(gramian=g, norms=n, preference=0.5))
+    np.testing.assert_allclose(weights(np.diag([4.0, 1.0]), np.ones(2)), [0.5, 0.5])
+
+
+@pytest.mark.parametrize("weighting", [gdmam.dual_proj_weighting, gdmam.upgrad_weighting])
+@pytest.mark.parametrize("preference", [0.0, 0.3, 1.0, 4.0])
+def test_the_closed_form_for_two_is_the_solvers(weighting, preference, x64):
+    """The solver is called for three, of which the third is absent."""
+    random = np.random.default_rng(0)
+    gradients = random.normal(size=(60, 2, 3)) * 10 ** random.uniform(-2, 2, size=(60, 2, 1))
+    chosen, gramians = weighting(preference=preference), gramian_of(gradients)
+
+    @jax.jit
+    @jax.vmap
+    def both(gramian):
+        three = jnp.zeros((3, 3)).at[:2, :2].set(gramian)
+        present = np.array([True, True, False])
+        return chosen(gramian, None), chosen(three, None, present=present)[:2]
+
+    found, expected = both(gramians)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    assert 10 < np.sum(gramians[:, 0, 1] < 0) < 50
+
+
+@pytest.mark.parametrize("weighting", [gdmam.mgda_weighting, gdmam.cagrad_weighting])
+@pytest.mark.parametrize("count", [2, 3])
+def test_beside_an_absent_loss_long_gradients_count_as_short_ones(weighting, count):
+    present = np.arange(count) < count - 1
+    gramian = np.diag(np.where(present, np.arange(1.0, 1 + count), 0)).astype(np.float32)
+    weights = jax.jit(lambda gramian: weighting(gramian, None, present=present))
+    np.testing.assert_allclose(weights(1e30 * gramian), weights(gramian), rtol=1e-5)
+
+
 def test_pcgrads_key_draws_the_order_and_of_two_there_is_one():
     gramian = np.array([[1.0, -1.0], [-1.0, 2.0]])
     keyed = gdmam.pcgrad_weighting(key=jax.random.key(0))

@@ -301,6 +301,71 @@ def test_polyak_steps_are_of_the_weighed_loss(x64):
     np.testing.assert_allclose(w, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("wrap", "present"),
+    [
+        (lambda inner: gdmam.weighed(inner, gdmam.sum_weighting, not_finite="skip_loss"), None),
+        (lambda inner: gdmam.weighed(inner, gdmam.sum_weighting), (True, False)),
+        (gdmam.summed, (True, False)),
+    ],
+    ids=["skip_loss", "absent", "absent from summed"],
+)
+def test_the_value_of_a_loss_that_is_left_out_does_not_count(wrap, present):
+    inner = optax.polyak_sgd()
+    pair = gdmam.GradientPair(W, np.float32([np.nan, np.nan]))
+
+    @jax.jit
+    def found_and_expected(value):
+        optimizer = wrap(inner)
+        given = {} if present is None else {"present": present}
+        found, _ = optimizer.update(pair, optimizer.init(W), W, value=value, **given)
+        return found, inner.update(W, inner.init(W), W, value=value[0])[0]
+
+    found, expected = found_and_expected((3.0, jnp.nan))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_with_several_scopes_the_weighting_gets_the_values_and_the_optimizer_none():
+    params, pairs = {"a": W, "b": W}, {"a": PAIR, "b": PAIR}
+    learned = gdmam.gradnorm_weighting
+    link = gdmam.allocate(learned, gdmam.open_gate, scope=gdmam.leaf_scope)
+
+    @jax.jit
+    def both(value):
+        return [
+            optimizer.update(pairs, optimizer.init(params), params, value=value)[0]
+            for optimizer in (
+                gdmam.weighed(optax.sgd(1.0), learned, scope=gdmam.leaf_scope),
+                optax.chain(link, optax.sgd(1.0)),
+            )
+        ]
+
+    chex.assert_trees_all_equal(*both((1.0, 2.0)))
+    polyak = gdmam.weighed(optax.polyak_sgd(), gdmam.sum_weighting, scope=gdmam.leaf_scope)
+    with pytest.raises(TypeError, match="value"):
+        jax.eval_shape(lambda: polyak.update(pairs, polyak.init(params), params, value=(1.0, 2.0)))
+
+
+def test_a_line_search_hands_on_what_the_losses_are_given():
+    def losses(w, target):
+        return jnp.sum((w - target) ** 2), jnp.sum(w**2)
+
+    @jax.jit
+    def updates(target):
+        optimizer = gdmam.weighed(optax.lbfgs(), gdmam.sum_weighting)
+        values, pairs = gdmam.value_and_paired_grad(losses)(W, target)
+        given = {"value": values, "grad": pairs}
+        return [
+            optimizer.update(pairs, optimizer.init(W), W, **given, **function)[0]
+            for function in (
+                {"value_fn": losses, "target": target},
+                {"value_fn": lambda w: losses(w, target)},
+            )
+        ]
+
+    np.testing.assert_array_equal(*updates(jnp.array([3.0, 2.0])))
+
+
 def test_first_gdmam_then_lbfgs_with_its_last_weights_reaches_a_stationary_point(x64):
     """The recipe of physics-informed networks."""
     w, state = minimised(gdmam.weighed(optax.adam(0.05), gdmam.unit_weighting), 60)
@@ -353,7 +418,7 @@ SUM = gdmam.weighed(optax.lbfgs(), gdmam.sum_weighting)
         (
             gdmam.weighed(optax.lbfgs(), gdmam.sum_weighting, scope=lambda path: "all"),
             {"value": (1.0, 1.0), "grad": PAIR, "value_fn": jnp.sum},
-            "need one scope",
+            "needs one scope",
         ),
     ],
 )
