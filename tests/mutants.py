@@ -328,6 +328,42 @@ MUTANTS = (
         "allocation.skipped_losses[..., number]", "allocation.skipped_losses[number]",
         "tests/test_diagnostics.py -k ensemble",
     ),
+    Mutant(
+        "a setting that is an array of JAX is compared while tracing", "_checks",
+        "    value = concrete(value)\n", "",
+        "tests/test_weightings.py -k array_of_jax",
+    ),
+    Mutant(
+        "the value of a loss that is left out counts, which may be NaN", "_optimizers",
+        "jnp.where(here & (factor != 0), factor * value, 0)", "factor * value",
+        "tests/compatibility/test_allocate.py -k left_out",
+    ),
+    Mutant(
+        "without any finite loss, max_skips trains on nothing", "_allocation",
+        "finite |= (previous.skipped_in_a_row >= self.max_skips) & ~jnp.any(given)", "pass",
+        "tests/test_skipping.py -k so_many_in_a_row",
+    ),
+    Mutant(
+        "of two losses the projection subtracts what opposes none", "_weightings",
+        "jnp.minimum(jnp.sum(gramian * wanted[None], axis=-1), 0)",
+        "jnp.sum(gramian * wanted[None], axis=-1)",
+        "tests/test_weightings.py -k closed_form_for_two",
+    ),
+    Mutant(
+        "a setting in float64 changes a memory's types", "_remembering",
+        "return weights, jax.tree.map(_as_before, after, memory)", "return weights, after",
+        "tests/test_remembering.py -k float64_leaves",
+    ),
+    Mutant(
+        "a fork's names are forgotten if its state was made with a number", "_fork",
+        "state = dataclasses.replace(state, names=first.names)", "pass",
+        "tests/test_fork.py -k made_with_a_number",
+    ),
+    Mutant(
+        "a line search loses what else the losses are given", "_optimizers",
+        "            @functools.wraps(losses_of)\n", "",
+        "tests/compatibility/test_allocate.py -k hands_on",
+    ),
 )  # fmt: skip
 
 
