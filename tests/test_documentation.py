@@ -437,9 +437,14 @@ COMPATIBILITY = {
     "`lbfgs`, `scale_by_zoom_linesearch`, `scale_by_backtracking_linesearch`": (
         "test_allocate test_line_searches_get_the_function_whose_gradient_they_are_given "
         "test_the_function_has_the_allocated_gradient test_values_of_something_else_are_refused "
-        "test_first_gdmam_then_lbfgs_with_its_last_weights_reaches_a_stationary_point"
+        "test_first_gdmam_then_lbfgs_with_its_last_weights_reaches_a_stationary_point "
+        "test_a_line_search_hands_on_what_the_losses_are_given"
     ),
-    "`polyak_sgd`": "test_allocate test_polyak_steps_are_of_the_weighed_loss",
+    "`polyak_sgd`": (
+        "test_allocate test_polyak_steps_are_of_the_weighed_loss "
+        "test_the_value_of_a_loss_that_is_left_out_does_not_count "
+        "test_with_several_scopes_the_weighting_gets_the_values_and_the_optimizer_none"
+    ),
     "`contrib.sam`": "test_allocate test_sam_climbs_along_both_gradients",
     "`chain`, `named_chain`": "test_optax test_chain test_named_chain",
     "`scale`, `clip`, `clip_by_block_rms`, `centralize`, `scale_by_sign` before": (
