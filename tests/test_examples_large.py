@@ -43,6 +43,15 @@ def test_language_model_goes_on_with_other_sharding(load, monkeypatch, capsys, t
     assert "GDMAM: going on from step 2" in again
     ends = [text.split("ends with state ")[1][:16] for text in (first, again)]
     assert ends[0] == ends[1]
+    with pytest.raises(ValueError, match=r"a training with seed=0; give the same flags"):
+        run(module, monkeypatch, capsys, *flags, "--seed", "1")
+
+
+def test_the_unseen_text_of_the_language_model_is_not_in_its_training(load):
+    module = load("language_model")
+    seen, unseen = (text.tobytes() for text in (module.TEXT, module.UNSEEN))
+    assert not {*unseen.split(b"\n\n")} & {*seen.split(b"\n\n")}
+    assert len(unseen) > 20_000
 
 
 @pytest.mark.parametrize(

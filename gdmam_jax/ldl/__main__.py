@@ -220,11 +220,14 @@ def compare(
     print(text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".md").write_text(text, encoding="utf-8")
-        comparison.write_csv(found, out.with_suffix(".csv"))
+        page, rows, diagram = (out.with_name(out.name + end) for end in (".md", ".csv", ".png"))
+        page.write_text(text, encoding="utf-8")
+        comparison.write_csv(found, rows)
         judged = comparison.judged(found)
         if judged["data"].nunique() > 1 and judged["method"].nunique() > 2:
-            comparison.draw(found, out.with_suffix(".png"))
+            comparison.draw(found, diagram)
+        else:
+            diagram.unlink(missing_ok=True)  # it would be of another comparison
 
 
 @data_app.command("list")

@@ -84,6 +84,9 @@ def from_arrays(
     ...
     ValueError: data: labels of row 1 sum to 1.1, not to 1; normalize=True divides every row by its sum
     """  # noqa: E501
+    feature_names, label_names, row_names = (
+        tuple(map(str, names)) for names in (feature_names, label_names, row_names)
+    )
     labels = _matrix(y, f"{name}: labels").astype(np.float64)
     with np.errstate(over="ignore"):  # what overflows is infinite, and refused
         features = _matrix(x, f"{name}: features").astype(np.float32)
@@ -231,7 +234,8 @@ def load(
     except ValueError as error:
         message = str(error)
         if table.lines:
-            message = re.sub(r"\brow (\d+)", lambda m: f"line {table.lines[int(m[1])]}", message)
+            place = r"(?<= in | of )row (\d+)(?=,| are| sum)"
+            message = re.sub(place, lambda m: f"line {table.lines[int(m[1])]}", message)
         raise ValueError(f"{path}: {message}") from None
 
 

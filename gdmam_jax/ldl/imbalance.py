@@ -71,7 +71,7 @@ class FoundThresholds:
     As in the released thresholds, the most frequent label is to be scarce and the least frequent
     one plentiful. The thresholds $y_A < a$ and $y_B > b$ are chosen so that equally many rows pass
     each of them, and `size` rows pass both. The rows in which a label is largest are among these
-    `size`.
+    `size`, unless there are more labels.
 
     Attributes:
       size: rows to keep.
@@ -239,7 +239,7 @@ def head_labels(frequency: ArrayLike) -> NDArray[np.bool_]:
     """Which labels are head labels: the more frequent half in training, rounded down.
 
     Args:
-      frequency: shape (labels,), see `losses.class_frequency`.
+      frequency: how much of each label the training rows hold, shape (labels,).
 
     Returns:
       Shape (labels,), True for the `labels // 2` most frequent ones; the rest is the tail.

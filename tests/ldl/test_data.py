@@ -113,6 +113,16 @@ def test_csv_errors_name_file_line_and_cause(tmp_path, text, message):
         data.load(tmp_path / "a.csv")
 
 
+def test_a_place_is_named_whatever_the_names_are(tmp_path):
+    """Names of pandas and NumPy are arrays; a file's name may look like a place."""
+    x, y = [[1.0], [np.nan]], [[0.5, 0.5], [0.5, 0.5]]
+    with pytest.raises(ValueError, match=r"features hold nan in row 1, column 0 \(a\)"):
+        data.from_arrays(x, y, feature_names=np.array(["a"]))
+    (tmp_path / "row 9.csv").write_text("a,label_1,label_2\n1,.5,.5\n2,.5,-1\n")
+    with pytest.raises(ValueError, match=r"row 9: labels hold -1, .* in line 3, column 1"):
+        data.load(tmp_path / "row 9.csv")
+
+
 def test_bytes_that_are_no_utf8_are_found(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"a,label_1,label_2\n1,.5,.5\n2\xff,1,0\n")
     with pytest.raises(ValueError, match=r"line 3: column 'a' holds '2\\\\xff'"):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -367,6 +368,75 @@ def test_comparison(monkeypatch, tmp_path):
         compare.compare(["third", "useless"], "last", reference="c")
 
 
+def test_where_a_training_diverged_its_method_is_last_in_every_test():
+    pd = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    found = [
+        {"data": str(i), "label": label, "verdict": 1, "kld": rank + 1.0}
+        for i in range(6)
+        for label, rank in zip("ABC", rng.permutation(3), strict=True)
+    ]
+    worst = max(range(3), key=lambda row: found[row]["kld"])
+    table = pd.DataFrame(found)
+    before = compare.friedman(table)
+    table.loc[worst, "kld"] = np.nan
+    assert compare.friedman(table) == before
+
+
+def test_paired_tests_of_a_difference_that_never_changes():
+    """Exactly: ten signs that agree have a chance of 2 / 2^10."""
+    p_runs, p_folds = tables.compare_runs(np.ones((2, 5)), np.zeros((2, 5)))
+    assert 0 < p_runs < 0.01
+    assert p_folds == 0
+    p_runs, p_folds = tables.compare_runs(np.array([[1.0] * 4, [3.0] * 4]), np.zeros((2, 4)))
+    assert 0 < p_runs < 0.02
+    assert p_folds == 0
+
+
+def test_files_of_a_comparison_may_have_a_dot_in_their_name(monkeypatch, tmp_path):
+    klds = {"a": {"rda": 0.5, "b": 0.4}, "c": {"rda": 0.5, "b": 0.6}}
+    found = {name: _experiment(values | TRIVIAL, name) for name, values in klds.items()}
+    monkeypatch.setattr(compare, "load", lambda folder: found[str(folder)])
+    stale = tmp_path / "rate0.01.png"
+    stale.touch()
+    for name in ("rate0.01", "rate0.003"):
+        given = ["compare", "a", "c", "--selection", "last", "--out", str(tmp_path / name)]
+        assert CliRunner().invoke(app, given).exit_code == 0
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {f"rate{rate}.{end}" for rate in ("0.01", "0.003") for end in ("md", "csv")}
+
+
+def test_a_trial_that_was_given_up_does_not_hide_its_method(tmp_path):
+    path, method = tmp_path / "method.json", methods.find("rda")
+    for rates, finished in (((0.1, 0.01), "0.01"), ((0.001,), None)):
+        experiment._describe(path, method, dataclasses.replace(SMALL, learning_rates=rates))
+        for seed in range(SMALL.seeds) if finished else ():
+            (tmp_path / finished).mkdir(exist_ok=True)
+            (tmp_path / finished / f"{seed}.npz").touch()
+    assert json.loads(path.read_text())["trials"] == ["0.01", "0.001"]
+
+
+def test_other_versions_than_those_of_the_folder_are_told(dataset, tmp_path, monkeypatch):
+    folds = data.make_folds(dataset, folds=2, validation_size=6)
+    common = experiment.facts(dataset, folds, SMALL)
+    experiment._check(tmp_path, common, folds)
+    experiment._check(tmp_path, common, folds)
+    versions = experiment.versions() | {"jax": "0.0.1"}
+    monkeypatch.setattr(experiment, "versions", lambda: versions)
+    with pytest.warns(UserWarning, match=r"other versions than jax 0\.0\.1: what is trained now"):
+        experiment._check(tmp_path, common, folds)
+
+
+def test_a_label_that_never_occurs_is_no_head_label():
+    labels = np.array([[0.9, 0.05, 0.05, 0], [0.9, 0.08, 0.02, 0], [0, 0, 0, 1]])
+    folds = types.SimpleNamespace(
+        labels=labels, train=np.array([[0, 1, 2]]), train_mask=np.array([[True, True, False]])
+    )
+    frequency, head = baselines.frequency_and_head(folds)
+    np.testing.assert_allclose(frequency, [[1.8, 0.13, 0.07, 1]], rtol=1e-6)
+    assert head.tolist() == [[True, True, False, False]]
+
+
 def test_critical_difference_diagram(tmp_path):
     pytest.importorskip("scikit_posthocs")
     pd = pytest.importorskip("pandas")
@@ -493,7 +563,10 @@ def test_a_method_is_given_the_losses_values(dataset, tmp_path, flat):
     [
         ({"folds": 1}, "folds must be at least 2, got 1"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"learning_rates": (-1.0,)}, "learning_rates must be positive"),
+        ({"learning_rates": (-1.0,)}, "learning_rates must be positive numbers"),
+        ({"learning_rates": (1e-3, float("nan"))}, "learning_rates must be positive numbers"),
+        ({"alignment_weight": float("inf")}, "alignment_weight must be at least 0, got inf"),
+        ({"log_variance_bound": 0.0}, "log_variance_bound must be above 0, or None, got 0"),
     ],
 )
 def test_bad_configurations_are_refused(change, message):

@@ -31,9 +31,11 @@ def frequency_and_head(folds: Folds) -> tuple[NDArray[np.float32], NDArray[np.bo
     Returns:
       Two arrays of shape (folds, labels).
     """
-    labels, masks = jnp.asarray(folds.labels[folds.train]), jnp.asarray(folds.train_mask)
-    frequency = np.asarray(jax.vmap(losses.class_frequency)(labels, masks))
-    return frequency, np.stack([head_labels(row) for row in frequency])
+    labels, masks = folds.labels[folds.train], folds.train_mask
+    frequency = jax.vmap(losses.class_frequency)(jnp.asarray(labels), jnp.asarray(masks))
+    # A label that never occurs has a frequency of 1, for losses that divide by it.
+    totals = np.sum(labels * masks[..., None], axis=1)
+    return np.asarray(frequency), np.stack([head_labels(row) for row in totals])
 
 
 def predictions(folds: Folds) -> dict[str, NDArray[np.float32]]:

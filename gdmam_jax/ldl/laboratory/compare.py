@@ -98,8 +98,8 @@ def judged(table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def _klds(table: "pd.DataFrame") -> "pd.DataFrame":
-    """Test KLDs of the sets of the verdict, by set and label."""
-    return judged(table).pivot(index="data", columns="label", values="kld")
+    """Test KLDs of the sets of the verdict, by set and label; infinite where training diverged."""
+    return judged(table).pivot(index="data", columns="label", values="kld").fillna(np.inf)
 
 
 def friedman(table: "pd.DataFrame") -> float:

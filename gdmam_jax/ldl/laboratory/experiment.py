@@ -107,7 +107,8 @@ def run(
       OSError: the folder cannot be written, or another run writes to it.
 
     Warns:
-      UserWarning: the training folds are not made imbalanced.
+      UserWarning: the training folds are not made imbalanced, or the folder holds results that were
+        made with other versions.
     """
     folds = make_folds(
         dataset, folds=configuration.folds, validation_size=configuration.validation_size
@@ -182,9 +183,14 @@ def _finished(method: Method, configuration: Configuration, home: Path) -> int:
 
 
 def _describe(path: Path, method: Method, configuration: Configuration) -> None:
-    """Write the label, and the trials along with those of earlier runs."""
+    """Write the label, and the trials along with those that earlier runs have finished."""
     found = json.loads(path.read_text())["trials"] if path.is_file() else []
-    names = dict.fromkeys([*found, *(trial.name for trial in trials(method, configuration))])
+    finished = [
+        name
+        for name in found
+        if all((path.parent / name / f"{n}.npz").is_file() for n in range(configuration.seeds))
+    ]
+    names = dict.fromkeys([*finished, *(trial.name for trial in trials(method, configuration))])
     record = {"method": method.name, "label": method.label, "trials": list(names)}
     storage.write_json(path, record)
 
@@ -237,6 +243,14 @@ def _check(home: Path, common: dict[str, Any], folds: Folds) -> None:
                     f"{path} is of another {key}: {'; '.join(changed)}; give another folder, or "
                     "remove it"
                 )
+        before = found["versions"]
+        other = [f"{name} {now}" for name, now in versions().items() if before.get(name) != now]
+        if other:
+            warnings.warn(
+                f"{path} was made with other versions than {', '.join(other)}: what is trained now "
+                "is compared with older results",
+                stacklevel=3,
+            )
         return
     trivial = {
         name: {measure: values.tolist() for measure, values in measures.items()}

@@ -50,5 +50,11 @@ class Configuration:
         for name in ("seeds", "epochs", "batch_size", "validation_size", "hidden", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
+        rates = self.learning_rates
+        if not rates or not all(0 < rate < float("inf") for rate in rates):
+            raise ValueError(f"learning_rates must be positive numbers, got {rates}")
+        if not 0 <= self.alignment_weight < float("inf"):
+            raise ValueError(f"alignment_weight must be at least 0, got {self.alignment_weight}")
+        bound = self.log_variance_bound
+        if bound is not None and not 0 < bound < float("inf"):
+            raise ValueError(f"log_variance_bound must be above 0, or None, got {bound}")

@@ -104,14 +104,15 @@ def compare_runs(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple
     difference = left - right
     if not np.isfinite(difference).all():
         return float("nan"), float("nan")
-    if np.ptp(difference) == 0:
-        return (1.0, 1.0) if difference.flat[0] == 0 else (0.0, 0.0)
+    if not difference.any():
+        return 1.0, 1.0
     folds = difference.mean(0)
-    same = len(folds) < 2 or np.ptp(folds) == 0
-    return (
-        float(scipy.stats.wilcoxon(difference.ravel()).pvalue),
-        1.0 if same else float(scipy.stats.ttest_1samp(folds, 0).pvalue),
-    )
+    p_runs = float(scipy.stats.wilcoxon(difference.ravel()).pvalue)
+    if len(folds) < 2:
+        return p_runs, 1.0
+    if np.ptp(folds) == 0:
+        return p_runs, float(folds[0] == 0)
+    return p_runs, float(scipy.stats.ttest_1samp(folds, 0).pvalue)
 
 
 def unbeaten(experiment: Experiment, selected: str, tuning: str | None = None) -> str:
