@@ -127,7 +127,7 @@ def make_steps(method, learning_rate, steps, grid, solution):
         carry, cosines = jax.lax.scan(step, carry, length=RECORD)
         learned = network(carry[0], grid)
         error = jnp.linalg.norm(learned - solution) / jnp.linalg.norm(solution)
-        return carry, error, jnp.mean(cosines), learned
+        return carry, error, jnp.mean(cosines), jnp.mean(cosines < 0), learned
 
     return jax.jit(optimizer.init), several
 
@@ -137,13 +137,13 @@ def train(method, arguments, starts, grid, solution, advance):
     init, several = make_steps(method, arguments.learning_rate, arguments.steps, grid, solution)
     results = []
     for params, key in starts:
-        carry, errors, cosines = (params, init(params), key), [], []
+        carry, history = (params, init(params), key), []
         for _ in range(arguments.steps // RECORD):
-            carry, error, cosine, learned = several(carry)
-            errors.append(float(error))
-            cosines.append(float(cosine))
+            carry, *seen, learned = several(carry)
+            history.append([float(each) for each in seen])
             advance()
-        results.append({"errors": errors, "cosines": cosines, "learned": np.asarray(learned)})
+        run = dict(zip(("errors", "cosines", "opposed"), zip(*history, strict=True), strict=True))
+        results.append({**run, "learned": np.asarray(learned)})
     return results
 
 
@@ -154,10 +154,9 @@ def conclusion(runs):
     for name, errors in finals.items():
         several = f" ({errors.min():.3f} to {errors.max():.3f})" if len(errors) > 1 else ""
         lines.append(f"{name}: relative error {np.median(errors):.3f}{several}.")
-    cosines = [run["cosines"] for run in runs["summed Adam"]]
-    opposed = 100 * np.mean(np.array(cosines) < 0)
-    lines.append(f"Under the sum, the two gradients opposed each other {opposed:.0f}% of the time.")
-    count = len(cosines)
+    opposed = 100 * np.mean([run["opposed"] for run in runs["summed Adam"]])
+    lines.append(f"Under the sum, the two gradients opposed each other in {opposed:.0f}% of steps.")
+    count = len(runs["summed Adam"])
     lines.append("One seed; --seeds 10 trains ten." if count == 1 else f"Medians of {count} seeds.")
     return "\n".join(lines)
 

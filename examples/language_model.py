@@ -29,14 +29,21 @@ import gdmam_jax as gdmam
 VOCABULARY = 128  # ASCII
 
 
-def load_text(names):
-    """Chapters of the language reference, which comes with Python, as ASCII codes."""
-    text = "\n\n".join(topics[name] for name in names)
-    return np.frombuffer(text.encode("ascii", "replace"), np.uint8)
+def load_text(names, without=None):
+    """Chapters of the language reference, which comes with Python, as ASCII codes.
+
+    Chapters repeat one another: paragraphs that the text ``without`` holds, too, are left out.
+    """
+    text = "\n\n".join(topics[name] for name in names).encode("ascii", "replace")
+    if without is not None:
+        known = set(without.tobytes().split(b"\n\n"))
+        text = b"\n\n".join(part for part in text.split(b"\n\n") if part not in known)
+    return np.frombuffer(text, np.uint8)
 
 
-UNSEEN = load_text(sorted(topics)[::10])
-TEXT = load_text([name for name in sorted(topics) if name not in sorted(topics)[::10]])
+UNSEEN_TOPICS = sorted(topics)[::10]
+TEXT = load_text(name for name in sorted(topics) if name not in UNSEEN_TOPICS)
+UNSEEN = load_text(UNSEEN_TOPICS, without=TEXT)
 FREQUENCIES = (np.bincount(TEXT, minlength=VOCABULARY) / len(TEXT)).astype(np.float32)
 
 

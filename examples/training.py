@@ -23,6 +23,11 @@ from jax.sharding import PartitionSpec as P
 import gdmam_jax as gdmam
 
 BASELINE = "summed loss"
+NOT_THE_TRAINING = {
+    *("methods", "print_every", "save_every", "checkpoints", "fsdp", "wait"),
+    *("distributed", "coordinator", "num_processes", "process_id"),
+}
+"""Flags that may differ when a training goes on."""
 METHODS = {
     "prediction alone": lambda rate: gdmam.summed(optax.adamw(rate), alignment_weight=0.0),
     BASELINE: lambda rate: gdmam.summed(optax.adamw(rate)),
@@ -134,6 +139,7 @@ def checkpoints(name, arguments, state):
     if arguments.checkpoints is None:
         yield state, 0, lambda step, state, last: None
         return
+    flags = {flag: x for flag, x in vars(arguments).items() if flag not in NOT_THE_TRAINING}
     options = ocp.CheckpointManagerOptions(save_interval_steps=arguments.save_every, max_to_keep=2)
     folder = f"{arguments.checkpoints}/{name.replace(',', '').replace(' ', '-')}"
     folder = folder if "://" in folder else os.path.abspath(folder)
@@ -142,7 +148,14 @@ def checkpoints(name, arguments, state):
         if first:
             report(f"{name}: going on from step {first}")
             state = manager.restore(first, args=ocp.args.StandardRestore(state))
-            saved = manager.metadata(first).custom_metadata
+            saved = manager.metadata(first).custom_metadata or {}
+            before = saved.pop("flags", flags)
+            if before != flags:
+                other = [f"{flag}={x}" for flag, x in before.items() if flags.get(flag) != x]
+                raise ValueError(
+                    f"{folder} is of a training with {', '.join(other)}; give the same flags, or "
+                    "another --checkpoints"
+                )
             if saved != {"step": first, "fingerprint": fingerprint(state)}:
                 raise ValueError(
                     f"{folder}/{first} is not what was saved at step {first}: a damaged or "
@@ -151,7 +164,7 @@ def checkpoints(name, arguments, state):
 
         def save(step, state, last):
             if last or manager.should_save(step):
-                proof = {"step": step, "fingerprint": fingerprint(state)}
+                proof = {"step": step, "fingerprint": fingerprint(state), "flags": flags}
                 manager.save(
                     step, args=ocp.args.StandardSave(state), force=last, custom_metadata=proof
                 )
