@@ -289,7 +289,7 @@ MUTANTS = (
     ),
     Mutant(
         "a line search gets the plain sum", "_optimizers",
-        "total = sum(w * v for", "total = sum(v for",
+        "factor * value, 0)", "value, 0)",
         "tests/compatibility/test_allocate.py -k line_searches",
     ),
     Mutant(

@@ -14,6 +14,7 @@ import gdmam_jax as gdmam
 from benchmarks.physics.equations import EQUATIONS
 from conftest import WHOLE_PAGES
 from docs import figures, pages
+from tests.mutants import MUTANTS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -652,6 +653,13 @@ IN_NO_ROW = {
     "test_nnx test_state_is_untouched_after_an_error",
     "test_nnx test_ordinary_optimizer_through_summed_is_nnx_grad_of_the_sum",
 }
+
+
+def test_every_deliberate_mistake_fits_the_code_and_is_counted_on_the_page():
+    for mutant in MUTANTS:
+        assert mutant.old in (ROOT / "gdmam_jax" / f"{mutant.module}.py").read_text(), mutant.what
+    page = (ROOT / "docs/determinism.md").read_text()
+    assert f"a test notices | {len(MUTANTS)} | {len(MUTANTS)} | `python -m tests.mutants`" in page
 
 
 def test_every_row_of_compatibility_has_its_tests_and_every_test_its_row():
