@@ -32,21 +32,19 @@ def losses(params, container=dict):
 
 
 @pytest.mark.parametrize("container", [dict, tuple])
-def test_gradients_are_those_of_each_loss(container):
+def test_gradients_are_those_of_each_loss(container, x64):
+    params = jax.tree.map(np.float64, PARAMS)
     values, pairs = jax.jit(
         gdmam.value_and_paired_grad(functools.partial(losses, container=container))
-    )(PARAMS)
+    )(params)
     prediction, alignment = gdmam.unpair_gradients(pairs)
     assert type(values[1]) is type(alignment) is container
-    expected = jax.jit(jax.grad(lambda p: losses(p)[0]))(PARAMS)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), prediction, expected)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-14)
+    expected = jax.jit(jax.grad(lambda p: losses(p)[0]))(params)
+    jax.tree.map(close, prediction, expected)
     for key, name in zip(NAMES if container is dict else (0, 1), NAMES, strict=True):
-        expected = jax.jit(jax.grad(lambda p, name=name: losses(p)[1][name]))(PARAMS)
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7),
-            alignment[key],
-            expected,
-        )
+        expected = jax.jit(jax.grad(lambda p, name=name: losses(p)[1][name]))(params)
+        jax.tree.map(close, alignment[key], expected)
     again = gdmam.pair_gradients(prediction, alignment)
     assert jax.tree.structure(again) == jax.tree.structure(pairs)
 
