@@ -96,7 +96,8 @@ def test_a_setting_may_be_an_array_of_jax(weighting, setting, shape):
     """It is checked while the step is traced, where comparing it would be traced, too."""
     chosen = [weighting(**{setting: value}) for value in (jnp.full(shape, 0.7), 0.7)]
     weights = jax.jit(lambda *given: [each(*given) for each in chosen])
-    np.testing.assert_allclose(*weights(np.diag([4.0, 1.0]), np.ones(2)), rtol=1e-6)
+    given = np.float32([[4, 0], [0, 1]]), np.ones(2, np.float32)
+    np.testing.assert_allclose(*weights(*given), rtol=1e-6)
 
 
 def test_an_array_of_jax_that_is_out_of_range_is_refused():
@@ -140,10 +141,10 @@ def test_beside_an_absent_loss_long_gradients_count_as_short_ones(weighting, cou
 
 
 def test_pcgrads_key_draws_the_order_and_of_two_there_is_one():
-    gramian = np.array([[1.0, -1.0], [-1.0, 2.0]])
+    gramian = np.float32([[1.0, -1.0], [-1.0, 2.0]])
     keyed = gdmam.pcgrad_weighting(key=jax.random.key(0))
     np.testing.assert_array_equal(jax.jit(keyed)(gramian, None), [2, 1.5])
-    three = np.array([[1.0, -0.5, -0.8], [-0.5, 1.0, 0.3], [-0.8, 0.3, 1.0]])
+    three = np.float32([[1.0, -0.5, -0.8], [-0.5, 1.0, 0.3], [-0.8, 0.3, 1.0]])
     weighting, keys = jax.jit(gdmam.pcgrad_weighting), [jax.random.key(k) for k in range(6)]
     drawn = [np.asarray(weighting(three, None, key=key)) for key in keys]
     assert max(np.abs(drawn[0] - each).max() for each in drawn) > 0.1
