@@ -147,7 +147,6 @@ def checkpoints(name, arguments, state):
         first = manager.latest_step() or 0
         if first:
             report(f"{name}: going on from step {first}")
-            state = manager.restore(first, args=ocp.args.StandardRestore(state))
             saved = manager.metadata(first).custom_metadata or {}
             before = saved.pop("flags", flags)
             if before != flags:
@@ -156,6 +155,7 @@ def checkpoints(name, arguments, state):
                     f"{folder} is of a training with {', '.join(other)}; give the same flags, or "
                     "another --checkpoints"
                 )
+            state = manager.restore(first, args=ocp.args.StandardRestore(state))
             if saved != {"step": first, "fingerprint": fingerprint(state)}:
                 raise ValueError(
                     f"{folder}/{first} is not what was saved at step {first}: a damaged or "

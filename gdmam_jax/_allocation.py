@@ -240,12 +240,12 @@ class Allocator:
         if self.not_finite == "skip_loss":
             finite = jnp.isfinite(jnp.diagonal(products, axis1=-2, axis2=-1))
             finite = jnp.all(finite.reshape(-1, finite.shape[-1]), axis=0)
-            lost = ~finite if present is None else present & ~finite
+            wanted = jnp.ones_like(finite) if present is None else present
+            lost, present = wanted & ~finite, wanted & finite
             if self.max_skips is not None:
                 # The failure shows in the step that is taken when no loss is finite.
-                given = finite if present is None else present & finite
-                finite |= (previous.skipped_in_a_row >= self.max_skips) & ~jnp.any(given)
-            present = finite if present is None else present & finite
+                forced = (previous.skipped_in_a_row >= self.max_skips) & ~jnp.any(present)
+                present = jnp.where(forced, wanted, present)
             previous = dataclasses.replace(
                 previous,
                 skipped_losses=jnp.where(

@@ -170,9 +170,11 @@ def _jobs(
 ) -> list[tuple[Trial, int, Path]]:
     """Trials and seeds, and the file where the outcome of each is to lie."""
     return [
-        (trial, seed, home / method.name / trial.name / f"{seed}.npz")
+        (trial, seed, outcome)
         for trial in trials(method, configuration)
-        for seed in range(configuration.seeds)
+        for seed, outcome in enumerate(
+            storage.outcomes(home / method.name / trial.name, configuration.seeds)
+        )
     ]
 
 
@@ -188,7 +190,7 @@ def _describe(path: Path, method: Method, configuration: Configuration) -> None:
     finished = [
         name
         for name in found
-        if all((path.parent / name / f"{n}.npz").is_file() for n in range(configuration.seeds))
+        if all(file.is_file() for file in storage.outcomes(path.parent / name, configuration.seeds))
     ]
     names = dict.fromkeys([*finished, *(trial.name for trial in trials(method, configuration))])
     record = {"method": method.name, "label": method.label, "trials": list(names)}

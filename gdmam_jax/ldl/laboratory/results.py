@@ -120,8 +120,7 @@ def load(folder: str | os.PathLike[str]) -> Experiment:
     for described in sorted(home.glob("*/method.json")):
         record = json.loads(described.read_text())
         files = {
-            trial: [described.parent / trial / f"{seed}.npz" for seed in range(seeds)]
-            for trial in record["trials"]
+            trial: storage.outcomes(described.parent / trial, seeds) for trial in record["trials"]
         }
         if all(file.is_file() for group in files.values() for file in group):
             trials = {trial: _joined(group) for trial, group in files.items()}

@@ -43,6 +43,11 @@ def read_npz(path: Path) -> dict[str, Any]:
         return dict(flax.traverse_util.unflatten_dict(dict(stored), sep="/"))
 
 
+def outcomes(folder: Path, seeds: int) -> list[Path]:
+    """Where the outcomes of a trial lie, a file for each seed."""
+    return [folder / f"{seed}.npz" for seed in range(seeds)]
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record."""
     with whole(path) as file:
