@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from gdmam_jax import _geometry
-from gdmam_jax._checks import check_range
+from gdmam_jax._checks import check_each, check_range
 from gdmam_jax._losses import Losses
 from gdmam_jax._momenta import newest_share
 from gdmam_jax._numerics import divide, safe_sqrt
@@ -283,9 +283,7 @@ def pcd_weighting(*, tau: Any = 0.02, decay: Any = 0.999) -> RememberingWeightin
       Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical
       Multi-Objective Optimization, TMLR 2026, arXiv 2606.29521.
     """
-    for each in tau.values() if isinstance(tau, Mapping) else jax.tree.leaves(tau):
-        if jnp.ndim(each) == 0:
-            check_range("tau", each, 0, 1)
+    check_each("tau", [*tau.values()] if isinstance(tau, Mapping) else tau, 0, 1)
     check_range("decay", decay, 0, 1, below_maximum=True)
 
     def init(zeros: jax.Array) -> _Squares:

@@ -19,13 +19,14 @@ compute the weights inside the loss, and use an ordinary optimizer:
 >>> updates, state = optimizer.update(gradient, state, w)
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._checks import check_range
+from gdmam_jax._checks import check_each, check_range
 from gdmam_jax._losses import Losses
 from gdmam_jax._numerics import divide
 from gdmam_jax._remembering import (
@@ -423,6 +424,8 @@ def stch_weighting(
       Lin et al., Smooth Tchebycheff Scalarization for Multi-Objective Optimization, ICML 2024.
     """
     check_range("mu", mu, above_minimum=True)
+    by_name = isinstance(preference, Mapping)
+    check_each("preference", [*preference.values()] if by_name else preference)
 
     def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
         del gramian, norms

@@ -7,14 +7,14 @@ scopes. A weighting that has settings, called with settings alone, returns one w
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from gdmam_jax import _geometry
-from gdmam_jax._checks import check_range, concrete
+from gdmam_jax._checks import check_each, check_range
 from gdmam_jax._numerics import divide, safe_sqrt
 from gdmam_jax._programmes import ITERATIONS, cosines, minimise, quadratic, shares
 from gdmam_jax._settings import Choice, with_settings
@@ -108,9 +108,7 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
 
 def _preferences(preference: Any, like: jax.Array) -> jax.Array:
     """How much each task counts, shape ``(K,)``: the prediction 1, the others as wanted."""
-    several = isinstance(preference, Sequence) or getattr(preference, "ndim", 0) == 1
-    for each in concrete(preference) if several else [preference]:
-        check_range("preference", each)
+    check_each("preference", preference)
     others, wanted = like.shape[-1] - 1, jnp.asarray(preference, like.dtype)
     if wanted.shape not in ((), (others,)):
         raise ValueError(
@@ -169,8 +167,8 @@ def constant_weighting(*weights: Any) -> Weighting:
       >>> by_name = constant_weighting({"prediction": 1.0, "ic": 100.0, "bc": 0.01})
     """
     named = len(weights) == 1 and isinstance(weights[0], Mapping)
-    for weight in weights[0].values() if named else weights:
-        check_range("each weight", weight, -float("inf"), above_minimum=True)
+    given = [*weights[0].values()] if named else weights
+    check_each("each weight", given, -float("inf"), above_minimum=True)
     if named and "prediction" not in weights[0]:
         raise ValueError(
             f"constant_weighting needs the weight of 'prediction', too, got {', '.join(weights[0])}"
