@@ -47,6 +47,9 @@ def gradient_norm_weighting(*, decay: Any = 0.9, every: Any = 1000) -> Rememberi
     Returns:
       A weighting with a memory.
 
+    Raises:
+      ValueError: a number is out of range.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import gdmam_jax as gdmam
@@ -107,6 +110,9 @@ def gradnorm_weighting(*, alpha: Any = 1.5, learning_rate: Any = 0.025) -> Remem
     Returns:
       A weighting with a memory that needs the losses' values, ``update(..., value=)``.
 
+    Raises:
+      ValueError: a number is out of range; while tracing, the values are not given.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import gdmam_jax as gdmam
@@ -164,7 +170,8 @@ class _Cosines(NamedTuple):
 
 @made_by_call
 def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeighting:
-    r"""GradVac: the sum, after turning gradients towards each other up to their usual cosines.
+    r"""GradVac: the sum, after turning gradients towards each other until their cosines are what
+    they usually are.
 
     Where the cosine $\phi$ between a gradient and another, $g_j$, lies below its running mean
     $\hat\phi$, the gradient gets $|g_i| (\hat\phi s - \phi \hat s) / (|g_j| \hat s)$ times $g_j$,
@@ -178,6 +185,9 @@ def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeigh
 
     Returns:
       A weighting with a memory.
+
+    Raises:
+      ValueError: ``decay`` is out of range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -269,6 +279,9 @@ def pcd_weighting(*, tau: Any = 0.02, decay: Any = 0.999) -> RememberingWeightin
 
     Returns:
       A weighting with a memory. `open_gate` leaves its direction as it is.
+
+    Raises:
+      ValueError: a number is out of range; while tracing, ``tau`` does not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp

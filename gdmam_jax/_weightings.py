@@ -77,14 +77,14 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
     r"""Every task counts the same, whatever its scale: $w_k = preference_k / \overline{n_k}$.
 
     $\overline{n_k}$ is the running mean of the task's norm, or this step's norm where that is
-    larger: a step's norm below its recent mean still shows, and a spike counts no more than the
-    rest. A task without a gradient does not change the others' weights.
+    larger: a gradient shorter than usual stays shorter, and a spike counts no more than a gradient
+    of the usual length. A task without a gradient does not change the others' weights.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: running means of the gradients' norms, shape ``(..., K)``.
       preference: how much an alignment task counts, relative to the prediction, which counts 1; at
-        least 0. A number, or one for each alignment task. To schedule it, give
+        least 0. A number, one for each alignment task, or a mapping by name. To schedule it, give
         `optax.inject_hyperparams` a function of it:
         ``lambda preference: gdmam(1e-3, weighting=unit_weighting(preference=preference))``.
 
@@ -425,8 +425,8 @@ def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
       norms: unused.
 
     Returns:
-      The weights, shape ``(..., K)``, above 0. Where gradients oppose each other exactly there is
-      no solution, and the weights are large.
+      The weights, shape ``(..., K)``, above 0; 0 for a task without a gradient. Where gradients
+      oppose each other exactly there is no solution, and the weights are large.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -653,8 +653,9 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     With unit gradients $u_k = g_k / n_k$ and their inner products $C$, the direction is
     $d = \sum_k a_k u_k$ with $a = C^{+} preference$, and the length
     $\sum_k \langle g_k, d\rangle / |d|$. For two losses the weights are
-    $w_k = (n_0 + n_1) / (2 n_k)$: along the bisector. It opposes no loss, and its length
-    shrinks as the gradients do. A task without a gradient is left out.
+    $w_k = (n_0 + n_1) / (2 n_k)$: along the bisector. While the gradients are linearly
+    independent it opposes no loss; its length shrinks as the gradients do. A task without a
+    gradient is left out.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
