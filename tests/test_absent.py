@@ -231,14 +231,20 @@ def test_preferences_by_name_and_in_the_order_as_written(weighting):
         link = gdmam.allocate(
             weighting(preference=preference), gdmam.open_gate, alignment_losses=losses
         )
-        _, state = jax.jit(link.update)(pairs_of(0), link.init(PARAMS))
+        _, state = link.update(pairs_of(0), link.init(PARAMS))
         report = gdmam.diagnostics(state)
-        return [float(report[f"alignment_weight/{name}"]) for name in NAMES]
+        return jnp.stack([report[f"alignment_weight/{name}"] for name in NAMES])
 
-    by_name = weights({"bc": 0.1, "ic": 3.0}, NAMES)
-    np.testing.assert_allclose(weights((3.0, 0.1), NAMES), by_name, rtol=1e-6)
-    np.testing.assert_allclose(weights({"ic": 3.0, "bc": 0.1}, NAMES[::-1]), by_name, rtol=1e-5)
-    np.testing.assert_allclose(weights({"ic": 3.0, "bc": 0.1}, 2), by_name, rtol=1e-5)
+    @jax.jit
+    def all_weights():
+        names = {"ic": 3.0, "bc": 0.1}
+        by_name, by_number = weights({"bc": 0.1, "ic": 3.0}, NAMES), weights((3.0, 0.1), NAMES)
+        return by_name, by_number, weights(names, NAMES[::-1]), weights(names, 2)
+
+    by_name, by_number, turned, with_their_number = jax.device_get(all_weights())
+    np.testing.assert_allclose(by_number, by_name, rtol=1e-6)
+    np.testing.assert_allclose(turned, by_name, rtol=1e-5)
+    np.testing.assert_allclose(with_their_number, by_name, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
