@@ -21,6 +21,13 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# Meshes are made of the simulated devices, whatever else a machine has.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# What commands print has no colours, and breaks where it does on every machine.
+os.environ |= {"COLUMNS": "100", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+os.environ.pop("FORCE_COLOR", None)
+
 # Small functions are compiled again and again, by test after test: once is enough for all workers,
 # and for the processes that tests start.
 os.environ |= {

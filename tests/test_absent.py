@@ -113,15 +113,19 @@ def test_every_weighting_weighs_the_losses_that_are_there(weighting, x64):
     pairs = jax.tree.map(np.float64, pairs_of(3))
     many = gdmam.allocate(weighting, gdmam.open_gate, alignment_losses=NAMES)
     few = gdmam.allocate(weighting, gdmam.open_gate)
-    update, update_alone = jax.jit(many.update), jax.jit(few.update)
+
+    @jax.jit
+    def both(pairs, alone, present):
+        _, state = many.update(pairs, many.init(PARAMS), present=present)
+        return state, few.update(alone, few.init(PARAMS))[1]
+
     for absent, other in (NAMES, NAMES[::-1]):
-        _, state = update(pairs, many.init(PARAMS), present=presence((absent,)))
         alone = jax.tree.map(
             lambda pair, other=other: gdmam.GradientPair(pair.prediction, pair.alignment[other]),
             pairs,
             is_leaf=lambda node: isinstance(node, gdmam.GradientPair),
         )
-        _, expected = update_alone(alone, few.init(PARAMS))
+        state, expected = jax.device_get(both(pairs, alone, presence((absent,))))
         found = gdmam.diagnostics(state)
         weights = [found["prediction_weight"], found[f"alignment_weight/{other}"]]
         np.testing.assert_allclose(weights, expected.weights, rtol=1e-6)
@@ -227,18 +231,28 @@ def test_numbers_beside_names_are_in_the_order_as_written():
     ],
 )  # fmt: skip
 def test_preferences_by_name_and_in_the_order_as_written(weighting):
-    def weights(preference, losses):
+    def weights(pairs, preference, losses):
         link = gdmam.allocate(
             weighting(preference=preference), gdmam.open_gate, alignment_losses=losses
         )
-        _, state = jax.jit(link.update)(pairs_of(0), link.init(PARAMS))
+        _, state = link.update(pairs, link.init(PARAMS))
         report = gdmam.diagnostics(state)
-        return [float(report[f"alignment_weight/{name}"]) for name in NAMES]
+        return jnp.stack([report[f"alignment_weight/{name}"] for name in NAMES])
 
-    by_name = weights({"bc": 0.1, "ic": 3.0}, NAMES)
-    np.testing.assert_allclose(weights((3.0, 0.1), NAMES), by_name, rtol=1e-6)
-    np.testing.assert_allclose(weights({"ic": 3.0, "bc": 0.1}, NAMES[::-1]), by_name, rtol=1e-5)
-    np.testing.assert_allclose(weights({"ic": 3.0, "bc": 0.1}, 2), by_name, rtol=1e-5)
+    @jax.jit
+    def all_weights(pairs):
+        named = {"ic": 3.0, "bc": 0.1}
+        return (
+            weights(pairs, {"bc": 0.1, "ic": 3.0}, NAMES),
+            weights(pairs, (3.0, 0.1), NAMES),
+            weights(pairs, named, NAMES[::-1]),
+            weights(pairs, named, 2),
+        )
+
+    by_name, by_number, turned, with_their_number = jax.device_get(all_weights(pairs_of(0)))
+    np.testing.assert_allclose(by_number, by_name, rtol=1e-6)
+    np.testing.assert_allclose(turned, by_name, rtol=1e-5)
+    np.testing.assert_allclose(with_their_number, by_name, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

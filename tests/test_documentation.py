@@ -194,11 +194,6 @@ def test_contributing_has_the_command_of_every_file_of_figures(path):
     )
 
 
-def test_the_table_of_physics_is_that_of_its_runs():
-    text = (DOCS / "physics_choices.md").read_text()
-    assert "{{ physics_table() }}" in text or figures.physics_table() in text
-
-
 def test_mean_ranks_are_over_the_equations_that_all_methods_were_run_on(tmp_path, monkeypatch):
     runs = {
         "heat": {"gdmam": (0.1, 0.2, 0.3), "summed": (0.4, 0.1, 0.6)},
@@ -412,7 +407,7 @@ def test_the_social_picture(script, tmp_path):
     drawn, committed = (imread(path / "social.png") for path in (tmp_path, DOCS))
     assert drawn.shape == committed.shape == (640, 1280, 4)
     # Another version of the fonts moves letters; arrows and words are where they were.
-    assert abs(drawn - committed).mean() < 0.05
+    assert abs(drawn - committed).mean() < 0.5 * abs(1 - committed).mean()
 
 
 def rows(page):
@@ -491,7 +486,8 @@ COMPATIBILITY = {
     "`apply_if_finite`": "test_optax test_apply_if_finite",
     "`zero_nans`, `adaptive_grad_clip`, `add_decayed_weights` before": (
         "test_optax test_link_before_over_pairs "
-        "test_links_that_need_over_pairs_fail_at_once_without"
+        "test_links_that_need_over_pairs_fail_at_once_without "
+        "test_zero_nans_without_over_pairs_fails_in_a_scan"
     ),
     "`ema` before": "test_optax test_ema_before_over_pairs",
     "`contrib.mechanize`": "test_optax test_mechanize",
@@ -531,7 +527,9 @@ COMPATIBILITY = {
         "test_flax_nnx test_jax_jit_with_functional_state"
     ),
     "scope functions": "test_flax_nnx test_scope_functions_get_the_paths_of_variables",
-    "Linen with `TrainState`": "test_flax_linen test_train_state",
+    "Linen with `TrainState`": (
+        "test_flax_linen test_train_state test_gradients_and_statistics_come_from_one_pass"
+    ),
     "`flax.serialization`": (
         "test_flax_linen test_a_train_state_is_written_and_read; test_saved_states "
         "test_flax_serialization test_flax_serialization_refuses_another_choice"
@@ -554,10 +552,13 @@ COMPATIBILITY = {
     "Orbax's `CheckpointManager` of an NNX model": (
         "test_orbax test_checkpoint_manager_of_an_nnx_model"
     ),
-    "`jax.vmap` over seeds": "test_meta_learning test_an_ensemble_in_one_program",
+    "`jax.vmap` over seeds": (
+        "test_meta_learning test_an_ensemble_in_one_program; test_transform "
+        "test_vmap_trains_each_model_as_alone"
+    ),
     "`jax.grad` through steps": (
-        "test_meta_learning test_gradient_through_a_few_steps "
-        "test_gradient_through_steps_without_any_gradient_is_finite"
+        "test_meta_learning test_gradient_through_a_few_steps; test_transform "
+        "test_zero_gradients_give_finite_updates_and_derivatives"
     ),
     "float16, bfloat16": "test_mixed_precision test_accuracy test_training_in_half_precision",
     "scaled losses": (
@@ -584,7 +585,8 @@ COMPATIBILITY = {
     ),
     "other losses than before": (
         "test_carrying test_a_new_loss_is_one_that_was_absent_so_far "
-        "test_a_loss_less_is_one_that_is_absent_from_now_on test_from_a_checkpoint"
+        "test_a_loss_less_is_one_that_is_absent_from_now_on test_from_a_checkpoint; "
+        "test_orbax test_save_restore_continue"
     ),
     "scopes": (
         "test_scopes test_every_scope_goes_as_if_it_were_alone test_one_label_is_one_geometry "

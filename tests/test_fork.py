@@ -267,15 +267,13 @@ def test_a_fork_in_every_layer_of_a_scan_with_a_scheduled_preference(wrap, x64):
             losses = losses + more
         return jnp.mean(x**2) + losses
 
-    found = jax.jit(jax.grad(scanned, argnums=(0, 1)))(weights, states, 0.3)
+    compiled = jax.jit(jax.grad(scanned, argnums=(0, 1)))
+    found = compiled(weights, states, 0.3)
     expected = jax.jit(jax.grad(unrolled, argnums=(0, 1)))(weights, states, 0.3)
     chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-12)
     assert gdmam.diagnostics(found[1])["cosine"].shape == (3,)
     chex.assert_trees_all_close(
-        *(
-            jax.jit(jax.grad(scanned))(weights, states, preference)[-1]
-            for preference in (0.0, jnp.zeros(()))
-        )
+        *(compiled(weights, states, preference) for preference in (0.0, jnp.zeros(())))
     )
 
 
@@ -367,7 +365,7 @@ def test_several_forks_settle_apart():
     np.testing.assert_allclose(gradient["b"], [0, 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("losses", [2, 3, 5])
+@pytest.mark.parametrize("losses", [2, 5])
 def test_data_parallelism_costs_one_message_of_the_products(losses, x64):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     params = parameters(jnp.float64, losses)
@@ -515,18 +513,32 @@ def test_in_a_module_of_equinox():
             copies = gdmam.fork(jnp.tanh(self.trunk(x)), 2, axis_name="batch")
             return [head(copy) for head, copy in zip(self.heads, copies, strict=True)]
 
-    @eqx.filter_grad
-    def gradient(model):
-        first, second = jax.vmap(model, axis_name="batch")(X)
+    def loss(outputs):
+        first, second = outputs
         return jnp.mean((first - 1) ** 2) + jnp.mean((second + 1) ** 2)
 
+    def in_the_module(model):
+        return loss(jax.vmap(model, axis_name="batch")(X))
+
+    def outside(model, split):
+        copies = split(jnp.tanh(jax.vmap(model.trunk)(X)), 2)
+        return loss([jax.vmap(head)(copy) for head, copy in zip(model.heads, copies, strict=True)])
+
     @jax.jit
-    def at_the_start():
+    def gradients():
         keys = jax.random.split(jax.random.key(0), 3)
         heads = [eqx.nn.Linear(4, 1, key=key) for key in keys[1:]]
-        return gradient(Model(eqx.nn.Linear(4, 4, key=keys[0]), heads)).trunk.weight
+        model = Model(eqx.nn.Linear(4, 4, key=keys[0]), heads)
+        results = (
+            eqx.filter_grad(in_the_module)(model),
+            eqx.filter_grad(outside)(model, gdmam.fork),
+            eqx.filter_grad(outside)(model, lambda z, losses: (z,) * losses),
+        )
+        return [result.trunk.weight for result in results]
 
-    assert np.abs(at_the_start()).max() > 0
+    found, expected, summed = jax.device_get(gradients())
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(found, summed, rtol=0.1)
 
 
 @pytest.mark.parametrize("inside_scan", [False, True])

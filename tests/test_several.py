@@ -79,7 +79,7 @@ def test_modules_of_flax_nnx():
     alignment, pairs = step(model, optimizer, np.ones((3, 2)))
     assert set(alignment) == set(NAMES)
     np.testing.assert_allclose(pairs["bias"].alignment["second"], [1])
-    assert f"{gdmam.diagnostics(optimizer.opt_state)['cosine/first']:.3f}"
+    assert -1 <= gdmam.diagnostics(optimizer.opt_state)["cosine/first"] <= 1
 
 
 OPTIMIZERS = {

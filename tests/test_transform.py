@@ -92,20 +92,28 @@ def test_scan_and_steps_one_by_one_agree_and_state_keeps_its_types(form):
 @EVERY_FORM
 def test_vmap_trains_each_model_as_alone(form, x64):
     optimizer = FORMS[form]()
-    x = np.float64(batches(1)[0])
+    xs = np.float64(batches(3))
     models = jax.tree.map(
         lambda leaf: np.float64([leaf, 2 * np.asarray(leaf) + 0.3, np.zeros(leaf.shape)]), PARAMS
     )
 
-    def first_step(model):
-        return step(optimizer, model, optimizer.init(model), x)[0]
+    def train(model):
+        def one(carry, x):
+            return step(optimizer, *carry, x), None
 
-    together, alone = jax.device_get(jax.jit(jax.vmap(first_step))(models)), jax.jit(first_step)
+        return jax.lax.scan(one, (model, optimizer.init(model)), xs)[0]
+
+    (together, states), alone = jax.device_get(jax.jit(jax.vmap(train))(models)), jax.jit(train)
+    reports = gdmam.diagnostics(states)
+    assert all(report.shape == (3,) for report in reports.values())
     for row in range(3):
-        model, found = (
-            jax.tree.map(lambda leaf, row=row: leaf[row], tree) for tree in (models, together)
+        model, *found = (
+            jax.tree.map(lambda leaf, row=row: leaf[row], tree)
+            for tree in (models, together, reports)
         )
-        chex.assert_trees_all_close(found, alone(model), rtol=1e-5, atol=1e-6)
+        params, state = alone(model)
+        expected = [params, gdmam.diagnostics(state)]
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @EVERY_FORM
@@ -161,17 +169,17 @@ OTHER_CHOICES = {
 def test_zero_gradients_give_finite_updates_and_derivatives(form):
     optimizer, params = (FORMS | OTHER_CHOICES)[form](), jnp.ones(3)
 
-    def two_steps(prediction, alignment):
+    def three_steps(prediction, alignment):
         def one(carry, _):
             params, state = carry
             pair = gdmam.GradientPair(prediction, alignment)
             update, state = optimizer.update(pair, state, params)
             return (optax.apply_updates(params, update), state), None
 
-        (end, _), _ = jax.lax.scan(one, (params, optimizer.init(params)), length=2)
+        (end, _), _ = jax.lax.scan(one, (params, optimizer.init(params)), length=3)
         return jnp.sum(end * jnp.arange(1.0, 4.0))
 
-    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(two_steps, argnums=(0, 1))))(
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(three_steps, argnums=(0, 1))))(
         *zero_cases()
     )
     assert all_finite((values, gradients))

@@ -47,7 +47,6 @@ def rosenbrock(params, target):
 PROBLEMS = {
     "parabola": (squares, jnp.array([-1.0, 10, 1]), jnp.array([1.0, -1, 1])),
     "rosenbrock": (rosenbrock, jnp.zeros(2), jnp.ones(2)),
-    "matrix": (squares, jnp.zeros((2, 2)), jnp.ones((2, 2))),
     "mixed": (
         squares,
         {"a": jnp.zeros((2, 2)), "b": jnp.zeros(3), "c": jnp.zeros(())},

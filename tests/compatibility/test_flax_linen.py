@@ -1,11 +1,13 @@
 """GDMAM with Linen modules and `TrainState`."""
 
+import functools
 import pickle
 
 import chex
 import flax.serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -28,6 +30,47 @@ class State(TrainState):
     batch_stats: dict
 
 
+X = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+Y = np.stack([X.sum(axis=1), X[:, 0]], axis=1)
+
+
+@functools.cache
+def variables():
+    init = jax.jit(Model().init, static_argnames="train")
+    return init(jax.random.key(0), X, train=False)
+
+
+def losses(params, batch_stats, key):
+    output, changed = Model().apply(
+        {"params": params, "batch_stats": batch_stats},
+        X,
+        train=True,
+        rngs={"dropout": key},
+        mutable=["batch_stats", "intermediates"],
+    )
+    (hidden,) = changed["intermediates"]["hidden"]
+    return (jnp.mean((output - Y) ** 2), jnp.mean(hidden**2)), changed["batch_stats"]
+
+
+def test_gradients_and_statistics_come_from_one_pass():
+    """Batch statistics, dropout and sown intermediates go through ``aux``."""
+
+    @jax.jit
+    def both(params, batch_stats, key):
+        def prediction_loss(params):
+            (prediction, _), changed = losses(params, batch_stats, key)
+            return prediction, changed
+
+        paired = gdmam.value_and_paired_grad(losses, has_aux=True)(params, batch_stats, key)
+        return paired, jax.value_and_grad(prediction_loss, has_aux=True)(params)
+
+    (((prediction, _), stats), pairs), (expected, gradients) = both(
+        **variables(), key=jax.random.key(2)
+    )
+    found = (prediction, stats), gdmam.unpair_gradients(pairs)[0]
+    chex.assert_trees_all_close(found, (expected, gradients), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -38,55 +81,19 @@ class State(TrainState):
     ],
 )
 def test_train_state(optimizer):
-    """Batch statistics, dropout and sown intermediates go through ``aux``, from one pass."""
-    model = Model()
-    x = jax.random.normal(jax.random.key(1), (16, 3))
-    y = jnp.stack([x.sum(axis=1), x[:, 0]], axis=1)
-    variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), x, train=False)
-    state = State.create(
-        apply_fn=model.apply,
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        tx=optimizer,
-    )
-
-    def losses(params, state, key):
-        output, changed = state.apply_fn(
-            {"params": params, "batch_stats": state.batch_stats},
-            x,
-            train=True,
-            rngs={"dropout": key},
-            mutable=["batch_stats", "intermediates"],
-        )
-        (hidden,) = changed["intermediates"]["hidden"]
-        return (jnp.mean((output - y) ** 2), jnp.mean(hidden**2)), changed["batch_stats"]
-
-    @jax.jit
-    def step(state, key):
-        (values, batch_stats), pairs = gdmam.value_and_paired_grad(losses, has_aux=True)(
-            state.params, state, key
-        )
-        return state.apply_gradients(grads=pairs, batch_stats=batch_stats), values
-
-    keys = jax.random.split(jax.random.key(2), 60)
+    state = State.create(apply_fn=Model().apply, tx=optimizer, **variables())
     state = state.replace(step=jnp.asarray(0))
     types = jax.tree.map(jax.typeof, state)
 
     @jax.jit
-    def both(params):
-        def prediction_loss(params):
-            (prediction, _), batch_stats = losses(params, state, keys[0])
-            return prediction, batch_stats
-
-        paired = gdmam.value_and_paired_grad(losses, has_aux=True)(params, state, keys[0])
-        return paired, jax.value_and_grad(prediction_loss, has_aux=True)(params)
-
-    (((prediction, _), stats), pairs), (expected, gradients) = both(state.params)
-    found = (prediction, stats), gdmam.unpair_gradients(pairs)[0]
-    chex.assert_trees_all_close(found, (expected, gradients), rtol=1e-4, atol=1e-6)
+    def step(state, key):
+        (values, batch_stats), pairs = gdmam.value_and_paired_grad(losses, has_aux=True)(
+            state.params, state.batch_stats, key
+        )
+        return state.apply_gradients(grads=pairs, batch_stats=batch_stats), values
 
     history = []
-    for key in keys:
+    for key in jax.random.split(jax.random.key(2), 60):
         state, (prediction, _) = step(state, key)
         history.append(prediction)
     assert step._cache_size() == 1

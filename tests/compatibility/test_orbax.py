@@ -77,6 +77,7 @@ def test_save_restore_continue(name, tmp_path):
     like = jax.eval_shape(lambda params: (params, optimizer.init(params)), params)
     restored = restore(tmp_path / "checkpoint", like)
     assert jax.tree.structure(restored) == jax.tree.structure(middle)
+    chex.assert_trees_all_equal(*jax.device_get((restored, middle)))
     chex.assert_trees_all_equal(run(restored, second), run(middle, second))
     assert len(traces) == run._cache_size() == 1
     report = gdmam.diagnostics(restored[1])

@@ -250,6 +250,7 @@ class Server:
 def server(monkeypatch):
     content = np.random.default_rng(0).bytes(300_000)
     monkeypatch.setitem(data.REGISTRY, "Movie", data.blob_id(content))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = Server(content)
     yield server
     server.http.shutdown()

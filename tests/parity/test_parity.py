@@ -9,7 +9,7 @@ from tests.parity.trajectories import FORMS, PROBLEMS, compare, compare_golden
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("form", FORMS)
 def test_trajectories_agree(problem, form):
-    found = compare(problem, form, float32_steps=100)
+    found = compare(problem, form, steps=150, float32_steps=100)
     assert 0.05 < found["conflicts"] < 0.95
     assert 0.05 < found["clipped"] < 0.95
     assert found["float64"] < 1e-10

@@ -142,10 +142,12 @@ PROBLEMS = {"RDA": made_up_rda, "convolutional": made_up_convolutional}
 
 
 @functools.cache
-def compare(problem_name: str, form: str, float32_steps: int = 300) -> dict[str, Any]:
-    """Everything the tests and the table say about one form on one problem, over 300 steps.
+def compare(
+    problem_name: str, form: str, steps: int = 300, float32_steps: int = 300
+) -> dict[str, Any]:
+    """Everything the tests and the table say about one form on one problem.
 
-    In float32 it is trained for the first ``float32_steps`` of them.
+    In float64 it is trained for ``steps``, in float32 for the first ``float32_steps`` of them.
 
     Returns:
         `conflicts` and `clipped`, the shares of steps at which they occurred; `float64`, the
@@ -153,11 +155,13 @@ def compare(problem_name: str, form: str, float32_steps: int = 300) -> dict[str,
         float32 trajectory is from its own float64 one.
     """
     problem, (optimizer, method) = PROBLEMS[problem_name](), FORMS[form]
-    batches = tuple(each[:float32_steps] for each in problem.batches)
-    short = dataclasses.replace(problem, batches=batches)
+    long, short = (
+        dataclasses.replace(problem, batches=tuple(each[:number] for each in problem.batches))
+        for number in (steps, float32_steps)
+    )
     with jax.enable_x64(True):
-        ours = run_jax(problem, optimizer(), "float64"), run_jax(short, optimizer(), "float32")
-    theirs = run_torch(problem, method, torch.float64), run_torch(short, method, torch.float32)
+        ours = run_jax(long, optimizer(), "float64"), run_jax(short, optimizer(), "float32")
+    theirs = run_torch(long, method, torch.float64), run_torch(short, method, torch.float32)
     strayed = [
         deviation(less["params"], precise["params"][:float32_steps])
         for precise, less in (ours, theirs)
