@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from gdmam_jax._allocation import as_array
 from gdmam_jax._checks import check_function, is_numeric
-from gdmam_jax._geometry import norms
+from gdmam_jax._geometry import matrix, norms
+from gdmam_jax._losses import as_array
 from gdmam_jax._numerics import pytree_dataclass, wide_dtype
 from gdmam_jax._pairs import (
     GradientPair,
@@ -265,7 +265,8 @@ def _weighed(
     dtype = wide_dtype(losses, *jax.tree.leaves(chosen))
     if chunk is None:
         stacked = jax.tree.leaves(jax.vmap(gradients_of)(mapped))
-        gramian = functools.reduce(jnp.add, map(_products, stacked))
+        rows = (leaf.reshape(losses.size, *leaf.shape[2:]) for leaf in stacked)
+        gramian = functools.reduce(jnp.add, map(matrix, rows))
     else:
         # The transpose of the pull-back pushes forward; unlike the linearised losses themselves, it
         # also goes through functions with a backward pass of their own (jax.custom_vjp).
@@ -281,18 +282,6 @@ def _weighed(
         "weighting", weighting(gramian, norms(gramian)), losses.shape, dtype, "weights"
     )
     return Weighing(gramian, weights), pull_back(weights.astype(losses.dtype)), aux
-
-
-def _products(gradients: jax.Array) -> jax.Array:
-    """The inner products of a leaf's gradients, which lie along the first two axes."""
-    axes = list(range(2, gradients.ndim))
-    return jnp.tensordot(
-        gradients,
-        gradients,
-        (axes, axes),
-        precision="highest",
-        preferred_element_type=wide_dtype(gradients),
-    )
 
 
 def _overwriting_merged(pairs: Any) -> Any:
