@@ -74,7 +74,9 @@ def trainings(weighting: Any, said: bool, steps: int, seeds: int) -> tuple[np.nd
         params = network(start)
 
         def losses(params: Any, x: jax.Array, y: jax.Array, missing: jax.Array) -> Any:
-            # Each column by itself: the derivative of one loss must not meet the other's labels.
+            # Each column by itself: the derivative of one loss must not meet the other's labels,
+            # and that of a missing loss none at all, since 0 times NaN is NaN.
+            y = y.at[:, 1].set(jnp.where(missing, 0, y[:, 1]))
             guesses = predict(params, x)
             first, second = (jnp.mean((guesses[:, k] - y[:, k]) ** 2) for k in range(2))
             return first, jnp.where(missing, 0, second)

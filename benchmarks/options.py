@@ -1,7 +1,7 @@
 """Options that the benchmarks' command lines share, and how they are read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +15,9 @@ Losses = Annotated[
 Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
 
 
-def numbers(text: str) -> list[int]:
+def numbers(text: str, kind: Callable[[float], Any] = int) -> list[Any]:
     try:
-        return [int(float(part)) for part in text.split(",")]
+        return [kind(float(part)) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
 

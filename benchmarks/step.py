@@ -193,21 +193,21 @@ def whole(
     ways = {"PyTorch": in_torch, "JAX, compiles": in_jax, "JAX, has compiled": in_jax}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     klds: dict[str, list[ArrayLike]] = {way: [] for way in ways}
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
+    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {option: getattr(jax.config, option) for option in options}
     try:
         for seed in tracked("experiments", range(rounds)):
             with tempfile.TemporaryDirectory() as cache:
-                for name, value in zip(names, (cache, 0.0), strict=True):
-                    jax.config.update(name, value)
+                for option, value in zip(options, (cache, 0.0), strict=True):
+                    jax.config.update(option, value)
                 compilation_cache.reset_cache()
                 for way, run in ways.items():
                     start = time.perf_counter()
                     klds[way].append(run(seed))
                     seconds[way].append(time.perf_counter() - start)
     finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+        for option, value in before.items():
+            jax.config.update(option, value)
         compilation_cache.reset_cache()
     rows = []
     for way in ways:

@@ -216,19 +216,17 @@ def kinds_short_table() -> str:
     """The README's: medians of the tuned sum, of `gdmam`, and of the best method but those two."""
     lines = ["| kind of problem | measured | sum, tuned | `gdmam(rate)` | best of the others |"]
     lines.append("| --- | --- | ---: | ---: | --- |")
-    excluded = "sum tuned", "gdmam 1", "gdmam tuned"
     for methods in kinds().values():
         first = methods["sum tuned"][0]
         better = max if first["better"] == "higher" else min
-        medians = {name: median(runs) for name, runs in methods.items() if name in KINDS}
-        others = {name: each for name, each in medians.items() if name not in excluded}
-        best = better(others, key=lambda name: others[name])
+        medians = {name: median(runs) for name, runs in methods.items()}
+        others = [name for name in medians if not name.startswith("gdmam") and name != "sum tuned"]
+        best = better(others, key=medians.__getitem__)
         bold = "**" * (medians["gdmam 1"] == better(medians.values()))
-        name = f"sum {KINDS[best]}" if KINDS[best].startswith("x ") else KINDS[best]
         lines.append(
             f"| {first['title']} | {first['measure']}, {first['better']} is better | "
             f"{medians['sum tuned']:.3g} | {bold}{medians['gdmam 1']:.3g}{bold} | "
-            f"{others[best]:.3g} ({name}) |"
+            f"{medians[best]:.3g} ({COMPARED.get(best, best)}) |"
         )
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ QUESTIONS: dict[str, tuple[str, str]] = {
     "no-main-loss-all-losses-equal": ("no main loss", "all losses equal"),
     "muon-lion-any-optimizer": ("Muon", "Lion"),
     "learning-rates-by-layer-frozen-embeddings": ("frozen embeddings", "learning rate per layer"),
-    "it-became-slower-what-does-it-cost": ("slower", "became slow"),
+    "training-became-slower-what-does-it-cost": ("slower", "became slow"),
 }
 """Two tries for each answer, by its anchor on the page *Questions*."""
 

@@ -210,6 +210,8 @@ def main():
         parser.error("--seeds must be at least 1")
     if arguments.steps < 200 or arguments.steps % RECORD:
         parser.error(f"--steps must be a multiple of {RECORD}, at least 200")
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
 
     console = Console()
     x, t = np.meshgrid(np.linspace(-1, 1, 101), np.linspace(0, 1, 101), indexing="ij")

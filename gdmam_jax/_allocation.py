@@ -52,7 +52,8 @@ class Allocation:
       gate: factors of each alignment gradient's (parallel, orthogonal) part; shape ``(..., 2, J)``.
       memory: the state of a weighting that has one, or None.
       skipped: steps left out so far; int32, shape ``()``; None if every step is taken.
-      skipped_in_a_row: steps left out since the last one taken; likewise.
+      skipped_in_a_row: steps in a row that were not finite, also those taken after ``max_skips``;
+        likewise.
       skipped_losses: how often each loss was left out for not being finite; int32, shape ``(K,)``;
         None without ``not_finite="skip_loss"``.
       scopes: the names of the scopes; static.
@@ -378,8 +379,8 @@ def allocate(
         that `diagnostics` shows. Other links of a chain still run. ``"skip_loss"``: a loss whose
         gradient is not finite counts as absent from this step, and the others go on; if no loss is
         left, the step is left out.
-      max_skips: after this many steps left out in a row the next one is taken, finite or not, so
-        that the failure shows. None: never.
+      max_skips: after this many steps left out in a row those that follow are taken, finite or
+        not, until one is finite, so that the failure shows. None: never.
       axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded: the inner
         products are summed over them.
 
@@ -391,11 +392,12 @@ def allocate(
       values, for weightings that look at them. Its state is an `Allocation`.
 
     Raises:
-      ValueError: a number is out of range or narrower than float32, or ``not_finite`` is unknown.
-        While tracing: pairs whose halves differ, a structure or shape other than the parameters',
-        a state that was made with other choices, or ``value_fn=`` of a line search.
-      TypeError: a choice is not a function. While tracing: an update that is not a `GradientPair`,
-        or a parameter or gradient that is not floating-point.
+      ValueError: a number is out of range or narrower than float32, ``not_finite`` or
+        ``alignment_losses`` is not valid, or ``max_skips`` is given without ``"skip"``. While
+        tracing: pairs whose halves differ, a structure or shape other than the parameters', a state
+        that was made with other choices, or ``value_fn=`` of a line search.
+      TypeError: a choice is not a function, or a setting not a number. While tracing: an update
+        that is not a `GradientPair`, or a parameter or gradient that is not floating-point.
 
     Examples:
       >>> import jax.numpy as jnp, optax

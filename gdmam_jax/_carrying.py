@@ -19,7 +19,7 @@ def carry_over(old_state: optax.OptState, new_state: optax.OptState) -> optax.Op
     """Continues a training with more, fewer or different losses.
 
     Momenta, second moments and counts stay. What is known about a loss, such as its running norm
-    and its weighting's memory, goes with its name, or with its place if losses have no names. A
+    and its weighting's memory, stays with its name, or with its place if losses have no names. A
     new loss has the new state's values, and its separate momenta start at 0. A weighting whose
     memory is of another kind starts afresh.
 

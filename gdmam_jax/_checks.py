@@ -57,6 +57,13 @@ def check_range(
         raise ValueError(f"{name} must lie in {left}{minimum}, {maximum}{right}, got {value}")
 
 
+def check_each(name: str, value: Any, *bounds: float, **strict: bool) -> None:
+    """`check_range` of a number, or of each number in a tuple, a list or an array."""
+    several = isinstance(value, tuple | list) or getattr(value, "ndim", 0) == 1
+    for each in concrete(value) if several else [value]:
+        check_range(name, each, *bounds, **strict)
+
+
 def check_learning_rate(value: Any) -> None:
     """Raise an error unless ``value`` is a finite number or a schedule; None would mean ascent."""
     if not callable(value):

@@ -27,13 +27,14 @@ def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       ``parallel_norm``, ``orthogonal_norm``, ``prediction_weight``, ``alignment_weight``,
       ``gate`` (the parallel part's factor), ``orthogonal_gate``, ``prediction_momentum``,
       ``parallel_momentum``, ``orthogonal_momentum``; for the released form also ``decay`` (its
-      ``b1``), with ``not_finite="skip"`` also ``skipped`` and ``skipped_in_a_row``, counts of
-      steps, and with ``"skip_loss"`` such a count for each loss, ``skipped/prediction`` and so on.
-      `allocate` and `weighed` have no momenta. With several alignment losses, keys
-      that each loss has end with ``/`` and its name or number; with several scopes each key starts
-      with ``label/``; with several GDMAM states, with the state's path in ``opt_state``. Before
-      the first step all are 0, except the momenta, which are 1. After a skipped step they are those
-      of the last step that was not skipped.
+      ``b1``), with ``not_finite="skip"`` also ``skipped``, the steps left out, and
+      ``skipped_in_a_row``, the steps in a row that were not finite, also those taken after
+      ``max_skips``, and with ``"skip_loss"`` how often each loss was left out,
+      ``skipped/prediction`` and so on. `allocate` and `weighed` have no momenta. With several
+      alignment losses, keys that each loss has end with ``/`` and its name or number; with several
+      scopes each key starts with ``label/``; with several GDMAM states, with the state's path in
+      ``opt_state``. Before the first step all are 0, except the momenta, which are 1. After a
+      skipped step they are those of the last step that was not skipped.
 
     Raises:
       ValueError: no state of GDMAM, `allocate` or `weighed` is inside ``opt_state``.

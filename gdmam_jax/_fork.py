@@ -100,9 +100,11 @@ def fork(
       As many copies as losses, in a tuple; for names a dictionary. Each should reach one loss.
 
     Raises:
-      TypeError: while tracing, no array is floating-point, or one is complex.
-      ValueError: there are fewer than two losses, or ``state`` was made for others; while tracing,
-        the weighting does not return a weight for each loss.
+      TypeError: ``state`` is no state of a fork, or a choice is not a function; while tracing, no
+        array is floating-point, or one is complex.
+      ValueError: there are fewer than two losses, ``statistics_decay`` is out of range, or
+        ``state`` was made for other losses; while tracing, the weighting does not return a weight
+        for each.
 
     Examples:
       >>> import jax

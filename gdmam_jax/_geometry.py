@@ -38,9 +38,10 @@ BLOCK = 1024
 class Geometry:
     r"""The scalars of a pair of gradients, one of each per scope.
 
-    All float32, or float64 where a gradient is, shape ``()`` or ``(scopes,)``. Where there are
-    several alignment losses, all but ``prediction_norm`` have one more axis, over them, in the
-    order of `jax.tree.leaves`. The released form adds $10^{-12}$ to every norm.
+    All float32, or float64 where a gradient is, shape ``()`` or ``(scopes,)``. From `decompose`,
+    with several alignment losses, all but ``prediction_norm`` have one more axis, over these
+    losses, in the order of `jax.tree.leaves`. In an `Allocation` this axis is always there, in the
+    order of ``alignment_losses``. The released form adds $10^{-12}$ to every norm.
 
     Attributes:
       prediction_norm: $n_p = |g_p|$.
@@ -123,7 +124,7 @@ class Decomposition:
 def gramian(
     leaves: Sequence[GradientPair], scopes: Scopes, axis_name: str | Sequence[str] | None = None
 ) -> jax.Array:
-    """The inner products of the losses' gradients, in one pass over memory.
+    """The inner products of the losses' gradients.
 
     Args:
       leaves: the pairs, in the order of ``scopes``; at least one.

@@ -46,7 +46,7 @@ def gdmam(
 
     With its default choices it is Adam, with ``b1=0.95``, on the allocated gradient:
     ``optax.chain(allocate(), optax.scale_by_adam(b1=0.95), optax.add_decayed_weights(1e-4),
-    optax.scale_by_learning_rate(learning_rate))``, in one pass over memory.
+    optax.scale_by_learning_rate(learning_rate))``.
 
     Every number is a scalar that `optax.inject_hyperparams` can inject or schedule.
 
@@ -77,17 +77,17 @@ def gdmam(
         ``"skip_loss"``, see `allocate`. A step that is left out also leaves out weight decay and
         the schedule's step, so that parameters stay the same bit for bit. A schedule that
         `optax.inject_hyperparams` injects still advances.
-      max_skips: after this many steps left out in a row the next one is taken, finite or not. None:
-        never.
+      max_skips: after this many steps left out in a row those that follow are taken, finite or
+        not, until one is finite. None: never.
       axis_name: inside `jax.shard_map`, the mesh axes over which parameters are sharded.
 
     Returns:
       A transformation whose ``update`` takes a tree of `GradientPair` and the parameters.
 
     Raises:
-      ValueError: a number is out of range.
-      TypeError: the learning rate is neither a number nor a function, or the mask is a single
-        boolean. While tracing: an update that is not a `GradientPair`.
+      ValueError: as `scale_by_gdmam`; or the learning rate or weight decay is out of range.
+      TypeError: as `scale_by_gdmam`; or the learning rate is neither a number nor a function, or
+        the mask is a single boolean.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -170,7 +170,8 @@ def summed(
 
     Raises:
       ValueError: a weight is negative; while tracing, the halves of a pair differ.
-      TypeError: while tracing, an update that is not a `GradientPair`.
+      TypeError: ``optimizer`` is no Optax optimizer; while tracing, an update that is not a
+        `GradientPair`.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -250,10 +251,12 @@ def weighed(
       `diagnostics` finds the weights, the gradients' norms and their angle in its state.
 
     Raises:
-      ValueError: a number is out of range; while tracing, the halves of a pair differ, the
-        weighting does not return a weight for each task, ``value_fn`` returns something other than
-        the losses, or it is given with several scopes, which have no function in common.
-      TypeError: while tracing, an update that is not a `GradientPair`.
+      ValueError: a number is out of range, or ``not_finite`` or ``alignment_losses`` is not valid;
+        while tracing, the halves of a pair differ, the weighting does not return a weight for each
+        task, ``value_fn`` returns something other than the losses, or it is given with several
+        scopes, which have no function in common.
+      TypeError: ``optimizer`` is no Optax optimizer, or a choice is not a function; while tracing,
+        an update that is not a `GradientPair`.
 
     Examples:
       >>> import jax.numpy as jnp, optax

@@ -36,7 +36,8 @@ class RecentNormState:
 
     Attributes:
       norms: the last accepted norms, oldest first; float32 or better, shape ``(window,)``; at
-        first 0, except for an infinite last one, so that the first update passes unclipped.
+        first 0, except for an infinite last one, so that the first ``window`` updates pass
+        unclipped.
     """
 
     norms: jax.Array

@@ -185,13 +185,17 @@ def running_weighting(
     Returns:
       A weighting with a memory.
 
+    Raises:
+      ValueError: ``decay`` is out of range.
+      TypeError: the weighting is neither a function nor a `RememberingWeighting`.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import gdmam_jax as gdmam
       >>> weighting = gdmam.running_weighting(gdmam.mgda_weighting, decay=0.5)
       >>> memory = weighting.init(jnp.zeros(2))
-      >>> for norms in ([1.0, 1.0], [3.0, 1.0]):
-      ...     gramian = jnp.diag(jnp.array(norms))
+      >>> for squares in ([1.0, 1.0], [3.0, 1.0]):
+      ...     gramian = jnp.diag(jnp.array(squares))
       ...     weights, memory = weighting.update(gramian, None, memory, gdmam.Losses())
       >>> weights.tolist()
       [0.375, 0.625]
@@ -232,6 +236,9 @@ def normalised_weighting(weighting: Weighting | RememberingWeighting) -> Remembe
 
     Returns:
       A weighting with the memory of the given one.
+
+    Raises:
+      TypeError: the weighting is neither a function nor a `RememberingWeighting`.
 
     Examples:
       >>> import jax.numpy as jnp

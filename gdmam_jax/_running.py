@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from gdmam_jax import _geometry
-from gdmam_jax._checks import check_range
+from gdmam_jax._checks import check_each, check_range
 from gdmam_jax._losses import Losses
 from gdmam_jax._momenta import newest_share
 from gdmam_jax._numerics import divide, safe_sqrt
@@ -46,6 +46,9 @@ def gradient_norm_weighting(*, decay: Any = 0.9, every: Any = 1000) -> Rememberi
 
     Returns:
       A weighting with a memory.
+
+    Raises:
+      ValueError: a number is out of range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -107,6 +110,9 @@ def gradnorm_weighting(*, alpha: Any = 1.5, learning_rate: Any = 0.025) -> Remem
     Returns:
       A weighting with a memory that needs the losses' values, ``update(..., value=)``.
 
+    Raises:
+      ValueError: a number is out of range; while tracing, the values are not given.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import gdmam_jax as gdmam
@@ -164,7 +170,8 @@ class _Cosines(NamedTuple):
 
 @made_by_call
 def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeighting:
-    r"""GradVac: the sum, after turning gradients towards each other up to their usual cosines.
+    r"""GradVac: the sum, after turning gradients towards each other until their cosines are what
+    they usually are.
 
     Where the cosine $\phi$ between a gradient and another, $g_j$, lies below its running mean
     $\hat\phi$, the gradient gets $|g_i| (\hat\phi s - \phi \hat s) / (|g_j| \hat s)$ times $g_j$,
@@ -178,6 +185,9 @@ def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeigh
 
     Returns:
       A weighting with a memory.
+
+    Raises:
+      ValueError: ``decay`` is out of range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -270,6 +280,9 @@ def pcd_weighting(*, tau: Any = 0.02, decay: Any = 0.999) -> RememberingWeightin
     Returns:
       A weighting with a memory. `open_gate` leaves its direction as it is.
 
+    Raises:
+      ValueError: a number is out of range; while tracing, ``tau`` does not fit the losses.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import gdmam_jax as gdmam
@@ -283,9 +296,7 @@ def pcd_weighting(*, tau: Any = 0.02, decay: Any = 0.999) -> RememberingWeightin
       Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical
       Multi-Objective Optimization, TMLR 2026, arXiv 2606.29521.
     """
-    for each in tau.values() if isinstance(tau, Mapping) else jax.tree.leaves(tau):
-        if jnp.ndim(each) == 0:
-            check_range("tau", each, 0, 1)
+    check_each("tau", [*tau.values()] if isinstance(tau, Mapping) else tau, 0, 1)
     check_range("decay", decay, 0, 1, below_maximum=True)
 
     def init(zeros: jax.Array) -> _Squares:

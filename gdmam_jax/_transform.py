@@ -126,12 +126,13 @@ def scale_by_gdmam(
       momentum. It takes ``present=`` and ``value=``, as `allocate` does.
 
     Raises:
-      ValueError: a number is out of range or narrower than float32, ``momenta`` or ``not_finite``
-        is unknown, ``amsgrad`` is asked for without ``b2``, ``max_skips`` without ``"skip"``, or
-        ``momentum_dtype`` is not floating-point. While tracing: pairs whose halves differ, a
-        structure or shape other than the parameters', or a state that was made with other choices.
-      TypeError: a choice is not a function. While tracing: an update that is not a `GradientPair`,
-        or a parameter or gradient that is not floating-point.
+      ValueError: a number is out of range or narrower than float32, ``momenta``, ``not_finite`` or
+        ``alignment_losses`` is not valid, ``amsgrad`` is asked for without ``b2``, ``max_skips``
+        without ``"skip"``, or ``momentum_dtype`` is not floating-point. While tracing: pairs whose
+        halves differ, a structure or shape other than the parameters', or a state that was made
+        with other choices.
+      TypeError: a choice is not a function, or a setting not a number. While tracing: an update
+        that is not a `GradientPair`, or a parameter or gradient that is not floating-point.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

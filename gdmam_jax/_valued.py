@@ -19,13 +19,14 @@ compute the weights inside the loss, and use an ordinary optimizer:
 >>> updates, state = optimizer.update(gradient, state, w)
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._checks import check_range
+from gdmam_jax._checks import check_each, check_range
 from gdmam_jax._losses import Losses
 from gdmam_jax._numerics import divide
 from gdmam_jax._remembering import (
@@ -75,6 +76,9 @@ def uncertainty_weighting(*, learning_rate: Any = 0.01) -> RememberingWeighting:
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``.
+
+    Raises:
+      ValueError: ``learning_rate`` is out of range; while tracing, the values are not given.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -134,6 +138,10 @@ def famo_weighting(
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``.
+
+    Raises:
+      ValueError: a number is out of range; while tracing, the values are not given, or ``lowest``
+        does not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -201,6 +209,9 @@ def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeigh
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``.
+
+    Raises:
+      ValueError: a number is out of range; while tracing, the values are not given.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -276,6 +287,9 @@ def relobralo_weighting(
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``.
 
+    Raises:
+      ValueError: a number is out of range; while tracing, the values are not given.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import gdmam_jax as gdmam
@@ -341,14 +355,18 @@ def softadapt_weighting(*, beta: Any = 0.1, scaled: bool = True) -> RememberingW
 
     $w_k = K \operatorname{softmax}_k(\beta s_k)$ with the change $s_k = \ell_k(t) - \ell_k(t - 1)$,
     or $s_k / \sum_j |s_j|$ if ``scaled``. The weights are 1 in the first step. They add up to $K$,
-    as the sum's do; the paper's add up to 1.
+    like those of the plain sum; in the paper they add up to 1.
 
     Args:
       beta: $\beta$; the larger, the less equal the weights. Below 0, losses that fall count more.
-      scaled: whether changes are relative to all losses' changes. If not, the losses' units count.
+      scaled: whether changes are divided by the sum of all losses' changes. The losses' units count
+        either way.
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``.
+
+    Raises:
+      ValueError: ``beta`` is out of range; while tracing, the values are not given.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -392,8 +410,9 @@ def stch_weighting(
 
     $w_k = \lambda_k \operatorname{softmax}_k(\lambda_k (\ell_k - z_k) / \mu)$: the gradient of
     $\mu \log \sum_k e^{\lambda_k (\ell_k - z_k) / \mu}$, which tends to the largest
-    $\lambda_k (\ell_k - z_k)$ as $\mu$ falls. Its minima are Pareto-optimal, and every
-    Pareto-optimal point is a minimum for some $\lambda$.
+    $\lambda_k (\ell_k - z_k)$ as $\mu$ falls. With positive $\lambda$ its minima are
+    Pareto-optimal; every Pareto-optimal point is a minimum for some $\lambda$ if $\mu$ is small
+    enough.
 
     Args:
       mu: $\mu$, above 0.
@@ -403,6 +422,10 @@ def stch_weighting(
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``. It has no memory.
+
+    Raises:
+      ValueError: ``mu`` is not above 0; while tracing, the values are not given, or ``preference``
+        or ``lowest`` does not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -417,6 +440,8 @@ def stch_weighting(
       Lin et al., Smooth Tchebycheff Scalarization for Multi-Objective Optimization, ICML 2024.
     """
     check_range("mu", mu, above_minimum=True)
+    by_name = isinstance(preference, Mapping)
+    check_each("preference", [*preference.values()] if by_name else preference)
 
     def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
         del gramian, norms
@@ -442,6 +467,9 @@ def geometric_mean_weighting(*, lowest: Any = 0.0) -> RememberingWeighting:
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``. It has no memory.
+
+    Raises:
+      ValueError: while tracing, the values are not given, or ``lowest`` does not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -471,8 +499,8 @@ def geometric_mean_weighting(*, lowest: Any = 0.0) -> RememberingWeighting:
 def random_weighting(*, key: Any = None) -> RememberingWeighting:
     r"""Random weights, new at every step.
 
-    $w = \operatorname{softmax}(\epsilon)$, with normal $\epsilon$. A method should do better than
-    this.
+    $w = \operatorname{softmax}(\epsilon)$, with normal $\epsilon$. It is a baseline that any
+    method should beat.
 
     Args:
       key: a random key; None for that of seed 0.

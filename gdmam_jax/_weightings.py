@@ -7,14 +7,14 @@ scopes. A weighting that has settings, called with settings alone, returns one w
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from gdmam_jax import _geometry
-from gdmam_jax._checks import check_range, concrete
+from gdmam_jax._checks import check_each, check_range
 from gdmam_jax._numerics import divide, safe_sqrt
 from gdmam_jax._programmes import ITERATIONS, cosines, minimise, quadratic, shares
 from gdmam_jax._settings import Choice, with_settings
@@ -77,14 +77,14 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
     r"""Every task counts the same, whatever its scale: $w_k = preference_k / \overline{n_k}$.
 
     $\overline{n_k}$ is the running mean of the task's norm, or this step's norm where that is
-    larger: a step's norm below its recent mean still shows, and a spike counts no more than the
-    rest. A task without a gradient does not change the others' weights.
+    larger: a gradient shorter than usual stays shorter, and a spike counts no more than a gradient
+    of the usual length. A task without a gradient does not change the others' weights.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: running means of the gradients' norms, shape ``(..., K)``.
       preference: how much an alignment task counts, relative to the prediction, which counts 1; at
-        least 0. A number, or one for each alignment task. To schedule it, give
+        least 0. A number, one for each alignment task, or a mapping by name. To schedule it, give
         `optax.inject_hyperparams` a function of it:
         ``lambda preference: gdmam(1e-3, weighting=unit_weighting(preference=preference))``.
 
@@ -108,9 +108,7 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
 
 def _preferences(preference: Any, like: jax.Array) -> jax.Array:
     """How much each task counts, shape ``(K,)``: the prediction 1, the others as wanted."""
-    several = isinstance(preference, Sequence) or getattr(preference, "ndim", 0) == 1
-    for each in concrete(preference) if several else [preference]:
-        check_range("preference", each)
+    check_each("preference", preference)
     others, wanted = like.shape[-1] - 1, jnp.asarray(preference, like.dtype)
     if wanted.shape not in ((), (others,)):
         raise ValueError(
@@ -169,8 +167,8 @@ def constant_weighting(*weights: Any) -> Weighting:
       >>> by_name = constant_weighting({"prediction": 1.0, "ic": 100.0, "bc": 0.01})
     """
     named = len(weights) == 1 and isinstance(weights[0], Mapping)
-    for weight in weights[0].values() if named else weights:
-        check_range("each weight", weight, -float("inf"), above_minimum=True)
+    given = [*weights[0].values()] if named else weights
+    check_each("each weight", given, -float("inf"), above_minimum=True)
     if named and "prediction" not in weights[0]:
         raise ValueError(
             f"constant_weighting needs the weight of 'prediction', too, got {', '.join(weights[0])}"
@@ -427,8 +425,8 @@ def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
       norms: unused.
 
     Returns:
-      The weights, shape ``(..., K)``, above 0. Where gradients oppose each other exactly there is
-      no solution, and the weights are large.
+      The weights, shape ``(..., K)``, above 0; 0 for a task without a gradient. Where gradients
+      oppose each other exactly there is no solution, and the weights are large.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -651,8 +649,9 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     With unit gradients $u_k = g_k / n_k$ and their inner products $C$, the direction is
     $d = \sum_k a_k u_k$ with $a = C^{+} preference$, and the length
     $\sum_k \langle g_k, d\rangle / |d|$. For two losses the weights are
-    $w_k = (n_0 + n_1) / (2 n_k)$: along the bisector. It opposes no loss, and its length
-    shrinks as the gradients do. A task without a gradient is left out.
+    $w_k = (n_0 + n_1) / (2 n_k)$: along the bisector. While the gradients are linearly
+    independent it opposes no loss; its length shrinks as the gradients do. A task without a
+    gradient is left out.
 
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.

@@ -51,7 +51,8 @@ def over_pairs(
       with ``alignment=`` the alignment gradients, and returns ordinary updates.
 
     Raises:
-      TypeError: while tracing, an update that is not a `GradientPair`.
+      TypeError: ``wrapper`` is not a function, or ``optimizer`` no Optax optimizer; while tracing,
+        an update that is not a `GradientPair`.
       ValueError: at ``init``, the wrapper hands leaves to another optimizer, which would take the
         prediction gradient alone; while tracing, the two halves of a pair differ, or there are
         other alignment losses than ``alignment_losses`` says.

@@ -24,7 +24,7 @@ def value_and_paired_grad(
     """Values and paired gradients of losses of NNX modules, from one forward pass.
 
     Like `gdmam_jax.value_and_paired_grad`, with the reference semantics of
-    `flax.nnx.value_and_grad`: what the loss function changes in a module, an `flax.nnx.Rngs` or a
+    `flax.nnx.value_and_grad`: what the loss function changes in a module, a `flax.nnx.Rngs` or a
     metric, in any argument, stays changed, as after one ordinary forward pass. Random streams and
     batch statistics advance once, although there are several gradients.
 
@@ -41,7 +41,7 @@ def value_and_paired_grad(
 
     Returns:
       A function with the arguments of ``loss_fn`` that returns ``(losses, pairs)``, or
-      ``((losses, aux), pairs)`` with ``has_aux=True``. ``pairs`` is an `flax.nnx.State` of the
+      ``((losses, aux), pairs)`` with ``has_aux=True``. ``pairs`` is a `flax.nnx.State` of the
       chosen variables, each with a `gdmam_jax.GradientPair` for its value, as
       ``flax.nnx.Optimizer.update(model, pairs)`` takes it; for several ``argnums`` a tuple of them.
 
@@ -97,7 +97,7 @@ def value_and_weighed_grad(
 
     Returns:
       A function with the arguments of ``loss_fn`` that returns ``(losses, gradient, weighing)``, or
-      ``((losses, aux), gradient, weighing)`` with ``has_aux=True``. ``gradient`` is an
+      ``((losses, aux), gradient, weighing)`` with ``has_aux=True``. ``gradient`` is a
       `flax.nnx.State` of the chosen variables; for several ``argnums`` a tuple of them.
       ``weighing`` is a `gdmam_jax.Weighing`.
 

@@ -38,7 +38,7 @@ def plot_diagnostics(history: History, *, steps: ArrayLike | None = None) -> "Fi
     """Draws angle, norms, weights, gate and momentum over the steps.
 
     With several scopes or alignment losses each has its own colour, and each scalar its own dashes.
-    With more than 10 the colours repeat, and there is no legend: use `plot_scopes`.
+    With more than 10 the colours repeat, and no legend names them: use `plot_scopes`.
 
     Args:
       history: see `History`. Keys that are not GDMAM's are ignored.
@@ -50,6 +50,7 @@ def plot_diagnostics(history: History, *, steps: ArrayLike | None = None) -> "Fi
     Raises:
       ValueError: the history is empty, its entries differ in GDMAM's keys, a value is not one
         scalar for each step, no key is one of GDMAM's, or ``steps`` has another length.
+      TypeError: an entry of the history is not a dictionary.
 
     Examples:
       >>> history = {"cosine": [0.1, -0.2], "prediction_norm": [1.0, 0.9]}
@@ -115,6 +116,7 @@ def plot_scopes(history: History, name: str = "cosine", *, axes: "Axes | None" =
 
     Raises:
       ValueError: see `plot_diagnostics`; or no scope has a scalar of this name.
+      TypeError: an entry of the history is not a dictionary.
 
     Examples:
       >>> history = {"a/cosine": [0.1, -0.2], "b/cosine": [0.3, 0.4]}
@@ -189,6 +191,7 @@ def conflict_report(
     Raises:
       ValueError: the history is empty or lacks the cosines or norms of the losses, a gradient is 0
         or not finite at every step, the window is less than 1, or the weight is not positive.
+      TypeError: an entry of the history is not a dictionary.
 
     Examples:
       >>> cosines = {"cosine": [-0.5, -0.7, -0.6, -0.6]}

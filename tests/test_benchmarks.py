@@ -159,6 +159,7 @@ def test_experiment_reaches_the_same_quality(tmp_path):
     cache = jax.config.jax_compilation_cache_dir
     rows = run(tmp_path, "experiment", "--data", "emotion6", "--epochs", "4")
     assert jax.config.jax_compilation_cache_dir == cache
+    assert {row["data"] for row in rows} == {"emotion6"}
     pytorch, compiles, has_compiled = (row["test KLD"] for row in rows)
     assert compiles == pytest.approx(pytorch, rel=0.5)
     assert has_compiled == compiles

@@ -285,6 +285,9 @@ def test_values_that_are_missing_are_asked_for(name):
     ("make", "message"),
     [
         (lambda: gdmam.pcd_weighting(tau=1.5), "tau must lie in"),
+        (lambda: gdmam.pcd_weighting(tau=np.array([0.5, 1.5])), "tau must lie in"),
+        (lambda: gdmam.stch_weighting(preference={"prediction": 1, "a": -1}), "preference must"),
+        (lambda: gdmam.stch_weighting(preference=(1.0, -1.0)), "preference must lie in"),
         (lambda: gdmam.running_weighting(gdmam.unit_weighting, decay=1.0), "decay must lie in"),
         (lambda: gdmam.running_weighting(0.5), "weighting must be a function"),
         (lambda: gdmam.stch_weighting(mu=0.0), "mu must lie in"),

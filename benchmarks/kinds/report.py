@@ -71,8 +71,9 @@ def _chosen(name: str, higher: bool, folder: Path) -> dict[str, Found]:
         best = np.argmin(costs, axis=1)
         for number, method in enumerate(record["methods"]):
             at = number, best[number]
-            results = (np.array(record[k], float)[at][:seeds] for k in ("score", "cosine", "ratio"))
-            found[method] = Found(method, record["rates"][best[number]], costs[at], *results)
+            runs = {k: np.array(record[k], float)[at][:seeds] for k in ("score", "cosine", "ratio")}
+            runs["score"] = np.nan_to_num(runs["score"], nan=sign * np.inf)
+            found[method] = Found(method, record["rates"][best[number]], costs[at], *runs.values())
     return found
 
 

@@ -17,6 +17,7 @@ from benchmarks.options import (
     already_run,
     known_name,
     known_names,
+    numbers,
 )
 from benchmarks.physics import report as reports
 from benchmarks.physics.equations import CHOSEN_ON, EQUATIONS, HELD_OUT
@@ -86,14 +87,18 @@ def run(
     """Tune each method's rate on separate seeds, then train; resumes where it stopped."""
     scale = _scale(configuration, extras)
     if points is not None:
-        data = -(-points * scale.data_points // scale.residual_points)
+        # At least three, of which one is at the start where there is time.
+        data = max(3, -(-points * scale.data_points // scale.residual_points))
         scale = scale._replace(residual_points=points, data_points=data)
     if steps is not None:
-        records = min(scale.records, steps)
-        scale = scale._replace(steps=steps - steps % records, records=records)
-        if scale.steps <= WARM_UP:
-            raise typer.BadParameter(f"--steps must be above the warm-up's {WARM_UP}, got {steps}")
-    grid = [float(rate) for rate in rates.split(",")]
+        records = scale.records
+        if steps <= WARM_UP or steps % records:
+            raise typer.BadParameter(
+                f"--steps must be a multiple of {records} above the warm-up's {WARM_UP}, "
+                f"got {steps}"
+            )
+        scale = scale._replace(steps=steps)
+    grid = numbers(rates, float)
     settings = {
         "scale": scale._asdict(), "rates": grid, "seeds": seeds,
         "tuning_seeds": tuning_seeds, "losses": losses,
@@ -210,7 +215,7 @@ def report(
 
 @app.command()
 def finals(
-    csv: Annotated[Path, typer.Argument(help="What `report --csv` wrote.")],
+    csv: Annotated[Path, typer.Argument(help="What `report --csv` wrote.", exists=True)],
     picture: Annotated[Path, typer.Argument(help="Where to draw.")],
 ) -> None:
     """Draw the final errors of all runs in a file."""
@@ -236,11 +241,11 @@ def step(
     from benchmarks.physics import step as module
 
     problem = known_name(equation, "--equation", list(EQUATIONS))
-    scale, chosen = _scale(configuration), _chosen(methods, ALL_METHODS)
+    # Quasi-Newton methods have steps of two kinds.
+    scale = _scale(configuration)
+    chosen = _chosen(methods, [name for name in ALL_METHODS if name not in PLANS])
     for method in chosen:
         _check(problem, method, scale, losses)
-        if method in PLANS:
-            raise typer.BadParameter(f"{method} has steps of two kinds, which are not timed")
     rows = module.benchmark(EQUATIONS[problem], chosen, scale, losses, steps, rounds)
     timing.report(f"physics step: {problem}, {losses} losses, one network", rows, output)
 

@@ -171,12 +171,13 @@ def draw_over_seconds(records: Records, milliseconds: dict[str, float], path: Pa
 
 
 def _runs(csv: Path, methods: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-    """The final errors by equation and method, of the equations that have all of ``methods``."""
+    """The final errors without extras, of the equations that have all of ``methods``."""
     runs: dict[str, dict[str, list[float]]] = {}
     with csv.open() as lines:
         for run in DictReader(lines):
-            found = runs.setdefault(run["equation"], {})
-            found.setdefault(run["method"], []).append(float(run["error"]))
+            if not run["extras"]:
+                found = runs.setdefault(run["equation"], {})
+                found.setdefault(run["method"], []).append(float(run["error"]))
     chosen = {name: found for name, found in runs.items() if set(methods) <= set(found)}
     if not chosen:
         raise ValueError(f"no equation in {csv} has runs of all of: {', '.join(methods)}")

@@ -443,7 +443,9 @@ def find(
       A `Dataset`.
 
     Raises:
-      ValueError: it is none of these.
+      ValueError: it is none of these; also as `load` and `fetch`.
+      FileNotFoundError: no such file.
+      ConnectionError: a registered set could not be fetched.
     """
     if name == "films":
         return films()

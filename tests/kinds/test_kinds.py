@@ -202,6 +202,12 @@ def test_rates_and_factors_are_chosen_by_seeds_of_their_own(tmp_path):
     assert "| scales | **3.5 (3 to 4)** | 5.5 (5 to 6) | 5.5 (5 to 6) |" in report.table(rows)
 
 
+def test_a_score_that_is_not_a_number_is_the_worst(tmp_path):
+    written(tmp_path, [[[float("nan"), 1.0, 0.0]] * 2], [[[0.0, 0.0, 9.0]] * 2], ["sum x 1"])
+    rows = report.rows({"scales": KINDS["scales"]()}, tmp_path)
+    assert [row.score for row in rows if row.method == "sum x 1"] == [np.inf, 1.0]
+
+
 def test_the_command_runs_resumes_and_writes_every_score(tmp_path):
     def run(*arguments):
         return CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])

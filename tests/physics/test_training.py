@@ -75,7 +75,9 @@ def test_the_command_resumes_reports_and_refuses(tmp_path, monkeypatch):
     assert other.exit_code == 2
     assert "other settings" in other.output
     assert invoke(*given, "--methods", "nonsense").exit_code == 2
-    assert "warm-up" in invoke(*given, "--methods", "summed", "--steps", 100).output
+    for wrong, word in ((("--steps", 100), "warm-up"), (("--steps", 201), "multiple of 2"),
+                        (("--rates", "fast"), "expected numbers")):  # fmt: skip
+        assert word in invoke(*given, "--methods", "summed", *wrong).output
     picture, csv = tmp_path / "new" / "curves.png", tmp_path / "new" / "errors.csv"
     result = invoke("report", "--out", tmp_path, "--picture", picture, "--csv", csv)
     assert result.exit_code == 0
@@ -121,6 +123,9 @@ def test_pictures_of_final_errors_and_over_seconds(tmp_path):
     record |= {"milliseconds": 1.0, "settings": {"scale": TINY._asdict()}}
     reports.write_csv({"heat": dict.fromkeys([*reports.FINALS, *methods], record)}, csv)
     assert csv.read_text().splitlines()[2] == "heat,summed,fourier causal,200,0.01,1,0.2"
+    assert invoke("finals", csv, drawn).exit_code == 2  # All have extras.
+    record |= {"extras": ""}
+    reports.write_csv({"heat": dict.fromkeys([*reports.FINALS, *methods], record)}, csv)
     assert invoke("finals", csv, drawn).exit_code == 0
     assert drawn.read_bytes().startswith(b"\x89PNG")
     drawn.unlink()
