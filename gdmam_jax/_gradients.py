@@ -193,9 +193,7 @@ def value_and_weighed_grad(
       Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
     check_function("loss_fn", loss_fn)
-    check_function(
-        "weighting", made(weighting), "; value_and_weighed_grad needs one without a memory"
-    )
+    check_memoryless(weighting)
     check_argnums(argnums)
     check_argnums(example_argnums, "example_argnums")
     if not (chunk is None or (isinstance(chunk, int) and chunk >= 1)):
@@ -265,8 +263,8 @@ def _weighed(
     dtype = wide_dtype(losses, *jax.tree.leaves(chosen))
     if chunk is None:
         stacked = jax.tree.leaves(jax.vmap(gradients_of)(mapped))
-        rows = (leaf.reshape(losses.size, *leaf.shape[2:]) for leaf in stacked)
-        gramian = functools.reduce(jnp.add, map(matrix, rows))
+        by_loss = (leaf.reshape(losses.size, *leaf.shape[2:]) for leaf in stacked)
+        gramian = functools.reduce(jnp.add, map(matrix, by_loss))
     else:
         # The transpose of the pull-back pushes forward; unlike the linearised losses themselves, it
         # also goes through functions with a backward pass of their own (jax.custom_vjp).
@@ -313,6 +311,12 @@ def _check_argument(argument: Any, position: int) -> None:
     check_floating(argument, f"argument {position} of the loss function,", advice)
 
 
+def check_memoryless(weighting: Any) -> None:
+    """Raise a ``TypeError`` unless ``weighting`` is a function of the step's gradients alone."""
+    advice = "; value_and_weighed_grad needs one without a memory"
+    check_function("weighting", made(weighting), advice)
+
+
 def check_argnums(argnums: Any, what: str = "argnums") -> None:
     """Raise a ``TypeError`` unless ``argnums`` is an integer or a sequence of integers."""
     several = argnums if isinstance(argnums, Sequence) else (argnums,)
@@ -331,7 +335,10 @@ def argument_positions(
                 f"{what}={argnums} needs an argument at position {position}, "
                 f"but {count} positional arguments were given"
             )
-    return tuple(position % count for position in positions)
+    positions = tuple(position % count for position in positions)
+    if len({*positions}) < len(positions):
+        raise ValueError(f"{what}={argnums} names an argument twice")
+    return positions
 
 
 def split_aux(result: Any) -> tuple[Any, Any]:

@@ -383,7 +383,7 @@ def softadapt_weighting(*, beta: Any = 0.1, scaled: bool = True) -> RememberingW
       Heydari, Thompson and Mehmood, SoftAdapt: Techniques for Adaptive Loss Weighting of Neural
       Networks with Multi-Part Loss Functions, 2019.
     """
-    check_range("beta", beta, -jnp.inf)
+    check_range("beta", beta, -jnp.inf, above_minimum=True)
 
     def init(zeros: jax.Array) -> _Previous:
         start = _losses_alone(zeros)

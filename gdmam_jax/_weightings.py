@@ -178,6 +178,8 @@ def constant_weighting(*weights: Any) -> Weighting:
 
 def _constant(gramian: jax.Array, norms: jax.Array, *, weights: Any) -> jax.Array:
     del norms
+    if isinstance(weights, Mapping):
+        raise TypeError("weights by name need an optimizer of pairs or fork, which know the names")
     if len(weights) != gramian.shape[-1]:
         raise ValueError(
             f"constant_weighting needs a weight for each of {gramian.shape[-1]} losses, got "
@@ -299,7 +301,7 @@ def imtl_g_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     independent = jnp.linalg.eigvalsh(between)[..., :1] > limit
     # The same where the gradients are independent, and safe where their norms are far apart.
     equal = inverses * jnp.sum(jnp.linalg.pinv(between, hermitian=True), axis=-1)
-    least = jnp.linalg.pinv(gramian, hermitian=True) @ lengths[..., None]
+    least = jnp.linalg.pinv(_over_largest(gramian), hermitian=True) @ lengths[..., None]
     solved = jnp.where(independent, equal, least[..., 0])
     return divide(solved, jnp.sum(solved, axis=-1, keepdims=True))
 
