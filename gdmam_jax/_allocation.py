@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._checks import check_function, check_losses, check_range, check_state, is_numeric
+from gdmam_jax._checks import check_function, check_losses, check_range, check_state
 from gdmam_jax._gates import Gate, open_gate, priority_gate
 from gdmam_jax._geometry import ALIGNMENT_SCALARS, Geometry, gramian, norms
-from gdmam_jax._losses import Losses, Names, arranged, by_loss
+from gdmam_jax._losses import Losses, Names, arranged, as_array, by_loss
 from gdmam_jax._momenta import newest_share
 from gdmam_jax._numerics import (
     narrow,
@@ -21,7 +21,7 @@ from gdmam_jax._numerics import (
     wide_dtype,
     widen,
 )
-from gdmam_jax._pairs import GradientPair, begin_update, check_floating, describe, halves, is_pair
+from gdmam_jax._pairs import GradientPair, begin_update, check_floating, halves, is_pair
 from gdmam_jax._remembering import RememberingWeighting, check_weighting, first_memory, weigh
 from gdmam_jax._scopes import Scope, Scopes
 from gdmam_jax._settings import chosen, default
@@ -475,38 +475,3 @@ def add_up(pair: GradientPair, weights: Any, taken: Any = None) -> jax.Array:
         wide = [jnp.where(taken[k], gradient, 0) for k, gradient in enumerate(wide)]
     terms = [jnp.asarray(weights[k], wide[0].dtype) * each for k, each in enumerate(wide)]
     return narrow(sum(terms[1:], terms[0]), jnp.result_type(pair.prediction))
-
-
-def as_array(
-    choice: str, values: Any, shape: tuple[int, ...], dtype: Any, what: str, stacked: bool = False
-) -> jax.Array:
-    """What a user's function returned, in ``shape``: an array, or a sequence over the last axis."""
-    count = shape[-1]
-    if isinstance(values, tuple | list):
-        if len(values) == count:
-            rows = [jnp.asarray(value) for value in values if is_numeric(value)]
-            if len(rows) == count and all(_fits(row.shape, shape[:-1]) for row in rows):
-                rows = [jnp.broadcast_to(row, shape[:-1]).astype(dtype) for row in rows]
-                return jnp.stack(rows, axis=-1)
-            got = f"{[describe(value) for value in values]}"
-        else:
-            got = f"{len(values)} values"
-    elif not is_numeric(values):
-        got = describe(values)
-    else:
-        array = jnp.asarray(values)
-        if not stacked and _fits(array.shape, shape):
-            return jnp.broadcast_to(array, shape).astype(dtype)
-        got = f"an array of shape {array.shape}"
-    raise ValueError(
-        f"{choice} must return {count} {what}"
-        + (f", each of shape {shape[:-1]}" if stacked else f", an array of shape {shape}")
-        + f" or plain numbers; got {got}"
-    )
-
-
-def _fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether an array broadcasts: missing axes in front, or axes of length 1."""
-    if len(found) > len(shape):
-        return False
-    return all(f in (1, s) for f, s in zip(reversed(found), reversed(shape), strict=False))

@@ -121,15 +121,11 @@ def _allocation(where: str, old: Allocation, new: Allocation) -> Allocation:
     return dataclasses.replace(
         new,
         norms=move(old.norms, new.norms),
-        remainder=_moved(where, old.remainder, new.remainder, places, old.norms.shape[-1]),
+        remainder=move(old.remainder, new.remainder),
         memory=jax.tree.map(move, old.memory, new.memory) if same else new.memory,
         skipped=old.skipped,
         skipped_in_a_row=old.skipped_in_a_row,
-        skipped_losses=jax.tree.map(
-            lambda a, b: _moved(where, a, b, places, old.norms.shape[-1]),
-            old.skipped_losses,
-            new.skipped_losses,
-        ),
+        skipped_losses=jax.tree.map(move, old.skipped_losses, new.skipped_losses),
     )
 
 
@@ -193,11 +189,6 @@ def _moved(
             f"at {where} the states hold arrays of shapes {shapes[0]}, {shapes[1]}; expected the "
             "same parameters"
         )
-    if not into:
-        return old
-    if all(
-        one == other == list(range(size))
-        for one, other, size in zip(into, out, shapes[1], strict=True)
-    ):
+    if into == out == [[*range(size)] for size in shapes[1]]:
         return old
     return jnp.asarray(new).at[np.ix_(*into)].set(jnp.asarray(old)[np.ix_(*out)])

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from gdmam_jax._allocation import Allocation, Allocator, add_up
 from gdmam_jax._checks import check_state
 from gdmam_jax._gates import Gate, open_gate
-from gdmam_jax._losses import Names
 from gdmam_jax._numerics import where, wide_dtype
 from gdmam_jax._pairs import GradientPair, named_leaves
 from gdmam_jax._remembering import RememberingWeighting
@@ -42,15 +41,8 @@ def fork_state(
       >>> fork_state(3).weights.shape
       (3,)
     """
-    others = _others(losses)
-    return _first(_allocator(others, weighting=chosen(weighting)), others, dtype)
-
-
-def _first(allocator: Allocator, others: int | tuple[str, ...], dtype: Any) -> Allocation:
-    allocation = allocator.init(jnp.zeros((), dtype))
-    if not isinstance(others, int):
-        allocation = dataclasses.replace(allocation, names=Names(others))
-    return _floats(allocation)
+    allocator = Allocator(chosen(weighting), alignment_losses=_others(losses))
+    return _floats(allocator.init(jnp.zeros((), dtype)))
 
 
 def _floats(allocation: Allocation) -> Allocation:
@@ -131,11 +123,10 @@ def fork(
       Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, NeurIPS 2018: gradients
       at the features bound those at the parameters.
     """
-    others = _others(losses)
-    allocator = _allocator(
-        others,
+    allocator = Allocator(
         weighting=chosen(weighting),
         gate=chosen(gate),
+        alignment_losses=_others(losses),
         statistics_decay=statistics_decay,
         axis_name=axis_name,
     )
@@ -143,7 +134,7 @@ def fork(
     leaves, structure = jax.tree.flatten(features)
     floating = _floating(features)
     settled = [jnp.asarray(leaves[number]) for number in floating]
-    first = _first(allocator, others, wide_dtype(*settled))
+    first = _floats(allocator.init(jnp.zeros((), wide_dtype(*settled))))
     remembers = state is not None
     if state is None:
         state = first
@@ -211,13 +202,6 @@ def _others(losses: Any) -> int | tuple[str, ...]:
             f"once; got {losses!r}"
         )
     return losses - 1 if number else tuple(map(str, losses[1:]))
-
-
-def _allocator(
-    others: int | tuple[str, ...], weighting: Any, gate: Gate = open_gate, **choices: Any
-) -> Allocator:
-    count = others if isinstance(others, int) else len(others)
-    return Allocator(weighting=weighting, gate=gate, alignment_losses=count, **choices)
 
 
 def _floating(features: Any) -> list[int]:

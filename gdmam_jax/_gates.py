@@ -93,7 +93,8 @@ def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
       [0.5135, 0.6547, 0.0]
     """
     conflict = jnp.maximum(-cosine, 0)
-    square = jnp.where(conflict > 0, conflict**2, 1)
+    # Below that the share is cut in any case, but its derivative would not be a number.
+    square = jnp.maximum(conflict**2, 1e-18)
     kept = jnp.clip((divide(conflict, ratio) + conflict**2 - 1) / square, 0, 1)
     if conflict.ndim and conflict.shape[-1] > 1:
         # In units of the weighed prediction gradient.

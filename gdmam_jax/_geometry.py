@@ -173,7 +173,7 @@ def _groups(count: int) -> list[list[tuple[int, int]]]:
 def _terms(gradients: list[Any], across: Across) -> list[jax.Array]:
     """What one leaf, or a shard of it, adds to the inner products: a vector for each group."""
     if len(gradients) >= MANY:
-        products = _matrix(gradients)
+        products = matrix(jnp.stack(gradients))
         copies = jnp.asarray(across.copies(gradients), products.dtype)
         return [across.share(products / copies).ravel()]
     return [jnp.stack([*map(across.share, group)]) for group in _products(gradients)]
@@ -193,9 +193,8 @@ def _products(gradients: list[Any]) -> list[list[jax.Array]]:
 
 
 @jax.jit
-def _matrix(gradients: list[Any]) -> jax.Array:
-    """The inner products of many gradients: one matrix product."""
-    stacked = jnp.stack(gradients)
+def matrix(stacked: jax.Array) -> jax.Array:
+    """The inner products of many gradients, along the first axis: one matrix product."""
     axes = list(range(1, stacked.ndim))
     wide = wide_dtype(stacked)
     return jnp.tensordot(

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from gdmam_jax._allocation import as_array
 from gdmam_jax._checks import check_function, is_numeric
-from gdmam_jax._geometry import norms
+from gdmam_jax._geometry import matrix, norms
+from gdmam_jax._losses import as_array
 from gdmam_jax._numerics import pytree_dataclass, wide_dtype
 from gdmam_jax._pairs import (
     GradientPair,
@@ -193,9 +193,7 @@ def value_and_weighed_grad(
       Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
     """
     check_function("loss_fn", loss_fn)
-    check_function(
-        "weighting", made(weighting), "; value_and_weighed_grad needs one without a memory"
-    )
+    check_memoryless(weighting)
     check_argnums(argnums)
     check_argnums(example_argnums, "example_argnums")
     if not (chunk is None or (isinstance(chunk, int) and chunk >= 1)):
@@ -265,7 +263,8 @@ def _weighed(
     dtype = wide_dtype(losses, *jax.tree.leaves(chosen))
     if chunk is None:
         stacked = jax.tree.leaves(jax.vmap(gradients_of)(mapped))
-        gramian = functools.reduce(jnp.add, map(_products, stacked))
+        by_loss = (leaf.reshape(losses.size, *leaf.shape[2:]) for leaf in stacked)
+        gramian = functools.reduce(jnp.add, map(matrix, by_loss))
     else:
         # The transpose of the pull-back pushes forward; unlike the linearised losses themselves, it
         # also goes through functions with a backward pass of their own (jax.custom_vjp).
@@ -281,18 +280,6 @@ def _weighed(
         "weighting", weighting(gramian, norms(gramian)), losses.shape, dtype, "weights"
     )
     return Weighing(gramian, weights), pull_back(weights.astype(losses.dtype)), aux
-
-
-def _products(gradients: jax.Array) -> jax.Array:
-    """The inner products of a leaf's gradients, which lie along the first two axes."""
-    axes = list(range(2, gradients.ndim))
-    return jnp.tensordot(
-        gradients,
-        gradients,
-        (axes, axes),
-        precision="highest",
-        preferred_element_type=wide_dtype(gradients),
-    )
 
 
 def _overwriting_merged(pairs: Any) -> Any:
@@ -324,6 +311,12 @@ def _check_argument(argument: Any, position: int) -> None:
     check_floating(argument, f"argument {position} of the loss function,", advice)
 
 
+def check_memoryless(weighting: Any) -> None:
+    """Raise a ``TypeError`` unless ``weighting`` is a function of the step's gradients alone."""
+    advice = "; value_and_weighed_grad needs one without a memory"
+    check_function("weighting", made(weighting), advice)
+
+
 def check_argnums(argnums: Any, what: str = "argnums") -> None:
     """Raise a ``TypeError`` unless ``argnums`` is an integer or a sequence of integers."""
     several = argnums if isinstance(argnums, Sequence) else (argnums,)
@@ -342,7 +335,10 @@ def argument_positions(
                 f"{what}={argnums} needs an argument at position {position}, "
                 f"but {count} positional arguments were given"
             )
-    return tuple(position % count for position in positions)
+    positions = tuple(position % count for position in positions)
+    if len({*positions}) < len(positions):
+        raise ValueError(f"{what}={argnums} names an argument twice")
+    return positions
 
 
 def split_aux(result: Any) -> tuple[Any, Any]:

@@ -108,3 +108,38 @@ def arranged(
         f"{len(names)}: {', '.join(names)}; give alignment_losses the number of alignment losses, "
         "or the names in the dictionary that they come in"
     )
+
+
+def as_array(
+    choice: str, values: Any, shape: tuple[int, ...], dtype: Any, what: str, stacked: bool = False
+) -> jax.Array:
+    """What a user's function returned, in ``shape``: an array, or a sequence over the last axis."""
+    count = shape[-1]
+    if isinstance(values, tuple | list):
+        if len(values) == count:
+            rows = [jnp.asarray(value) for value in values if is_numeric(value)]
+            if len(rows) == count and all(_fits(row.shape, shape[:-1]) for row in rows):
+                rows = [jnp.broadcast_to(row, shape[:-1]).astype(dtype) for row in rows]
+                return jnp.stack(rows, axis=-1)
+            got = f"{[describe(value) for value in values]}"
+        else:
+            got = f"{len(values)} values"
+    elif not is_numeric(values):
+        got = describe(values)
+    else:
+        array = jnp.asarray(values)
+        if not stacked and _fits(array.shape, shape):
+            return jnp.broadcast_to(array, shape).astype(dtype)
+        got = f"an array of shape {array.shape}"
+    raise ValueError(
+        f"{choice} must return {count} {what}"
+        + (f", each of shape {shape[:-1]}" if stacked else f", an array of shape {shape}")
+        + f" or plain numbers; got {got}"
+    )
+
+
+def _fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an array broadcasts: missing axes in front, or axes of length 1."""
+    if len(found) > len(shape):
+        return False
+    return all(f in (1, s) for f, s in zip(reversed(found), reversed(shape), strict=False))

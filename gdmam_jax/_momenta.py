@@ -122,7 +122,7 @@ def _lowered(
     kappa = jnp.stack([prediction, *(other for other in others for _ in range(losses))])
     # A start below the minimum stays there.
     low = jnp.minimum(jnp.asarray(minimum, noise.dtype), jnp.asarray(initial, noise.dtype))
-    lowered = start - jnp.broadcast_to(kappa, noise.shape) * noise
+    lowered = jnp.asarray(start, noise.dtype) - jnp.broadcast_to(kappa, noise.shape) * noise
     return jnp.clip(lowered, low, jnp.asarray(maximum, noise.dtype))
 
 
@@ -227,8 +227,7 @@ def anchored_momentum(
       >>> [round(float(momentum), 3) for momentum in anchored_momentum(seen)]
       [0.93, 0.91, 0.91]
     """
-    start = jnp.asarray(initial, statistics.mean.dtype)
-    return _lowered(start, statistics.deviation, initial, sensitivity, minimum, maximum)
+    return _lowered(initial, statistics.deviation, initial, sensitivity, minimum, maximum)
 
 
 @_rule
@@ -265,5 +264,4 @@ def relative_momentum(
       [0.867, 0.867, 0.867]
     """
     noise = divide(floored_sqrt(statistics.variance), statistics.mean)
-    start = jnp.asarray(initial, statistics.mean.dtype)
-    return _lowered(start, noise, initial, sensitivity, minimum, maximum)
+    return _lowered(initial, noise, initial, sensitivity, minimum, maximum)

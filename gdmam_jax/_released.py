@@ -257,7 +257,7 @@ def _bias_mask(tree: Any, biases: bool) -> Any:
 
 def _correction(decay: Any, steps: jax.Array) -> jax.Array:
     """``1 - decay**steps`` without the cancellation, for a decay close to 1."""
-    complement = jnp.asarray(1 - decay, steps.dtype)
+    complement = 1 - jnp.asarray(decay, steps.dtype)
     return -jnp.expm1(steps * jnp.log1p(-jnp.minimum(complement, 1 - jnp.finfo(steps.dtype).eps)))
 
 
@@ -382,8 +382,8 @@ def _leaf_step(
     factors, b1, b2, eps, first_correction, root = (
         scalar.astype(precision) for scalar in (factors, b1, b2, eps, *corrections)
     )
-    prediction, alignment = (widen(half) for half in halves(pair))
-    gradient = factors[0] * prediction.astype(precision) + factors[1] * alignment.astype(precision)
+    prediction, alignment = (jnp.asarray(half, precision) for half in halves(pair))
+    gradient = factors[0] * prediction + factors[1] * alignment
     first = (b1 * first.astype(precision) + (1 - b1) * gradient).astype(first.dtype)
     second = b2 * second + (1 - b2) * gradient**2
     largest = jnp.maximum(largest, second)

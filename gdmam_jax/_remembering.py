@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gdmam_jax import _geometry
 from gdmam_jax._checks import check_function, check_range
-from gdmam_jax._losses import Losses
+from gdmam_jax._losses import Losses, as_array
 from gdmam_jax._numerics import divide, where
 from gdmam_jax._settings import Choice, in_order
 from gdmam_jax._weightings import Weighting
@@ -160,14 +160,6 @@ def learned(
     return jnp.where(present, values + change, values), after
 
 
-def _stacked(weights: Any, like: jax.Array) -> jax.Array:
-    """What a weighting returned, an array or a sequence over the last axis, as an array."""
-    if isinstance(weights, tuple | list):
-        each = [jnp.broadcast_to(jnp.asarray(w, like.dtype), like.shape[:-1]) for w in weights]
-        return jnp.stack(each, axis=-1)
-    return jnp.broadcast_to(jnp.asarray(weights, like.dtype), like.shape)
-
-
 class _Running(NamedTuple):
     """The memory of the weighting within, the running weights, and which losses have any."""
 
@@ -221,7 +213,8 @@ def running_weighting(
 
     def update(gramian: Any, norms: Any, memory: _Running, losses: Losses) -> tuple[Any, Any]:
         new, inner = weigh(weighting, gramian, norms, memory.inner, losses)
-        new, here = _stacked(new, memory.weights), losses.present
+        shape, dtype, here = memory.weights.shape, memory.weights.dtype, losses.present
+        new = as_array("weighting", new, shape, dtype, "weights")
         mixed = jnp.where(memory.seen, decay * memory.weights + (1 - decay) * new, new)
         weights = kept(here, mixed, memory.weights)
         return weights, _Running(inner, weights, memory.seen | (True if here is None else here))
@@ -263,6 +256,7 @@ def normalised_weighting(weighting: Weighting | RememberingWeighting) -> Remembe
         units = inverses[..., :, None] * gramian * inverses[..., None, :]
         means = None if norms is None else norms * inverses
         weights, memory = weigh(weighting, units, means, memory, losses)
-        return _stacked(weights, lengths) * inverses, memory
+        weights = as_array("weighting", weights, lengths.shape, lengths.dtype, "weights")
+        return weights * inverses, memory
 
     return RememberingWeighting(lambda zeros: first_memory(weighting, zeros), update)

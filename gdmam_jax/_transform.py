@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._allocation import STATIC, Allocation, Allocator, as_array, taken_losses
+from gdmam_jax._allocation import STATIC, Allocation, Allocator, taken_losses
 from gdmam_jax._checks import check_function, check_range, check_state
 from gdmam_jax._gates import Gate, priority_gate
+from gdmam_jax._losses import as_array
 from gdmam_jax._momenta import MomentumRule, NormStatistics, constant_momentum
 from gdmam_jax._numerics import (
     divide,
@@ -370,10 +371,8 @@ def _leaf_step(
     share, share_of, factors = (scalar.astype(precision) for scalar in scalars)
 
     def combined(weights: jax.Array) -> jax.Array:
-        total = weights[0] * wide[0]
-        for number in range(1, len(wide)):
-            total = total + weights[number] * wide[number]
-        return total
+        terms = [weights[k] * gradient for k, gradient in enumerate(wide)]
+        return sum(terms[1:], terms[0])
 
     new = [
         (1 - share[m]) * old.astype(precision) + combined(share_of[m])

@@ -45,14 +45,6 @@ def _losses_alone(zeros: jax.Array) -> jax.Array:
     return jnp.zeros(zeros.shape[-1], zeros.dtype)
 
 
-def _softmax(logits: jax.Array, present: Any) -> jax.Array:
-    """Shares of the losses that are present, adding up to 1; all 0 if there is none."""
-    there = jnp.ones(logits.shape, bool) if present is None else present
-    highest = jnp.max(jnp.where(there, logits, -jnp.inf))
-    each = jnp.where(there, jnp.exp(jnp.minimum(logits - highest, 0)), 0)
-    return divide(each, jnp.sum(each))
-
-
 def _logarithms(values: jax.Array, lowest: Any, losses: Losses) -> jax.Array:
     """The logarithms of the values above their lowest, kept away from 0."""
     above = values - each_loss("lowest", lowest, losses, values)
@@ -181,12 +173,12 @@ def famo_weighting(
         there = jnp.ones(logarithms.shape, bool) if here is None else here
         both = memory.seen & there
         fallen = jnp.where(both, memory.logarithms - logarithms, 0)
-        shares = _softmax(memory.logits, both)
+        shares = jax.nn.softmax(memory.logits, where=both)
         slope = shares * (fallen - jnp.sum(shares * fallen))
         logits, state = learned(adam, slope, memory.logits, memory.optimizer, both)
         # Before there are two values of any loss there is nothing to learn from.
         state = kept(jnp.any(both), state, memory.optimizer)
-        weights = _softmax(logits - logarithms, here)
+        weights = jax.nn.softmax(logits - logarithms, where=here)
         last = kept(here, logarithms, memory.logarithms)
         return weights, _Famo(logits, state, last, memory.seen | there)
 
@@ -247,7 +239,7 @@ def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeigh
         del gramian, norms
         values, here = values_of("dwa_weighting", losses), losses.present
         ratio = jnp.where(memory.epochs >= 2, divide(memory.last, memory.before), 1)
-        weights = _count(here, values) * _softmax(ratio / temperature, here)
+        weights = _count(here, values) * jax.nn.softmax(ratio / temperature, where=here)
         totals = memory.totals + kept(here, values, 0)
         counts = memory.counts + (1 if here is None else here.astype(jnp.int32))
         steps = memory.steps + 1
@@ -329,7 +321,9 @@ def relobralo_weighting(
         last = jnp.where(memory.seen, memory.last, values)
 
         def balanced(since: jax.Array) -> jax.Array:
-            return _count(here, values) * _softmax(divide(values, since) / temperature, here)
+            return _count(here, values) * jax.nn.softmax(
+                divide(values, since) / temperature, where=here
+            )
 
         drawn = jax.random.fold_in(random_key(key), memory.draws)
         kept_on = jax.random.bernoulli(drawn, lookback)
@@ -389,7 +383,7 @@ def softadapt_weighting(*, beta: Any = 0.1, scaled: bool = True) -> RememberingW
       Heydari, Thompson and Mehmood, SoftAdapt: Techniques for Adaptive Loss Weighting of Neural
       Networks with Multi-Part Loss Functions, 2019.
     """
-    check_range("beta", beta, -jnp.inf)
+    check_range("beta", beta, -jnp.inf, above_minimum=True)
 
     def init(zeros: jax.Array) -> _Previous:
         start = _losses_alone(zeros)
@@ -401,7 +395,7 @@ def softadapt_weighting(*, beta: Any = 0.1, scaled: bool = True) -> RememberingW
         change = kept(here, jnp.where(memory.seen, values - memory.values, 0), 0)
         if scaled:
             change = divide(change, jnp.sum(jnp.abs(change)))
-        weights = _count(here, values) * _softmax(beta * change, here)
+        weights = _count(here, values) * jax.nn.softmax(beta * change, where=here)
         seen = memory.seen | (True if here is None else here)
         return weights, _Previous(kept(here, values, memory.values), seen)
 
@@ -456,7 +450,7 @@ def stch_weighting(
         wanted = wanted if here is None else jnp.where(here, wanted, 0)
         wanted = divide(wanted, jnp.sum(wanted))
         above = values - each_loss("lowest", lowest, losses, values)
-        return wanted * _softmax(wanted * above / mu, here), memory
+        return wanted * jax.nn.softmax(wanted * above / mu, where=here), memory
 
     return RememberingWeighting(lambda zeros: (), update)
 
@@ -495,7 +489,7 @@ def geometric_mean_weighting(*, lowest: Any = 0.0) -> RememberingWeighting:
         del gramian, norms
         values, here = values_of("geometric_mean_weighting", losses), losses.present
         logarithms = _logarithms(values, lowest, losses)
-        shares = _softmax(jnp.zeros_like(values), here)
+        shares = jax.nn.softmax(jnp.zeros_like(values), where=here)
         return shares * jnp.exp(jnp.sum(shares * logarithms) - logarithms), memory
 
     return RememberingWeighting(lambda zeros: (), update)
@@ -535,6 +529,6 @@ def random_weighting(*, key: Any = None) -> RememberingWeighting:
         del gramian, norms
         drawn = jax.random.fold_in(random_key(key), memory["draws"])
         logits = jax.random.normal(drawn, memory["like"].shape, memory["like"].dtype)
-        return _softmax(logits, losses.present), memory | {"draws": memory["draws"] + 1}
+        return jax.nn.softmax(logits, where=losses.present), memory | {"draws": memory["draws"] + 1}
 
     return RememberingWeighting(init, update)

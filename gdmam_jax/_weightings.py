@@ -178,6 +178,8 @@ def constant_weighting(*weights: Any) -> Weighting:
 
 def _constant(gramian: jax.Array, norms: jax.Array, *, weights: Any) -> jax.Array:
     del norms
+    if isinstance(weights, Mapping):
+        raise TypeError("weights by name need an optimizer of pairs or fork, which know the names")
     if len(weights) != gramian.shape[-1]:
         raise ValueError(
             f"constant_weighting needs a weight for each of {gramian.shape[-1]} losses, got "
@@ -299,7 +301,7 @@ def imtl_g_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     independent = jnp.linalg.eigvalsh(between)[..., :1] > limit
     # The same where the gradients are independent, and safe where their norms are far apart.
     equal = inverses * jnp.sum(jnp.linalg.pinv(between, hermitian=True), axis=-1)
-    least = jnp.linalg.pinv(gramian, hermitian=True) @ lengths[..., None]
+    least = jnp.linalg.pinv(_over_largest(gramian), hermitian=True) @ lengths[..., None]
     solved = jnp.where(independent, equal, least[..., 0])
     return divide(solved, jnp.sum(solved, axis=-1, keepdims=True))
 
@@ -481,7 +483,6 @@ def fairgrad_weighting(gramian: jax.Array, norms: jax.Array, *, alpha: Any = 2.0
         size = jnp.where(active, lengths, 1) ** ((power - 1) / (power + 1))
         size = size / jnp.max(size)
         matrix = size[:, None] * between * size[None]
-        y = jnp.ones_like(lengths)
 
         def newton(y: jax.Array, _: None) -> tuple[jax.Array, None]:
             pull = size**2 * y ** (-power)
@@ -489,7 +490,7 @@ def fairgrad_weighting(gramian: jax.Array, norms: jax.Array, *, alpha: Any = 2.0
             # No step takes a weight to 0, or far beyond its double.
             return y - change / (1 + jnp.max(jnp.abs(change / y))), None
 
-        y = jax.lax.scan(newton, y, length=ITERATIONS)[0]
+        y, _ = jax.lax.scan(newton, jnp.ones_like(lengths), length=ITERATIONS)
         unit = jnp.where(active, lengths, 1) ** (-2 / (1 + power))
         return jnp.where(active, y * unit, 0)
 
@@ -529,26 +530,23 @@ def aligned_mtl_weighting(
       Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023.
     """
     del norms
-    count, dtype = gramian.shape[-1], gramian.dtype
     wanted = _shares(preference, gramian, present)
-    gramian = _over_largest(gramian)  # no power of an eigenvalue overflows
-    fixed = jax.lax.stop_gradient(gramian)
-    values, vectors = jnp.linalg.eigh(fixed)
-    kept = values > values[..., -1:] * count * float(jnp.finfo(dtype).eps)
-    inverse = jnp.where(kept, safe_sqrt(divide(jnp.ones_like(values), values)), 0)
-    # This is 0, but has a derivative. An eigenvector's derivative is not finite where eigenvalues
-    # are equal, but that of the root is.
-    turned = jnp.swapaxes(vectors, -1, -2) @ (gramian - fixed) @ vectors
-    pairs = inverse[..., :, None] * inverse[..., None, :]
-    pairs = divide(pairs**2, inverse[..., :, None] + inverse[..., None, :])
-    root = jnp.vectorize(jnp.diag, signature="(k)->(k,k)")(inverse) - pairs * turned
-    least = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1, keepdims=True)
-    least = jnp.where(jnp.isfinite(least), least, 0)
-    first = jnp.argmax(kept, axis=-1)[..., None]
-    moved = jnp.diagonal(turned, axis1=-2, axis2=-1)
-    scale = safe_sqrt(least + jnp.take_along_axis(moved, first, axis=-1))
-    along = root @ (jnp.swapaxes(vectors, -1, -2) @ wanted)[..., None]
-    return scale * (vectors @ along)[..., 0]
+
+    def weights(gramian: jax.Array) -> jax.Array:
+        fixed = jax.lax.stop_gradient(gramian)
+        values, vectors = jnp.linalg.eigh(fixed)
+        kept = values > values[-1] * values.size * float(jnp.finfo(values.dtype).eps)
+        inverse = jnp.where(kept, safe_sqrt(divide(jnp.ones_like(values), values)), 0)
+        # This is 0, but has a derivative. An eigenvector's derivative is not finite where
+        # eigenvalues are equal, but that of the root is.
+        turned = vectors.T @ (gramian - fixed) @ vectors
+        column, row = inverse[:, None], inverse[None]
+        root = jnp.diag(inverse) - divide((column * row) ** 2, column + row) * turned
+        least = jnp.argmax(kept)
+        scale = safe_sqrt(jnp.where(kept[least], values[least], 0) + turned[least, least])
+        return scale * (vectors @ (root @ (vectors.T @ wanted)))
+
+    return over_scopes(weights, _over_largest(gramian))  # no power of an eigenvalue overflows
 
 
 def _projected(wanted: jax.Array, gramian: jax.Array) -> jax.Array:

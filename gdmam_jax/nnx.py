@@ -127,7 +127,7 @@ def value_and_weighed_grad(
     def transformed(pure: Callable[..., Any], **given: Any) -> Callable[..., Any]:
         return _gradients.value_and_weighed_grad(pure, weighting, chunk=chunk, **given)
 
-    check_function("weighting", weighting)
+    _gradients.check_memoryless(weighting)
     return _of_modules(transformed, loss_fn, argnums, has_aux, wrt)
 
 

@@ -115,6 +115,12 @@ def test_a_task_that_does_not_count_passes_the_priority_gate_whole():
     assert float(gdmam.priority_gate(jnp.array(-0.5), jnp.array(0.0))[0]) == 1
 
 
+def test_the_priority_gate_has_derivatives_next_to_a_right_angle():
+    slopes = jax.vmap(jax.grad(lambda cosine: gdmam.priority_gate(cosine, 1.0)[0]))
+    cosines = -np.float32([1e-3, 1e-9, 1e-10, 1e-15, 1e-30, 0])
+    np.testing.assert_array_equal(slopes(cosines), np.zeros(6))
+
+
 @pytest.mark.parametrize(("cosine", "one_sided"), [(-0.5, False), (-0.9, True)])
 def test_the_conflict_gate_is_one_sided_where_the_priority_gate_is_not(cosine, one_sided):
     g_p, g_a = two_gradients(np.arccos(cosine), 1.0)

@@ -271,6 +271,7 @@ def test_modules_of_flax_nnx_advance_once():
         ({"has_aux": True}, lambda w: w, TypeError, r"must return \(losses, aux\)"),
         ({"chunk": 0}, lambda w: w, ValueError, "chunk must be None or a number.*got 0"),
         ({"argnums": 2}, lambda w: w, TypeError, "argnums=2 needs an argument at position 2"),
+        ({"argnums": (0, -1)}, lambda w: w, ValueError, r"argnums=\(0, -1\) names an argument twice"),
         ({"example_argnums": 1}, lambda w: w, TypeError, "example_argnums=1 needs an argument"),
         ({"example_argnums": 0}, lambda w: w, TypeError, "argument 0 is in argnums and"),
         ({"example_argnums": "a"}, lambda w: w, TypeError, "example_argnums must be an integer"),
@@ -284,8 +285,12 @@ def test_errors_say_what_is_wrong(given, loss_fn, error, message):
 def test_weightings_are_checked():
     with pytest.raises(TypeError, match="weighting must be a function, got None"):
         gdmam.value_and_weighed_grad(losses, None)
-    with pytest.raises(TypeError, match="needs one without a memory"):
-        gdmam.value_and_weighed_grad(losses, gdmam.famo_weighting)
+    for function in (gdmam.value_and_weighed_grad, gdmam.nnx.value_and_weighed_grad):
+        with pytest.raises(TypeError, match="needs one without a memory"):
+            function(losses, gdmam.famo_weighting)
+    weighting = gdmam.constant_weighting({"prediction": 1.0, "b": 2.0})
+    with pytest.raises(TypeError, match="weights by name need an optimizer of pairs or fork"):
+        gdmam.value_and_weighed_grad(lambda w: w, weighting)(jnp.ones(2))
     with pytest.raises(ValueError, match="weighting must return 5 weights"):
         gdmam.value_and_weighed_grad(losses, lambda gramian, norms: jnp.ones(3))(PARAMS)
     model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))

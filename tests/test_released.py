@@ -58,6 +58,13 @@ def test_the_learning_rate_can_be_scheduled():
     np.testing.assert_allclose(results[1], 0.5 * results[0], rtol=1e-6)
 
 
+def test_the_first_step_in_float32_is_as_long_as_the_rate():
+    params, pair = jnp.zeros(2), gdmam.GradientPair(jnp.ones(2), jnp.ones(2))
+    optimizer = gdmam.gdmam_released(1e-3, weight_decay=0.0)
+    update, _ = optimizer.update(pair, optimizer.init(params), params)
+    np.testing.assert_allclose(update, np.full(2, -1e-3), rtol=1e-6)
+
+
 def test_the_decay_is_steered_by_weights_and_gate():
     """Equal, orthogonal gradients: half the prediction momentum and all of the orthogonal one."""
     optimizer = gdmam.gdmam_released(maximum_momentum=0.999, minimum_momentum=0.1)

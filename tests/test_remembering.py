@@ -292,6 +292,7 @@ def test_values_that_are_missing_are_asked_for(name):
         (lambda: gdmam.running_weighting(0.5), "weighting must be a function"),
         (lambda: gdmam.stch_weighting(mu=0.0), "mu must lie in"),
         (lambda: gdmam.softadapt_weighting(beta=jnp.nan), "beta must lie in"),
+        (lambda: gdmam.softadapt_weighting(beta=-np.inf), "beta must lie in"),
         (lambda: gdmam.dwa_weighting(every=0), "every must lie in"),
         (lambda: gdmam.fairgrad_weighting(alpha=-1.0)(jnp.eye(2), None), "alpha must lie in"),
         (lambda: gdmam.dcgd_weighting(jnp.eye(3), None), "is for two losses, got 3"),
