@@ -271,7 +271,12 @@ def test_modules_of_flax_nnx_advance_once():
         ({"has_aux": True}, lambda w: w, TypeError, r"must return \(losses, aux\)"),
         ({"chunk": 0}, lambda w: w, ValueError, "chunk must be None or a number.*got 0"),
         ({"argnums": 2}, lambda w: w, TypeError, "argnums=2 needs an argument at position 2"),
-        ({"argnums": (0, -1)}, lambda w: w, ValueError, r"argnums=\(0, -1\) names an argument twice"),
+        (
+            {"argnums": (0, -1)},
+            lambda w: w,
+            ValueError,
+            "names an argument twice",
+        ),
         ({"example_argnums": 1}, lambda w: w, TypeError, "example_argnums=1 needs an argument"),
         ({"example_argnums": 0}, lambda w: w, TypeError, "argument 0 is in argnums and"),
         ({"example_argnums": "a"}, lambda w: w, TypeError, "example_argnums must be an integer"),

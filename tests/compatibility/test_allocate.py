@@ -232,37 +232,28 @@ LINE_SEARCHES = {
 }
 
 
-@functools.cache
-def step_by_hand(inner):
-    """A step of the line search with the losses added up, for any weights."""
+@pytest.mark.parametrize("inner", LINE_SEARCHES)
+def test_line_searches_get_the_function_whose_gradient_they_are_given(inner, x64):
+    optimizer, weights = LINE_SEARCHES[inner], (3.0, 0.5)
+
+    def total(w):
+        return jnp.dot(jnp.array(weights), jnp.stack(fighting(w)))
 
     @jax.jit
-    def step(w, state, weights):
-        def total(w):
-            return jnp.dot(weights, jnp.stack(fighting(w)))
-
+    def step(w, state):
         value, grad = jax.value_and_grad(total)(w)
-        updates, state = LINE_SEARCHES[inner].update(
-            grad, state, w, value=value, grad=grad, value_fn=total
-        )
+        updates, state = optimizer.update(grad, state, w, value=value, grad=grad, value_fn=total)
         return optax.apply_updates(w, updates), state
 
-    return step
-
-
-@pytest.mark.parametrize("weighting", [gdmam.sum_weighting, gdmam.constant_weighting(3.0, 0.5)])
-@pytest.mark.parametrize("inner", LINE_SEARCHES)
-def test_line_searches_get_the_function_whose_gradient_they_are_given(inner, weighting, x64):
-    optimizer = LINE_SEARCHES[inner]
-    weights = weighting(jnp.eye(2), jnp.ones(2))
     expected = jnp.array([1.8, -0.6, 0.4])
     state = settled(optimizer.init(expected))
     for _ in range(8):
-        expected, state = step_by_hand(inner)(expected, state, weights)
-    found = minimised(gdmam.weighed(optimizer, weighting), 8)[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-8)
-    summed = gdmam.summed(optimizer, *weights.tolist())
-    np.testing.assert_allclose(minimised(summed, 8)[0], expected, rtol=1e-8)
+        expected, state = step(expected, state)
+    for weighed in (
+        gdmam.weighed(optimizer, gdmam.constant_weighting(*weights)),
+        gdmam.summed(optimizer, *weights),
+    ):
+        np.testing.assert_allclose(minimised(weighed, 8)[0], expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize("gate", [gdmam.open_gate, gdmam.priority_gate, gdmam.cosine_gate])
