@@ -184,10 +184,13 @@ def test_figures_of_the_pages_are_in_their_files():
 def test_contributing_has_the_command_of_every_file_of_figures(path):
     table = (ROOT / "CONTRIBUTING.md").read_text()
     [told] = re.findall(rf"^\| `docs/figures/{path.name}` \| `([^`]+)` \|", table, re.MULTILINE)
-    told, command = (
-        re.sub("[\"']", "", each)  # which the file has where a shell needs them
-        for each in (told, figures.read(path.stem).get("command", told))
-    )
+    measured = figures.read(path.stem)
+    if path.stem == "burgers":  # What an example writes: errors, of each method one for each seed.
+        command = f"python examples/burgers.py --seeds {len(measured['GDMAM'])}"
+    else:
+        command = measured["command"]
+    # Which the file has where a shell needs them.
+    told, command = (re.sub("[\"']", "", each) for each in (told, command))
     # Where pieces of a long run are kept, and where its data are, is one's own affair.
     assert told == re.sub(r" --(out|data-folder) \S+", "", command) or told.startswith(
         f"{command} --output"

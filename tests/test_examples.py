@@ -58,8 +58,7 @@ def test_movie_ratings_training_set_is_imbalanced(movie_ratings):
     assert factors["train"] > 5 * factors["test"]
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_movie_ratings_lowers_for(movie_ratings, platform):
+def test_movie_ratings_lowers_for_cuda_and_tpu(movie_ratings):
     data = movie_ratings.load_data()
     features, labels = data["train"]
     model = ldl.RDA(features.shape[1], labels.shape[1], rngs=nnx.Rngs(0))
@@ -68,7 +67,7 @@ def test_movie_ratings_lowers_for(movie_ratings, platform):
     params = nnx.state(model)
     opt_state = movie_ratings.METHODS[name](1e-3).init(params)
     exported = jax.jit(epoch).trace(params, opt_state, jax.random.key(0), 1e-3)
-    assert exported.lower(lowering_platforms=(platform,)).as_text()
+    assert exported.lower(lowering_platforms=("cuda", "tpu")).as_text()
 
 
 def test_burgers_trains_concludes_and_draws(tmp_path, monkeypatch, capsys):

@@ -147,10 +147,10 @@ def test_pairs(data):
     answer(gdmam.unpair_gradients, data.draw(nested(anything)))
 
 
-@fuzzed(4)
+@fuzzed(8)
 @given(st.data())
 def test_decompose(data):
-    prediction = data.draw(nested(anything))
+    prediction = data.draw(nested(gradients))
     pairs = answer(gdmam.pair_gradients, prediction, data.draw(beside(prediction)))
     if data.draw(st.booleans()):
         pairs = data.draw(beside(pairs, anything))

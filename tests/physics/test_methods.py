@@ -126,8 +126,19 @@ def test_weightings_are_those_of_conflictfree_and_torchjd(name, recorded, x64, f
     assert 0 < conflicts < len(recorded)
 
 
-@pytest.mark.parametrize("losses", [2, 3])
-@pytest.mark.parametrize("name", [name for name in METHODS if not name.endswith(" data x 100")])
+# An optimizer behind a front does not see the losses: another than AdamW takes three of them only.
+BEHIND = tuple(f"{name} " for name in OPTIMIZERS if name != "adamw")
+
+
+@pytest.mark.parametrize(
+    ("name", "losses"),
+    [
+        (name, losses)
+        for name in METHODS
+        for losses in (2, 3)
+        if not name.endswith(" data x 100") and (losses == 3 or not name.startswith(BEHIND))
+    ],
+)
 def test_every_method_takes_pairs(name, losses):
     names = None if losses == 2 else ("boundary", "residual")
     optimizer = METHODS[name](lambda count: 0.1, names, 5000)

@@ -2,15 +2,13 @@
 
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import gdmam_jax as gdmam
+from benchmarks.physics import __main__ as command
 from benchmarks.physics import report as reports
 from benchmarks.physics import training
-from benchmarks.physics.__main__ import app
 from benchmarks.physics.equations import EQUATIONS
 from benchmarks.physics.training import SCALES, SMALL, train
 from gdmam_jax.ldl.laboratory import storage
@@ -36,30 +34,8 @@ def test_errors_fall_with_gradients_in_turn_and_with_three_losses(method, losses
     assert np.mean(errors[:, -1]) < 0.99 * np.mean(errors[:, 0])
 
 
-def test_config_is_what_it_is_defined_as(x64):
-    """Equal projections on both unit gradients; the length is the sum of both projections."""
-    random = np.random.default_rng(0)
-    for _ in range(5):
-        g = random.normal(size=(2, 6))
-        w = np.asarray(gdmam.config_weighting(jnp.asarray(g @ g.T), None))
-        direction = w @ g
-        units = g / np.linalg.norm(g, axis=1, keepdims=True)
-        np.testing.assert_allclose(units[0] @ direction, units[1] @ direction, rtol=1e-9)
-        along = direction / np.linalg.norm(direction)
-        np.testing.assert_allclose(np.linalg.norm(direction), np.sum(g @ along), rtol=1e-9)
-
-
-def test_equal_projections_of_two_are_balanced_weights(x64):
-    """IMTL-G: weights that add up to 1 and equal projections on both unit gradients."""
-    g = np.random.default_rng(1).normal(size=(2, 5))
-    w = np.asarray(gdmam.balanced_weighting(jnp.asarray(g @ g.T), None))
-    units = g / np.linalg.norm(g, axis=1, keepdims=True)
-    np.testing.assert_allclose(w.sum(), 1, rtol=1e-12)
-    np.testing.assert_allclose(units[0] @ (w @ g), units[1] @ (w @ g), rtol=1e-9)
-
-
 def invoke(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)))
+    return CliRunner().invoke(command.app, list(map(str, arguments)))
 
 
 def test_the_command_resumes_reports_and_refuses(tmp_path, monkeypatch):
@@ -172,6 +148,9 @@ def test_jaxpis_configuration_trains_and_its_extras_are_options(tmp_path, monkey
     assert settings == jaxpi._asdict()
     named = "periodic,fourier,factorised,causal"
     fewer = [tmp_path / "extras", "--extras", named, "--points", 40]
+    # The configuration, which has all of them, has been trained.
+    curves = training.Curves(np.ones((1, 2)), np.ones((1, 2)))
+    monkeypatch.setattr(command, "train", lambda *_: curves)
     assert invoke(*given, *fewer).exit_code == 0
     (found,) = (tmp_path / "extras").glob("*.json")
     settings = json.loads(found.read_text())["settings"]["scale"]
