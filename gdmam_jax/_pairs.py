@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gdmam_jax._numerics import pytree_dataclass
@@ -177,7 +178,8 @@ def check_floating(tree: Any, what: str, advice: str = "", where: str = "") -> N
     Its name is its path, or ``where``.
     """
     for name, leaf in named_leaves(tree):
-        kind = getattr(leaf, "dtype", None) if hasattr(leaf, "shape") else None
+        array = hasattr(leaf, "shape") and not isinstance(leaf, np.ma.MaskedArray)
+        kind: Any = getattr(leaf, "dtype", None) if array else None
         if kind is None and isinstance(leaf, int | float | complex):
             kind = jnp.result_type(leaf)
         traced = isinstance(leaf, jax.core.Tracer)
@@ -192,7 +194,9 @@ def check_floating(tree: Any, what: str, advice: str = "", where: str = "") -> N
                 "array: keep its real and imaginary part as two arrays, and let the loss function "
                 "join them with jax.lax.complex(real, imaginary)"
             )
-        if kind is None or not jnp.issubdtype(kind, jnp.floating):
+        floating = kind is not None and jnp.issubdtype(kind, jnp.floating)
+        # JAX has no other byte order, and nothing wider than float64.
+        if not (floating and kind.isnative and kind.itemsize <= 8):
             has = f"is a {type(leaf).__name__}" if kind is None else f"has dtype {kind}"
             raise TypeError(
                 f"{what} at {where or name} {has}; expected a real floating-point array "
