@@ -93,7 +93,7 @@ def test_pictures_of_final_errors_and_over_seconds(tmp_path):
     reports.write_csv({}, csv)
     refused = invoke("finals", csv, drawn)
     assert refused.exit_code == 2
-    assert "runs of all of" in " ".join(refused.output.split())
+    assert "runs of all of" in " ".join(refused.output.replace("│", "").split())
     methods = [f"{name} {front}" for name in reports.OPTIMIZERS for front in reports.LINES]
     record = {"errors": [[0.5, 0.1], [0.4, 0.2]], "rate": 1e-2, "extras": "fourier,causal"}
     record |= {"milliseconds": 1.0, "settings": {"scale": TINY._asdict()}}
