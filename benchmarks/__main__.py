@@ -29,7 +29,7 @@ def update(
     parameters: Annotated[float, typer.Option(help="How many, for example 1e7.", min=1)] = 1e6,
     leaves: Annotated[str, typer.Option(help="Numbers of leaves, comma-separated.")] = "4,400",
     dtype: Annotated[str, typer.Option(help="Dtype of parameters and gradients.")] = "float32",
-    momentum_dtype: Annotated[str | None, typer.Option(help="Dtype of the momenta.")] = None,
+    mu_dtype: Annotated[str | None, typer.Option(help="Dtype of the momenta.")] = None,
     only: Annotated[str, typer.Option(help="Optimizers, comma-separated (all).")] = "",
     steps: Annotated[int, typer.Option(help="Steps in one call, in lax.scan.", min=1)] = 1,
     losses: Losses = "2",
@@ -48,7 +48,7 @@ def update(
     chosen = known_names(only, list(module.OPTIMIZERS))
     number = loss_counts(losses)
     rows = module.benchmark(
-        int(parameters), counts, dtype, momentum_dtype, rounds, chosen, steps, number, torch
+        int(parameters), counts, dtype, mu_dtype, rounds, chosen, steps, number, torch
     )
     title = f"update, {parameters:g} parameters, {dtype}, {steps} steps a call"
     timing.report(title, rows, output)

@@ -20,23 +20,21 @@ RELEASED = "gdmam_released"
 
 OPTIMIZERS = {
     BASELINE: lambda dtype, others=1: gdmam.summed(optax.adamw(1e-3, mu_dtype=dtype)),
-    "gdmam": lambda dtype, others=1: gdmam.gdmam(
-        1e-3, momentum_dtype=dtype, alignment_losses=others
-    ),
+    "gdmam": lambda dtype, others=1: gdmam.gdmam(1e-3, mu_dtype=dtype, alignment_losses=others),
     "gdmam(not_finite=skip)": lambda dtype, others=1: gdmam.gdmam(
-        1e-3, momentum_dtype=dtype, alignment_losses=others, not_finite="skip"
+        1e-3, mu_dtype=dtype, alignment_losses=others, not_finite="skip"
     ),
     "gdmam(not_finite=skip_loss)": lambda dtype, others=1: gdmam.gdmam(
-        1e-3, momentum_dtype=dtype, alignment_losses=others, not_finite="skip_loss"
+        1e-3, mu_dtype=dtype, alignment_losses=others, not_finite="skip_loss"
     ),
     "gdmam(present=)": lambda dtype, others=1: _all_present(
-        gdmam.gdmam(1e-3, momentum_dtype=dtype, alignment_losses=others), others
+        gdmam.gdmam(1e-3, mu_dtype=dtype, alignment_losses=others), others
     ),
     "adamw behind allocate": lambda dtype, others=1: optax.chain(
         gdmam.allocate(alignment_losses=others), optax.adamw(1e-3, mu_dtype=dtype)
     ),
     "scale_by_gdmam": lambda dtype, others=1: optax.chain(
-        gdmam.scale_by_gdmam(momentum_dtype=dtype, alignment_losses=others),
+        gdmam.scale_by_gdmam(mu_dtype=dtype, alignment_losses=others),
         optax.scale_by_learning_rate(1e-3),
     ),
     RELEASED: lambda dtype, others=1: gdmam.gdmam_released(1e-3),
@@ -54,7 +52,7 @@ def benchmark(
     parameters: int,
     leaves: Sequence[int],
     dtype: str,
-    momentum_dtype: str | None,
+    mu_dtype: str | None,
     rounds: int,
     only: Sequence[str] = (),
     steps: int = 1,
@@ -67,7 +65,7 @@ def benchmark(
       parameters: how many, in all.
       leaves: into how many leaves of equal size to cut them; each number is a set of cases.
       dtype: of parameters and gradients.
-      momentum_dtype: of GDMAM's momenta and of AdamW's first moment; None: as the parameters.
+      mu_dtype: of GDMAM's momenta and of AdamW's first moment; None: as the parameters.
       rounds: how many times each case runs.
       only: the optimizers besides the baseline; all if none is given.
       steps: in one call. A call hands every array over, which with thousands of them takes as
@@ -96,9 +94,7 @@ def benchmark(
                 cases[key], held, memory[key] = _torch_case(name, gradients, dtype, steps)
                 moved[key] = float("nan")
             else:
-                cases[key], held, memory[key], moved[key] = _case(
-                    name, gradients, momentum_dtype, steps
-                )
+                cases[key], held, memory[key], moved[key] = _case(name, gradients, mu_dtype, steps)
             # Gradients are read; parameters and state are read and written. Where there are
             # weights, the inner products come first, over all leaves.
             reads = 1 if name in (BASELINE, TORCH_BASELINE) else 2
@@ -149,11 +145,11 @@ def _random(seed: int, parameters: int, leaves: int, dtype: str) -> dict[str, ja
 
 
 def _case(
-    name: str, gradients: list[Any], momentum_dtype: str | None, steps: int
+    name: str, gradients: list[Any], mu_dtype: str | None, steps: int
 ) -> tuple[Case, int, int, int]:
     """A case, the bytes of parameters and state, those of all that is held, and those moved."""
     first, *others = gradients
-    optimizer = OPTIMIZERS[name](momentum_dtype, len(others))
+    optimizer = OPTIMIZERS[name](mu_dtype, len(others))
     pairs = gdmam.pair_gradients(first, others[0] if len(others) == 1 else tuple(others))
     params = optax.tree.scale(0.1, first)
     held = [params, jax.jit(optimizer.init)(params)]

@@ -1,5 +1,7 @@
 """GDMAM for JAX: train on a prediction loss and alignment losses that may conflict."""
 
+from importlib import metadata as _metadata
+
 from gdmam_jax._allocation import Allocation as Allocation
 from gdmam_jax._allocation import allocate as allocate
 from gdmam_jax._carrying import carry_over as carry_over
@@ -72,3 +74,8 @@ from gdmam_jax._weightings import sum_weighting as sum_weighting
 from gdmam_jax._weightings import unit_weighting as unit_weighting
 from gdmam_jax._weightings import upgrad_weighting as upgrad_weighting
 from gdmam_jax._wrappers import over_pairs as over_pairs
+
+try:
+    __version__ = _metadata.version("gdmam-jax")
+except _metadata.PackageNotFoundError:  # run from the source folder
+    __version__ = "0"

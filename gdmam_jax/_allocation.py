@@ -1,6 +1,7 @@
 """The allocation: what weighting and gate decide for a step, and the link that applies it."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -215,6 +216,14 @@ class Allocator:
                 "the optimizer state was made with another choice of not_finite; make a new state "
                 "with this optimizer's init, or give the optimizer the old choice"
             )
+        zeros = jax.ShapeDtypeStruct(shape, previous.norms.dtype)
+        memory = jax.eval_shape(functools.partial(first_memory, self.weighting), zeros)
+        expected: Any = jax.tree.structure(memory)
+        if expected != jax.tree.structure(previous.memory):
+            raise ValueError(
+                "the optimizer state was made with another choice of weighting; make a new state "
+                "with this optimizer's init, or give the optimizer the old choice"
+            )
         return arranged_leaves, structure, dataclasses.replace(previous, names=Names(names))
 
     def decide(
@@ -402,13 +411,12 @@ def allocate(
     Examples:
       >>> import jax.numpy as jnp, optax
       >>> import gdmam_jax as gdmam
-      >>> optimizer = optax.chain(gdmam.allocate(), optax.adamw(1e-3))
+      >>> optimizer = optax.chain(gdmam.allocate(), optax.sgd(0.1))
       >>> w = jnp.zeros(2)
       >>> pair = gdmam.GradientPair(jnp.array([2.0, 0.0]), jnp.array([0.0, 0.1]))
-      >>> link = gdmam.allocate()
-      >>> allocated, state = link.update(pair, link.init(w), w)
-      >>> allocated
-      Array([1., 1.], dtype=float32)
+      >>> updates, state = optimizer.update(pair, optimizer.init(w), w)
+      >>> updates
+      Array([-0.1, -0.1], dtype=float32)
 
     References:
       The method's public description, made precise. The project's documentation says which parts

@@ -84,7 +84,7 @@ def fork(
       features: an array, or a tree of arrays, that several losses depend on. Floating-point arrays
         are settled together, others are copied.
       losses: how many losses there are, including the prediction's, or their names. The first is
-        the prediction's.
+        the prediction's; numbers by name call it ``"prediction"`` even so.
       weighting: a function ``(gramian, norms) -> weights``, or a `RememberingWeighting`.
       gate: a function ``(cosine, ratio) -> (parallel, orthogonal)``.
       state: what the fork remembers, from `fork_state`, for running means of the norms and for
@@ -137,6 +137,11 @@ def fork(
     first = _floats(allocator.init(jnp.zeros((), wide_dtype(*settled))))
     remembers = state is not None
     if state is None:
+        if jax.tree.leaves(first.memory):
+            raise ValueError(
+                f"the weighting remembers: give fork state=fork_state({losses!r}, weighting=...), "
+                "and take the new state from its gradient"
+            )
         state = first
     check_state(state, Allocation)
     if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, first):

@@ -81,11 +81,6 @@ class Geometry:
             cosine=jnp.clip(divide(along, n_a), -1, 1),
         )
 
-    @property
-    def gate(self) -> jax.Array:
-        """The released gate: the cosine, clipped to [0, 1]."""
-        return jnp.clip(self.cosine, 0, 1)
-
 
 def _squares(gramian: jax.Array) -> jax.Array:
     count = gramian.shape[-1]

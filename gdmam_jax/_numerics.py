@@ -119,6 +119,11 @@ def _divide_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return quotient, divide(dx - quotient * dy, y)
 
 
+def random_key(key: Any) -> Any:
+    """The key given, or that of a seed; of seed 0 where there is none."""
+    return jax.random.key(key or 0) if key is None or isinstance(key, int) else key
+
+
 def where(condition: Any, new: Any, old: Any) -> Any:
     """A tree's leaves where the condition holds, else the other tree's."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)

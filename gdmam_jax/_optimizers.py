@@ -37,7 +37,7 @@ def gdmam(
     amsgrad: bool = False,
     weight_decay: Any = 1e-4,
     mask: Any = None,
-    momentum_dtype: Any = None,
+    mu_dtype: Any = None,
     not_finite: Literal["apply", "skip", "skip_loss"] = "apply",
     max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
@@ -72,7 +72,7 @@ def gdmam(
       weight_decay: factor of the decoupled weight decay, at least 0.
       mask: which parameters decay: a tree of booleans with the parameters' structure or a prefix
         of it, or a function of the parameters that returns one. None: all.
-      momentum_dtype: dtype of the momenta; None: that of the parameters.
+      mu_dtype: dtype of the momenta; None: that of the parameters.
       not_finite: what happens to gradients that are not finite: ``"apply"``, ``"skip"`` or
         ``"skip_loss"``, see `allocate`. A step that is left out also leaves out weight decay and
         the schedule's step, so that parameters stay the same bit for bit. A schedule that
@@ -107,7 +107,8 @@ def gdmam(
       >>> bool(jnp.all(jnp.abs(w - 1) < 0.1))
       True
     """
-    check_range("weight_decay", weight_decay)
+    if not callable(weight_decay):
+        check_range("weight_decay", weight_decay)
     check_learning_rate(learning_rate)
     if isinstance(mask, bool | jax.Array):
         raise TypeError(
@@ -126,7 +127,7 @@ def gdmam(
             b2=b2,
             eps=eps,
             amsgrad=amsgrad,
-            momentum_dtype=momentum_dtype,
+            mu_dtype=mu_dtype,
             not_finite=not_finite,
             max_skips=max_skips,
             axis_name=axis_name,
@@ -235,7 +236,7 @@ def weighed(
     Args:
       optimizer: the transformation that takes the weighted sum.
       weighting: the tasks' weights; see `allocate`, as for all arguments below.
-      gate: see `allocate`.
+      gate: see `allocate`; but the default, `open_gate`, leaves the weighted sum as it is.
       scope: see `allocate`.
       alignment_losses: see `allocate`.
       statistics_decay: see `allocate`.

@@ -220,8 +220,9 @@ def gdmam_released(
       The behaviour of the released GDMAM code, observed by running it.
     """
     check_learning_rate(learning_rate)
-    check_range("weight_decay", weight_decay)
-    check_range("bias_weight_decay", bias_weight_decay)
+    for name, decay in (("weight_decay", weight_decay), ("bias_weight_decay", bias_weight_decay)):
+        if not callable(decay):
+            check_range(name, decay)
     form = _Form(
         allocator=Allocator(
             weighting=constant_weighting(1, 1),

@@ -124,7 +124,7 @@ def each_loss(what: str, value: Any, losses: Losses, like: jax.Array) -> jax.Arr
     if isinstance(value, Mapping):
         if "prediction" not in value:
             raise ValueError(f"{what} must name 'prediction', too, got {', '.join(value)}")
-        value = in_order(what, value, losses.names)
+        value = in_order(what, value, ("prediction", *losses.names))
     given = jnp.asarray(value, like.dtype)
     if given.shape not in ((), like.shape[-1:]):
         raise ValueError(
@@ -132,11 +132,6 @@ def each_loss(what: str, value: Any, losses: Losses, like: jax.Array) -> jax.Arr
             f"{given.shape}"
         )
     return jnp.broadcast_to(given, like.shape[-1:])
-
-
-def random_key(key: Any) -> Any:
-    """The key given, or that of seed 0."""
-    return jax.random.key(0) if key is None else key
 
 
 def kept(present: Any, new: Any, old: Any) -> Any:

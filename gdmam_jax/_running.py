@@ -12,7 +12,7 @@ from gdmam_jax import _geometry
 from gdmam_jax._checks import check_each, check_range
 from gdmam_jax._losses import Losses
 from gdmam_jax._momenta import newest_share
-from gdmam_jax._numerics import divide, safe_sqrt
+from gdmam_jax._numerics import divide, random_key, safe_sqrt
 from gdmam_jax._programmes import cosines, quadratic
 from gdmam_jax._remembering import (
     RememberingWeighting,
@@ -181,7 +181,8 @@ def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeigh
 
     Args:
       decay: of the running means, in [0, 1]; they start at 0.
-      key: a random key, by which each step draws the order of the others; None: their own order.
+      key: a random key, or a seed, by which each step draws the order of the others; None: their
+        own order.
 
     Returns:
       A weighting with a memory.
@@ -213,7 +214,7 @@ def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeigh
         count = gramian.shape[-1]
         orders = jnp.broadcast_to(jnp.arange(count), (count, count))
         if key is not None:
-            drawn = jax.random.fold_in(key, memory.steps)
+            drawn = jax.random.fold_in(random_key(key), memory.steps)
             orders = jax.random.permutation(drawn, orders, axis=1, independent=True)
 
         vaccinated = functools.partial(_vaccinated, orders=orders, decay=decay)
@@ -307,8 +308,7 @@ def pcd_weighting(*, tau: Any = 0.02, decay: Any = 0.999) -> RememberingWeightin
         share, remainder = newest_share(memory.remainder, decay, losses.present)
         now = jnp.diagonal(gramian, axis1=-2, axis2=-1)
         squares = memory.squares + jnp.broadcast_to(share, now.shape) * (now - memory.squares)
-        by_name = in_order("tau", tau, losses.names) if isinstance(tau, Mapping) else tau
-        shares = jnp.asarray(by_name, now.dtype)
+        shares = jnp.asarray(in_order("tau", tau, losses.names), now.dtype)
         if shares.shape not in ((), (now.shape[-1] - 1,)):
             raise ValueError(
                 f"tau must be a number or {now.shape[-1] - 1} of them, one for each alignment "

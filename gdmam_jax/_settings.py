@@ -14,24 +14,36 @@ class Choice(functools.partial):
     def for_losses(self, names: tuple[str, ...]) -> "Choice":
         """The same, with mappings put into the order of these names of the alignment losses."""
         found = {
-            key: in_order(f"{self.func.__name__}'s {key}", value, names)
+            # Weights are of all losses, other settings of the alignment losses.
+            key: in_order(
+                f"{self.func.__name__}'s {key}", value, ("prediction",) * (key == "weights") + names
+            )
             for key, value in self.keywords.items()
-            if isinstance(value, Mapping)
         }
-        return Choice(self.func, *self.args, **self.keywords | found)
+        return Choice(self.func, *self.args, **found)
 
 
-def in_order(what: str, numbers: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
-    """The values of a mapping, in the order of the names; the prediction's first, if it is there.
+def in_order(what: str, numbers: Any, names: tuple[str, ...]) -> Any:
+    """The values of a mapping, in the order of the names; anything else as it is.
 
     Raises:
       ValueError: a name is unknown or missing.
     """
-    order = ("prediction",) * ("prediction" in numbers) + names
-    if {*order} != {*numbers}:
-        known = ", ".join(names) or "no names: give them in a dictionary, or numbers in order"
-        raise ValueError(f"{what} names {', '.join(map(str, numbers))}; the losses have {known}")
-    return tuple(numbers[name] for name in order)
+    if not isinstance(numbers, Mapping):
+        return numbers
+    if {*names} != {*numbers}:
+        named = {*names} - {"prediction"}
+        known = ", ".join(names) if named else "numbers in order, since the losses have no names"
+        raise ValueError(f"{what} names {', '.join(map(str, numbers))}; expected {known}")
+    return tuple(numbers[name] for name in names)
+
+
+def refuse_names(what: str, value: Any) -> None:
+    """Raise a ``TypeError`` if ``value`` is still a mapping by name."""
+    if isinstance(value, Mapping):
+        raise TypeError(
+            f"{what} by name needs an optimizer of pairs or a fork, which know the losses' names"
+        )
 
 
 class _Default:
@@ -71,6 +83,12 @@ def with_settings(
 
     @functools.wraps(function)
     def wrapped(*arrays: Any, **settings: Any) -> Any:
+        if len(arrays) == 1 and isinstance(arrays[0], int | float):
+            raise TypeError(
+                f"{function.__name__} takes its settings by name, "
+                f"{', '.join(f'{name}=' for name in signature.parameters if name not in named)}; "
+                f"got {arrays[0]!r}"
+            )
         if arrays or named & {*settings}:
             return function(*arrays, **settings)
         bound = signature.bind_partial(**settings)

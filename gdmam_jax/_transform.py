@@ -44,7 +44,7 @@ class GDMAMState:
         shape ``(1,)`` with steered momenta, ``(3,)`` with separate ones, after the scopes' axis.
       momenta: bias-corrected momenta, updated as such:
         $\hat m \leftarrow (1 - s) \hat m + s A$ with $s = (1 - \beta) / (1 - \prod_t \beta_t)$. A
-        tuple of trees like the parameters, of their dtypes or ``momentum_dtype``: one for the sum
+        tuple of trees like the parameters, of their dtypes or ``mu_dtype``: one for the sum
         of the allocated components, or one for each of (prediction, parallel, orthogonal), the
         last two once for each alignment loss.
       second_moment: running mean of the square of the components' sum; a tree like the parameters,
@@ -75,7 +75,7 @@ def scale_by_gdmam(
     b2: Any = None,
     eps: Any = 1e-8,
     amsgrad: bool = False,
-    momentum_dtype: Any = None,
+    mu_dtype: Any = None,
     not_finite: Literal["apply", "skip", "skip_loss"] = "apply",
     max_skips: Any = None,
     axis_name: str | Sequence[str] | None = None,
@@ -113,7 +113,7 @@ def scale_by_gdmam(
       eps: added to the root of the second moment, above 0.
       amsgrad: divide by the largest second moment so far instead of the current one, as PyTorch
         does; Optax's is the largest after its bias is corrected.
-      momentum_dtype: dtype of the momenta; None: that of the parameters. Second moment and
+      mu_dtype: dtype of the momenta; None: that of the parameters. Second moment and
         statistics are float32 or better in any case.
       not_finite: see `allocate`.
       max_skips: see `allocate`.
@@ -128,7 +128,7 @@ def scale_by_gdmam(
     Raises:
       ValueError: a number is out of range or narrower than float32, ``momenta``, ``not_finite`` or
         ``alignment_losses`` is not valid, ``amsgrad`` is asked for without ``b2``, ``max_skips``
-        without ``"skip"``, or ``momentum_dtype`` is not floating-point. While tracing: pairs whose
+        without ``"skip"``, or ``mu_dtype`` is not floating-point. While tracing: pairs whose
         halves differ, a structure or shape other than the parameters', or a state that was made
         with other choices.
       TypeError: a choice is not a function, or a setting not a number. While tracing: an update
@@ -167,7 +167,7 @@ def scale_by_gdmam(
         b2=b2,
         eps=eps,
         amsgrad=amsgrad,
-        momentum_dtype=momentum_dtype,
+        mu_dtype=mu_dtype,
     )
     return optax.GradientTransformationExtraArgs(form.init, form.update)
 
@@ -182,7 +182,7 @@ class _Form:
     b2: Any
     eps: Any
     amsgrad: bool
-    momentum_dtype: Any
+    mu_dtype: Any
 
     def __post_init__(self) -> None:
         check_function("momentum", self.momentum, STATIC)
@@ -192,11 +192,11 @@ class _Form:
             raise ValueError(f"momenta must be 'steered' or 'separate', got {self.momenta!r}")
         if self.amsgrad and self.b2 is None:
             raise ValueError("amsgrad=True needs a second moment: give b2, for example b2=0.999")
-        if self.momentum_dtype is not None and not _is_floating(self.momentum_dtype):
+        if self.mu_dtype is not None and not _is_floating(self.mu_dtype):
             raise ValueError(
-                f"momentum_dtype must be a floating-point dtype, got {self.momentum_dtype}; "
+                f"mu_dtype must be a floating-point dtype, got {self.mu_dtype}; "
                 "optax.inject_hyperparams treats a dtype as a schedule: give it "
-                "static_args=('momentum_dtype',)"
+                "static_args=('mu_dtype',)"
             )
 
     @property
@@ -219,7 +219,7 @@ class _Form:
             allocation=allocation,
             statistics=statistics,
             momentum_correction=jnp.zeros_like(decays),
-            momenta=tuple(zeros_like(params, self.momentum_dtype) for _ in range(decays.shape[-1])),
+            momenta=tuple(zeros_like(params, self.mu_dtype) for _ in range(decays.shape[-1])),
             second_moment=second_moment() if has_second else None,
             second_moment_maximum=second_moment() if self.amsgrad else None,
             second_moment_correction=jnp.zeros((), decays.dtype) if has_second else None,

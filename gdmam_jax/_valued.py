@@ -28,16 +28,17 @@ import optax
 
 from gdmam_jax._checks import check_each, check_range
 from gdmam_jax._losses import Losses
-from gdmam_jax._numerics import divide
+from gdmam_jax._numerics import divide, random_key
 from gdmam_jax._remembering import (
     RememberingWeighting,
     each_loss,
     kept,
     learned,
     made_by_call,
-    random_key,
     values_of,
 )
+from gdmam_jax._settings import in_order
+from gdmam_jax._weightings import preferences
 
 
 def _losses_alone(zeros: jax.Array) -> jax.Array:
@@ -144,13 +145,17 @@ def famo_weighting(
         does not fit the losses.
 
     Examples:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, optax
       >>> import gdmam_jax as gdmam
-      >>> weighting = gdmam.famo_weighting()
-      >>> known = gdmam.Losses(values=jnp.array([3.0, 1.0]))
-      >>> weights, _ = weighting.update(None, None, weighting.init(jnp.zeros(2)), known)
-      >>> [round(weight, 3) for weight in weights.tolist()]
-      [0.25, 0.75]
+      >>> optimizer = gdmam.weighed(optax.adam(0.1), gdmam.famo_weighting())
+      >>> def losses(w):
+      ...     return jnp.sum((w - 2) ** 2), jnp.sum((w - 1) ** 2)
+      >>> w = jnp.zeros(1)
+      >>> state = optimizer.init(w)
+      >>> values, pairs = gdmam.value_and_paired_grad(losses)(w)
+      >>> updates, state = optimizer.update(pairs, state, w, value=values)
+      >>> [round(weight, 3) for weight in state[0].weights.tolist()]
+      [0.2, 0.8]
 
     References:
       Liu et al., FAMO: Fast Adaptive Multitask Optimization, NeurIPS 2023.
@@ -416,9 +421,9 @@ def stch_weighting(
 
     Args:
       mu: $\mu$, above 0.
-      preference: $\lambda_k$, to be divided by their sum: a number, one for each loss, or a mapping
-        by name.
-      lowest: $z_k$, the best value of each loss; likewise.
+      preference: $\lambda_k$ of an alignment loss, relative to the prediction's: see
+        `unit_weighting`. They are divided by their sum.
+      lowest: $z_k$, the best value of each loss: a number, one for each loss, or a mapping by name.
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``. It has no memory.
@@ -440,14 +445,14 @@ def stch_weighting(
       Lin et al., Smooth Tchebycheff Scalarization for Multi-Objective Optimization, ICML 2024.
     """
     check_range("mu", mu, above_minimum=True)
-    by_name = isinstance(preference, Mapping)
-    check_each("preference", [*preference.values()] if by_name else preference)
+    named = isinstance(preference, Mapping)
+    check_each("preference", [*preference.values()] if named else preference)
 
     def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
         del gramian, norms
         values, here = values_of("stch_weighting", losses), losses.present
-        wanted = each_loss("preference", preference, losses, values)
-        wanted = wanted if here is None else jnp.where(here, wanted, 0)
+        wanted = preferences(in_order("preference", preference, losses.names), values)
+        wanted = kept(here, wanted, 0)
         wanted = divide(wanted, jnp.sum(wanted))
         above = values - each_loss("lowest", lowest, losses, values)
         return wanted * jax.nn.softmax(wanted * above / mu, where=here), memory

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from gdmam_jax import _geometry
 from gdmam_jax._checks import check_each, check_range
-from gdmam_jax._numerics import divide, safe_sqrt
+from gdmam_jax._numerics import divide, random_key, safe_sqrt
 from gdmam_jax._programmes import ITERATIONS, cosines, minimise, quadratic, shares
-from gdmam_jax._settings import Choice, with_settings
+from gdmam_jax._settings import Choice, refuse_names, with_settings
 
 Weighting = Callable[[jax.Array, jax.Array], Any]
 """A function ``(gramian, norms) -> weights`` of the gradients' inner products and of the running
@@ -103,11 +103,12 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
       [0.25, 0.5]
     """
     scale = jnp.maximum(_geometry.norms(gramian), norms)
-    return divide(jnp.broadcast_to(_preferences(preference, scale), scale.shape), scale)
+    return divide(jnp.broadcast_to(preferences(preference, scale), scale.shape), scale)
 
 
-def _preferences(preference: Any, like: jax.Array) -> jax.Array:
+def preferences(preference: Any, like: jax.Array) -> jax.Array:
     """How much each task counts, shape ``(K,)``: the prediction 1, the others as wanted."""
+    refuse_names("preference", preference)
     check_each("preference", preference)
     others, wanted = like.shape[-1] - 1, jnp.asarray(preference, like.dtype)
     if wanted.shape not in ((), (others,)):
@@ -121,7 +122,7 @@ def _preferences(preference: Any, like: jax.Array) -> jax.Array:
 
 def _shares(preference: Any, gramian: jax.Array, present: Any = None) -> jax.Array:
     """The preferences of the losses that are present, adding up to 1."""
-    wanted = _preferences(preference, gramian)
+    wanted = preferences(preference, gramian)
     if present is not None:
         wanted = jnp.where(present, wanted, 0)
     return divide(wanted, jnp.sum(wanted))
@@ -178,8 +179,7 @@ def constant_weighting(*weights: Any) -> Weighting:
 
 def _constant(gramian: jax.Array, norms: jax.Array, *, weights: Any) -> jax.Array:
     del norms
-    if isinstance(weights, Mapping):
-        raise TypeError("weights by name need an optimizer of pairs or fork, which know the names")
+    refuse_names("constant_weighting", weights)
     if len(weights) != gramian.shape[-1]:
         raise ValueError(
             f"constant_weighting needs a weight for each of {gramian.shape[-1]} losses, got "
@@ -187,6 +187,9 @@ def _constant(gramian: jax.Array, norms: jax.Array, *, weights: Any) -> jax.Arra
         )
     chosen = jnp.stack([jnp.asarray(weight, gramian.dtype) for weight in weights])
     return jnp.broadcast_to(chosen, (*gramian.shape[:-2], len(weights)))
+
+
+_constant.__name__ = constant_weighting.__name__  # as messages should call it
 
 
 def mean_weighting(gramian: jax.Array, norms: jax.Array, *, present: Any = None) -> jax.Array:
@@ -239,8 +242,8 @@ def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      key: a random key that draws the order of the others; None: their own order. For a new order
-        at every step, make the weighting with a new key at every step.
+      key: a random key, or a seed, that draws the order of the others; None: their own order. For
+        a new order at every step, make the weighting with a new key at every step.
 
     Returns:
       The weights, shape ``(..., K)``.
@@ -257,7 +260,7 @@ def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -
     count = gramian.shape[-1]
     orders = jnp.broadcast_to(jnp.arange(count), (count, count))
     if key is not None:
-        orders = jax.random.permutation(key, orders, axis=1, independent=True)
+        orders = jax.random.permutation(random_key(key), orders, axis=1, independent=True)
     own = jnp.eye(count, dtype=gramian.dtype)
 
     def weights(gramian: jax.Array) -> jax.Array:
@@ -683,7 +686,7 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
         total = jnp.sum(lengths, axis=-1, keepdims=True)
         return divide(divide(total, jnp.sum(active, axis=-1, keepdims=True)), lengths)
     _, inverses, between = cosines(gramian)
-    wanted = active * jnp.broadcast_to(_preferences(preference, gramian), active.shape)
+    wanted = active * jnp.broadcast_to(preferences(preference, gramian), active.shape)
     combined = jnp.einsum("...ij,...j->...i", jnp.linalg.pinv(between, hermitian=True), wanted)
     projections = jnp.einsum("...ij,...j->...i", between, combined)
     square = jnp.sum(combined * projections, axis=-1, keepdims=True)

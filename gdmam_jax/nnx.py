@@ -17,6 +17,7 @@ _CONTEXT = "gdmam_jax"
 
 def value_and_paired_grad(
     loss_fn: Callable[..., Any],
+    *,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     wrt: filterlib.Filter = nnx.Param,

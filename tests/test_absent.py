@@ -262,8 +262,8 @@ def test_preferences_by_name_and_in_the_order_as_written(weighting):
             gdmam.unit_weighting(preference={"ic": 1.0}),
             "preference names ic; the losses",
         ),
-        (gdmam.unit_weighting(preference={"ic": 1.0, "bx": 1.0}), "the losses have ic, bc"),
-        (gdmam.constant_weighting({"prediction": 1.0, "ic": 2.0}), "the losses have ic, bc"),
+        (gdmam.unit_weighting(preference={"ic": 1.0, "bx": 1.0}), "expected ic, bc"),
+        (gdmam.constant_weighting({"prediction": 1.0, "ic": 2.0}), "expected prediction, ic, bc"),
     ],
 )
 def test_unknown_and_missing_names_are_refused(weighting, message):

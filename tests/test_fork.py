@@ -707,6 +707,11 @@ def test_dynamic_scale_divides_the_state_too():
             "for another weighting; make one with fork_state",
         ),
         (
+            lambda: gdmam.fork(jnp.ones(2), 2, weighting=gdmam.gradvac_weighting),
+            ValueError,
+            r"remembers: give fork state=fork_state\(2, weighting=...\)",
+        ),
+        (
             lambda: gdmam.fork(jnp.ones(2), 2, weighting=lambda gramian, norms: jnp.ones(3)),
             ValueError,
             "weighting must return 2 weights",

@@ -306,7 +306,7 @@ REFUSED = {
         0.1, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
     ).init(W),
     "a dtype for a schedule": lambda: optax.inject_hyperparams(gdmam.gdmam)(
-        0.1, momentum_dtype=jnp.bfloat16
+        0.1, mu_dtype=jnp.bfloat16
     ).init(W),
     "losses of other names": lambda: update(
         gdmam.gdmam(0.1, alignment_losses=("a", "b")), gdmam.GradientPair(W, {"a": W, "c": W})
@@ -354,9 +354,9 @@ REFUSED = {
     "half a loss, over_pairs": lambda: gdmam.over_pairs(
         lambda tx: tx, gdmam.gdmam(0.1), alignment_losses=1.5
     ),
-    "a number for a dtype": lambda: gdmam.gdmam(0.1, momentum_dtype=3),
-    "text for a dtype": lambda: gdmam.gdmam(0.1, momentum_dtype="text"),
-    "an integer dtype": lambda: gdmam.gdmam(0.1, momentum_dtype=jnp.int32),
+    "a number for a dtype": lambda: gdmam.gdmam(0.1, mu_dtype=3),
+    "text for a dtype": lambda: gdmam.gdmam(0.1, mu_dtype="text"),
+    "an integer dtype": lambda: gdmam.gdmam(0.1, mu_dtype=jnp.int32),
     "a number for an axis": lambda: gdmam.gdmam(0.1, axis_name=3),
     "a number for an axis, weighed": lambda: gdmam.weighed(
         optax.adam(0.1), gdmam.sum_weighting, axis_name=(3,)

@@ -294,7 +294,7 @@ def test_weightings_are_checked():
         with pytest.raises(TypeError, match="needs one without a memory"):
             function(losses, gdmam.famo_weighting)
     weighting = gdmam.constant_weighting({"prediction": 1.0, "b": 2.0})
-    with pytest.raises(TypeError, match="weights by name need an optimizer of pairs or fork"):
+    with pytest.raises(TypeError, match="constant_weighting by name needs an optimizer"):
         gdmam.value_and_weighed_grad(lambda w: w, weighting)(jnp.ones(2))
     with pytest.raises(ValueError, match="weighting must return 5 weights"):
         gdmam.value_and_weighed_grad(losses, lambda gramian, norms: jnp.ones(3))(PARAMS)

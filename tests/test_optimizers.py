@@ -114,6 +114,9 @@ def test_default_weight_decay_and_mask_of_gdmam_against_the_formula():
         masked["kernel"], bare["kernel"] - rate * 0.1 * params["kernel"], rtol=1e-6
     )
     np.testing.assert_array_equal(masked["bias"], bare["bias"])
+    mask = {"kernel": True, "bias": False}
+    scheduled = update(weight_decay=lambda count: 0.1 / (1 + count), mask=mask)
+    np.testing.assert_array_equal(scheduled["kernel"], masked["kernel"])
     # The first step of a bias-corrected momentum over the root of its own square is the sign.
     for name, leaf in params.items():
         np.testing.assert_allclose(bare[name], -rate * np.sign(leaf), rtol=1e-6)

@@ -286,7 +286,7 @@ def test_values_that_are_missing_are_asked_for(name):
     [
         (lambda: gdmam.pcd_weighting(tau=1.5), "tau must lie in"),
         (lambda: gdmam.pcd_weighting(tau=np.array([0.5, 1.5])), "tau must lie in"),
-        (lambda: gdmam.stch_weighting(preference={"prediction": 1, "a": -1}), "preference must"),
+        (lambda: gdmam.stch_weighting(preference={"a": -1}), "preference must lie in"),
         (lambda: gdmam.stch_weighting(preference=(1.0, -1.0)), "preference must lie in"),
         (lambda: gdmam.running_weighting(gdmam.unit_weighting, decay=1.0), "decay must lie in"),
         (lambda: gdmam.running_weighting(0.5), "weighting must be a function"),
@@ -294,6 +294,8 @@ def test_values_that_are_missing_are_asked_for(name):
         (lambda: gdmam.softadapt_weighting(beta=jnp.nan), "beta must lie in"),
         (lambda: gdmam.softadapt_weighting(beta=-np.inf), "beta must lie in"),
         (lambda: gdmam.dwa_weighting(every=0), "every must lie in"),
+        (lambda: gdmam.unit_weighting(0.5), "takes its settings by name, preference=; got 0.5"),
+        (lambda: gdmam.constant_momentum(0.9), "takes its settings by name, initial=; got 0.9"),
         (lambda: gdmam.fairgrad_weighting(alpha=-1.0)(jnp.eye(2), None), "alpha must lie in"),
         (lambda: gdmam.dcgd_weighting(jnp.eye(3), None), "is for two losses, got 3"),
         (lambda: gdmam.dcgd_weighting(direction="centre")(jnp.eye(2), None), "direction must be"),
@@ -307,9 +309,14 @@ def test_settings_out_of_range(make, message):
 @pytest.mark.parametrize(
     ("setting", "weighting", "message"),
     [
-        ({"ic": 0.1}, lambda s: gdmam.pcd_weighting(tau=s), "tau names ic; the losses have ic, bc"),
+        ({"ic": 0.1}, lambda s: gdmam.pcd_weighting(tau=s), "tau names ic; expected ic, bc"),
         ((0.1,) * 3, lambda s: gdmam.pcd_weighting(tau=s), "tau must be a number or 2"),
-        ({"ic": 1.0, "bc": 1.0}, lambda s: gdmam.stch_weighting(preference=s), "name 'prediction'"),
+        (
+            {"prediction": 1.0, "ic": 1.0, "bc": 1.0},
+            lambda s: gdmam.stch_weighting(preference=s),
+            "preference names prediction, ic, bc; expected ic, bc",
+        ),
+        ({"ic": 1.0, "bc": 1.0}, lambda s: gdmam.famo_weighting(lowest=s), "name 'prediction'"),
         ((1.0, 2.0), lambda s: gdmam.famo_weighting(lowest=s), "lowest must be a number or 3"),
     ],
 )

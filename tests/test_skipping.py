@@ -141,6 +141,10 @@ def test_wrong_choices_and_states_of_another_choice_are_named():
     for one, other in ((plain, careful), (careful, plain)):
         with pytest.raises(ValueError, match="another choice of not_finite"):
             one.update(example(0), other.init(PARAMS), PARAMS)
+    remembers = gdmam.gdmam(0.1, weighting=gdmam.gradvac_weighting)
+    for one, other in ((plain, remembers), (remembers, plain)):
+        with pytest.raises(ValueError, match="another choice of weighting"):
+            one.update(example(0), other.init(PARAMS), PARAMS)
 
 
 def test_wrappers_around_a_skipping_optimizer():

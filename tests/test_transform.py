@@ -407,7 +407,7 @@ ALLOCATED = [
     ({"alignment_losses": 0}, "alignment_losses"),
     ({"alignment_losses": "data"}, "alignment_losses"),
     ({"alignment_losses": ["a", "a"]}, "alignment_losses"),
-    ({"momentum_dtype": jnp.int32}, "momentum_dtype"),
+    ({"mu_dtype": jnp.int32}, "mu_dtype"),
 ]
 OUT_OF_RANGE = [
     *((gdmam.scale_by_gdmam, *case) for case in COMMON + ALLOCATED),
@@ -508,7 +508,7 @@ def test_strict_promotion_with_scopes_and_several_losses(choices):
 
 def test_a_wide_second_moment_follows_short_gradients_in_its_own_precision(x64):
     optimizer = gdmam.scale_by_gdmam(
-        weighting=gdmam.sum_weighting, gate=gdmam.open_gate, b2=0.999, momentum_dtype=jnp.float32
+        weighting=gdmam.sum_weighting, gate=gdmam.open_gate, b2=0.999, mu_dtype=jnp.float32
     )
     params, gradient = jnp.ones(2), np.array([0.1, 0.3], np.float32)
     pair = gdmam.GradientPair(gradient, gradient)

@@ -60,7 +60,7 @@ def test_accuracy():
     for name, (dtypes, _) in {"full": (("float32",) * 3, None), **CASES}.items():
         param, gradient, momentum = dtypes
         for kind, b2 in (("", None), (", b2", 0.999)):
-            optimizers[name + kind] = gdmam.scale_by_gdmam(momentum_dtype=momentum, b2=b2)
+            optimizers[name + kind] = gdmam.scale_by_gdmam(mu_dtype=momentum, b2=b2)
             params, pairs = example()
             starts[name + kind] = optax.tree.cast(params, param), optax.tree.cast(pairs, gradient)
     runs = train(
@@ -146,7 +146,7 @@ def test_scaled_losses():
     params, pairs = example(steps=6)
     tiny = optax.tree.scale(1e-7, pairs)
     # Momenta of gradients that float16 cannot hold: float32 too.
-    optimizer = gdmam.gdmam(0.1, eps=1e-12, momentum_dtype=jnp.float32)
+    optimizer = gdmam.gdmam(0.1, eps=1e-12, mu_dtype=jnp.float32)
     optimizers = {
         "scaled": optax.chain(unscale(SCALE), optimizer),
         "unscaled": optimizer,

@@ -19,7 +19,7 @@ OPTIMIZERS = {
     "scopes": gdmam.gdmam(0.1, scope=gdmam.leaf_scope, b2=None),
     "several losses": gdmam.gdmam(0.1, alignment_losses=("one", "two"), momenta="separate"),
     "skipping": gdmam.gdmam(0.1, not_finite="skip"),
-    "bfloat16 momentum": gdmam.gdmam(0.1, momentum_dtype=jnp.bfloat16),
+    "bfloat16 momentum": gdmam.gdmam(0.1, mu_dtype=jnp.bfloat16),
     "multi_steps": gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 3), gdmam.gdmam(0.1)),
     "inject_hyperparams": optax.inject_hyperparams(gdmam.gdmam)(0.1),
     "partition": optax.partition(

@@ -282,7 +282,7 @@ def test_stch(x64):
     losses, lowest = values(3), np.array([0.05, 0.1, 0.2])
     wanted = np.array([0.2, 0.3, 0.5])
     expected = slopes(scalarization.STCH(0.5, torch.tensor(wanted), torch.tensor(lowest)), losses)
-    weighting = gdmam.stch_weighting(mu=0.5, preference=(2.0, 3.0, 5.0), lowest=tuple(lowest))
+    weighting = gdmam.stch_weighting(mu=0.5, preference=(1.5, 2.5), lowest=tuple(lowest))
     assert_same(ours(weighting, 3, losses=losses), expected)
 
 
