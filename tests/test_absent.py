@@ -260,7 +260,7 @@ def test_preferences_by_name_and_in_the_order_as_written(weighting):
     [
         (
             gdmam.unit_weighting(preference={"ic": 1.0}),
-            "preference names ic; the losses",
+            "preference names ic; expected ic, bc",
         ),
         (gdmam.unit_weighting(preference={"ic": 1.0, "bx": 1.0}), "expected ic, bc"),
         (gdmam.constant_weighting({"prediction": 1.0, "ic": 2.0}), "expected prediction, ic, bc"),
