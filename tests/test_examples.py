@@ -58,9 +58,7 @@ def test_movie_ratings_tells_what_diverged(movie_ratings):
     baseline, broken = run(0.5, 0.4), run(np.nan, np.nan)
     name = movie_ratings.BASELINE
     words = movie_ratings.conclusion({"other": broken, name: baseline})
-    assert (
-        f"other diverged with every learning rate.\nLowest test divergence (KLD): {name}" in words
-    )
+    assert words.startswith("other diverged with every learning rate.\nLowest test divergence")
     assert "about equal" not in words
     words = movie_ratings.conclusion({"other": baseline, name: broken})
     assert "Lowest test divergence (KLD): other, 0.4" in words

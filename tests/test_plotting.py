@@ -239,7 +239,7 @@ def test_noise_of_single_batches_is_no_conflict():
     assert raised == [0.5, 0]
 
 
-@pytest.mark.timeout(20)  # of minutes, where the time grows with the window
+@pytest.mark.timeout(10)  # exceeded where the time grows with the window
 def test_a_long_history_is_smoothed_fast():
     values = np.random.default_rng(0).lognormal(sigma=9, size=23)
     for window in (1, 2, 5, 12, 23, 40):
@@ -247,7 +247,7 @@ def test_a_long_history_is_smoothed_fast():
         spans = [slice(max(0, i - width // 2), i + (width + 1) // 2) for i in range(23)]
         means = [values[span].mean() for span in spans]
         np.testing.assert_allclose(plotting._smooth(values, window), means, rtol=1e-12)
-    np.testing.assert_allclose(plotting._smooth(np.ones(2_000_000), 100_000), 1)
+    np.testing.assert_allclose(plotting._smooth(np.ones(100_000), 30_000), 1)
 
 
 def test_one_of_several_losses_is_reported():
