@@ -108,12 +108,15 @@ def main() -> None:
         except (ValueError, OSError) as error:
             parser.error(str(error))
     console = Console()
-    with console.status("") as status:
+    try:
+        with console.status("") as status:
 
-        def progress(label: str, done: int, total: int) -> None:
-            status.update(f"{label}: {done} of {total} epochs")
+            def progress(label: str, done: int, total: int) -> None:
+                status.update(f"{label}: {done} of {total} epochs")
 
-        experiment.run(dataset, chosen, configuration, folder=args.out, progress=progress)
+            experiment.run(dataset, chosen, configuration, folder=args.out, progress=progress)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
     table = Table(
         title=f"{dataset.name}: KLD on natural rows, last epoch",

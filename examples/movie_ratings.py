@@ -151,9 +151,14 @@ def train(name, model, epoch, learning_rate, epochs, seed, advance):
     }
 
 
+def finite(values):
+    """Divergences, infinite where training diverged: NaN would look like the lowest."""
+    return np.nan_to_num(values, nan=np.inf)
+
+
 def best_epoch(run):
     """The epoch with the lowest divergence on the validation films."""
-    return int(np.argmin(run["validation"]["kld"]))
+    return int(np.argmin(finite(run["validation"]["kld"])))
 
 
 def print_table(console, runs):
@@ -163,7 +168,7 @@ def print_table(console, runs):
         table.add_column(name, justify="right")
     for measure, label in MEASURES.items():
         values = [run["test"][measure][best_epoch(run)] for run in runs.values()]
-        best = max(values) if label.endswith("↑") else min(values)
+        best = np.fmax.reduce(values) if label.endswith("↑") else np.fmin.reduce(values)
         cells = [f"[bold]{value:.4f}[/]" if value == best else f"{value:.4f}" for value in values]
         table.add_row(label, *cells)
     table.add_section()
@@ -185,11 +190,14 @@ MEASURES = {
 def conclusion(runs):
     """Who won, in plain words."""
     final = {name: float(run["test"]["kld"][best_epoch(run)]) for name, run in runs.items()}
-    ranking = sorted(final, key=final.get)
+    diverged = [name for name, kld in final.items() if not np.isfinite(kld)]
+    lines = [f"{name} diverged with every learning rate." for name in diverged]
+    best = min(final, key=lambda name: finite(final[name]))
+    if best not in diverged:
+        lines.append(f"Lowest test divergence (KLD): {best}, {final[best]:.4f}.")
     baseline = final[BASELINE]
-    lines = [f"Lowest test divergence (KLD): {ranking[0]}, {final[ranking[0]]:.4f}."]
     for name, run in runs.items():
-        if name == BASELINE:
+        if name == BASELINE or {name, BASELINE} & set(diverged):
             continue
         change = 100 * (final[name] / baseline - 1)
         verdict = "better" if change < -1 else "worse" if change > 1 else "about equal"
@@ -285,7 +293,7 @@ def main():
                 train(name, model, epoch, rate, arguments.epochs, arguments.seed, advance)
                 for rate in arguments.learning_rates
             ]
-            runs[name] = min(tried, key=lambda run: run["validation"]["kld"][best_epoch(run)])
+            runs[name] = min(tried, key=lambda run: finite(run["validation"]["kld"]).min())
     print_table(console, runs)
     console.print(conclusion(runs))
     draw(runs, arguments.picture)

@@ -237,8 +237,19 @@ def conflict_report(
 def _smooth(values: NDArray[Any], window: int) -> NDArray[Any]:
     """Means over a window, which is shorter at the ends."""
     window = min(window, values.size)
-    ones = np.ones(window)
-    return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
+    ends = window // 2, (window - 1) // 2
+    total, count = (_sums(np.pad(each, ends), window) for each in (values, np.ones_like(values)))
+    return np.asarray(total / count)
+
+
+def _sums(values: NDArray[Any], window: int) -> NDArray[Any]:
+    """Sums of every `window` neighbours, of those of its halves: a running sum would cancel."""
+    if window == 1:
+        return values
+    half = window // 2
+    halves = _sums(values, half)
+    even = halves[:-half] + halves[half:]
+    return even[:-1] + values[2 * half :] if window % 2 else even
 
 
 def _cosine_and_cancelled(terms: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

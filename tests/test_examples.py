@@ -49,6 +49,22 @@ def test_movie_ratings_refuses_no_epochs(movie_ratings, monkeypatch, capsys):
     assert "--epochs must be at least 1" in capsys.readouterr().err
 
 
+def test_movie_ratings_tells_what_diverged(movie_ratings):
+    def run(*klds):
+        found = {"kld": np.array(klds)}
+        return {"validation": found, "test": found, "report": {"cosine": np.ones(2)}}
+
+    assert movie_ratings.best_epoch(run(np.nan, 0.5, 0.4)) == 2
+    baseline, broken = run(0.5, 0.4), run(np.nan, np.nan)
+    name = movie_ratings.BASELINE
+    words = movie_ratings.conclusion({"other": broken, name: baseline})
+    assert words.startswith("other diverged with every learning rate.\nLowest test divergence")
+    assert "about equal" not in words
+    words = movie_ratings.conclusion({"other": baseline, name: broken})
+    assert "Lowest test divergence (KLD): other, 0.4" in words
+    assert "against" not in words
+
+
 def test_movie_ratings_training_set_is_imbalanced(movie_ratings):
     data = movie_ratings.load_data()
     sizes = {name: len(labels) for name, (_, labels) in data.items()}
@@ -131,3 +147,8 @@ def test_ldl_choices_refuses_unknown_variants(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         example.main()
     assert "unknown variants ['preference3']; expected some of default" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path / "file"), "--variants", "adam"])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "file cannot be written" in capsys.readouterr().err

@@ -239,6 +239,17 @@ def test_noise_of_single_batches_is_no_conflict():
     assert raised == [0.5, 0]
 
 
+@pytest.mark.timeout(10)  # exceeded where the time grows with the window
+def test_a_long_history_is_smoothed_fast():
+    values = np.random.default_rng(0).lognormal(sigma=9, size=23)
+    for window in (1, 2, 5, 12, 23, 40):
+        width = min(window, 23)
+        spans = [slice(max(0, i - width // 2), i + (width + 1) // 2) for i in range(23)]
+        means = [values[span].mean() for span in spans]
+        np.testing.assert_allclose(plotting._smooth(values, window), means, rtol=1e-12)
+    np.testing.assert_allclose(plotting._smooth(np.ones(100_000), 30_000), 1)
+
+
 def test_one_of_several_losses_is_reported():
     history = of_two(-0.5)
     named = {f"{key}/smooth": history[key] for key in ("cosine", "alignment_norm")}

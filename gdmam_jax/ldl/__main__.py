@@ -158,9 +158,9 @@ def _imbalanced(dataset: sets.Dataset, imbalance: str, rows: int | None) -> sets
 
 def _spelled(message: str) -> str:
     """A message of the library with its arguments as the command line spells them."""
-    names = "|".join(inspect.signature(run).parameters)
+    names = "|".join([*inspect.signature(run).parameters, "tuning"])
     return re.sub(
-        rf"\b({names})(=True\b|(?= must be | = ))",
+        rf"(?<!-)\b({names})(=True\b|(?= must be | = ))",
         lambda match: "--" + match[1].replace("_", "-"),
         message.replace("give it a sampler", "give --imbalance thresholds, or a number"),
     )
@@ -192,8 +192,9 @@ def report_command(
 ) -> None:
     """Write tables, pictures and a page from what was trained; nothing is trained again."""
     names = report.selections(None if selection == "all" else _names(selection))
-    page = report.write(folder, tuning=tuning, selected=names)
-    text = tables.summary(results.load(folder), names, tuning)
+    found = results.load(folder)
+    page = report.write(found, tuning=tuning, selected=names)
+    text = tables.summary(found, names, tuning)
     console.print(text, markup=False, soft_wrap=True, highlight=False)
     console.print(f"page: {page}", soft_wrap=True)
 

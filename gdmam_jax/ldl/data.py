@@ -140,7 +140,16 @@ def _varying(
     features: NDArray[np.float32], name: str, drop_constant: bool, names: Sequence[str]
 ) -> NDArray[np.bool_]:
     """Which features vary; raises if none does, or if one does not and none may be dropped."""
-    constant = features.max(0) == features.min(0)
+    high, low = features.max(0), features.min(0)
+    with np.errstate(over="ignore"):
+        wide = np.isinf(high - low)  # such a feature could not be scaled
+    if wide.any():
+        column = int(wide.argmax())
+        raise ValueError(
+            f"{name}: features range from {low[column]:g} to {high[column]:g} in "
+            f"{_place(column, names)}, too far for float32"
+        )
+    constant = high == low
     if constant.all() or (constant.any() and not drop_constant):
         column = int(constant.argmax())
         raise ValueError(

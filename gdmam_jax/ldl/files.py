@@ -117,9 +117,13 @@ def _mat_headers(path: Path) -> dict[str, int]:
 
 def _load_mat(path: Path, keys: Sequence[str]) -> list[NDArray[Any]]:
     import scipy.io
+    import scipy.sparse
 
     stored = scipy.io.loadmat(path, variable_names=keys)
-    return [np.asarray(stored[key]) for key in keys]
+    found = [stored[key] for key in keys]
+    return [
+        value.toarray() if scipy.sparse.issparse(value) else np.asarray(value) for value in found
+    ]
 
 
 def _read_csv(path: Path) -> Table:

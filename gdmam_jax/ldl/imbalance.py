@@ -14,7 +14,8 @@ class Thresholds:
 
     With c labels, a row stays if its label `scarce` is below `scarce_limit / c` and its label
     `plenty` is above `plenty_limit / c`; for every label the one row in which it is largest
-    stays too.
+    stays too. A label that equals a limit is on either side of it, as its rounding to float32
+    has it: so are two rows of Movie's first fold.
 
     Attributes:
       scarce_limit: a of the papers' (a, b, A, B).

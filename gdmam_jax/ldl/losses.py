@@ -19,6 +19,17 @@ FLOOR = 1e-14
 Reweighting = Literal["none", "inverse", "sqrt_inverse", "class_balanced", "rebalanced"]
 
 
+def floor(*arrays: jax.Array) -> float:
+    """`FLOOR`, or the smallest normal number of their dtype where that is larger, as in float16.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> floor(jnp.ones(2)), floor(jnp.ones(2, jnp.float16)) > 0
+      (1e-14, True)
+    """
+    return max(FLOOR, float(jnp.finfo(jnp.result_type(*arrays, float)).tiny))
+
+
 def weighted_mean(values: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Mean of `values` over its one axis, weighted by `weights` if given.
 
@@ -36,13 +47,15 @@ def weighted_mean(values: jax.Array, weights: jax.Array | None = None) -> jax.Ar
     """
     if weights is None:
         return values.mean()
+    values = values.astype(jnp.result_type(values, float))  # else weights of integers are cut off
     weights = weights.astype(values.dtype)
     total = weights.sum()
     return jnp.where(total > 0, (weights * values).sum() / jnp.where(total > 0, total, 1), 0)
 
 
 def _log_ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    return jnp.log(jnp.maximum(numerator / jnp.maximum(denominator, FLOOR), FLOOR))
+    least = floor(numerator, denominator)
+    return jnp.log(jnp.maximum(numerator / jnp.maximum(denominator, least), least))
 
 
 def kullback_leibler(
@@ -219,7 +232,7 @@ def distribution_balanced(
     else:
         per_class = _per_class(reweighting, frequency, class_balanced_beta)
         class_weights = jnp.broadcast_to(per_class / per_class.mean(), target.shape)
-    odds = jnp.maximum(num_samples / frequency - 1, FLOOR)
+    odds = jnp.maximum(num_samples / frequency - 1, floor(frequency))
     logits = logits - logit_bias * jnp.log(odds)
     logits = target * logits + (1 - target) * negative_scale * logits
     class_weights = target * class_weights + (1 - target) * class_weights / negative_scale
@@ -237,7 +250,8 @@ def _per_class(reweighting: str, frequency: jax.Array, beta: float) -> jax.Array
     if reweighting == "sqrt_inverse":
         return jax.lax.rsqrt(frequency)
     if reweighting == "class_balanced":
-        return (1 - beta) / (1 - beta**frequency)
+        # 1 - beta^f would cancel where a label is rare, and be 0 at last.
+        return (1 - beta) / -jnp.expm1(frequency * jnp.log1p(beta - 1))
     raise ValueError(
         f"unknown reweighting {reweighting!r}; expected none, inverse, sqrt_inverse, "
         "class_balanced or rebalanced"

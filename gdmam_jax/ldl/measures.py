@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gdmam_jax.ldl.losses import FLOOR, kullback_leibler, weighted_mean
+from gdmam_jax.ldl.losses import floor, kullback_leibler, weighted_mean
 
 
 def _root(square: jax.Array) -> jax.Array:
@@ -36,7 +36,7 @@ def chebyshev(
 
 
 def _relative(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    return (target - prediction) / jnp.maximum(target + prediction, FLOOR)
+    return (target - prediction) / jnp.maximum(target + prediction, floor(target, prediction))
 
 
 def clark(prediction: jax.Array, target: jax.Array, weights: jax.Array | None = None) -> jax.Array:
@@ -72,7 +72,8 @@ def cosine(prediction: jax.Array, target: jax.Array, weights: jax.Array | None =
       0.7071
     """
     lengths = _root(jnp.square(prediction).sum(-1)) * _root(jnp.square(target).sum(-1))
-    return weighted_mean((prediction * target).sum(-1) / jnp.maximum(lengths, FLOOR), weights)
+    lengths = jnp.maximum(lengths, floor(lengths))
+    return weighted_mean((prediction * target).sum(-1) / lengths, weights)
 
 
 def intersection(

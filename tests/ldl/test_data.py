@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import scipy.io
+import scipy.sparse
 
 from gdmam_jax import ldl
 from gdmam_jax.ldl import data, files
@@ -35,6 +36,7 @@ def changed(array, row, column, value):
         (np.ones((3, 2)), Y, r"features are 1 in every row, 0 to 2, of column 0 \(age\)"),
         (np.add(X, (2e9, 0)), Y, r"features are 2e\+09 in every row, .* \(age\), in float32"),
         (np.add(X, (1e39, 0)), Y, r"features hold inf in row 0, column 0 \(age\)"),
+        ((X - 1) * (3e38, 1), Y, r"range from -3e\+38 to 3e\+38 in column 0 \(age\), too far for"),
         (X[:1], Y[:1], "data: 1 row is too few"),
         (X[0], Y, r"features must have the shape \(samples, columns\), got \(2,\)"),
         (X, np.ones((3, 1)), "needs 2 labels or more, got 1"),
@@ -69,6 +71,9 @@ def test_files(tmp_path, keys):
         np.testing.assert_array_equal(dataset.labels, Y)
         assert dataset.name == "a"
     assert dataset.feature_names == ("age", "height")
+    sparse = {keys[0]: scipy.sparse.csc_matrix(X), keys[1]: Y}
+    scipy.io.savemat(tmp_path / "sparse.mat", sparse)
+    np.testing.assert_array_equal(data.load(tmp_path / "sparse.mat").features, X)
 
 
 def test_bad_files(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import re
+import shutil
 import threading
 import types
 
@@ -117,6 +118,10 @@ def test_a_killed_run_resumes_with_the_same_numbers(dataset, finished, tmp_path)
     folder, found, calls = finished
     _run(dataset, tmp_path)
     _same(found, results.load(tmp_path))
+    leftover = tmp_path / "gdmam" / "0.01" / "1"  # of a run killed when its outcome was written
+    leftover.mkdir()
+    _run(dataset, tmp_path)
+    assert not leftover.exists()
     # Two rates of two seeds; what was done is not done again, and told first.
     assert [done for _, done, _ in calls] == [0, 2, 4, 6, 4, 6, 8, 10, 12, 8, 10, 12, 14, 16]
     assert {total for *_, total in calls} == {16}
@@ -235,7 +240,14 @@ def test_checkpoints_go_by_work_done(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
-    states = [{"count": jnp.int32(run), "m": jnp.full(2, run, jnp.bfloat16)} for run in (3, 4)]
+    states = [
+        {
+            "count": jnp.int32(run),
+            "key": jax.random.key(run, impl="rbg"),
+            "m": jnp.full(2, run, jnp.bfloat16),
+        }
+        for run in (3, 4)
+    ]
     history = {"kld": np.arange(6.0).reshape(2, 3)}
     for epoch in (3, 5):  # the later one replaces the earlier
         leaves = jax.tree.leaves(training._stack(states))
@@ -249,6 +261,23 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
     with pytest.raises(ValueError, match="a checkpoint of another method or version: remove it"):
         training._unstack(leaves, {"m": jnp.ones(3)}, tmp_path)
     assert storage.restore(tmp_path / "b") is None
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    facts, outcome = tmp_path / "experiment.json", tmp_path / "0.npz"
+    for path in (facts, outcome):
+        path.touch()
+    with pytest.raises(ValueError, match=rf"{re.escape(str(facts))} is damaged: .*; remove it, an"):
+        results.load(tmp_path)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(outcome))} is damaged: No data left"):
+        storage.read_npz(outcome)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("os.fsync", lambda _: seen.append(sorted(tmp_path.iterdir())))
+    storage.write_json(tmp_path / "a.json", {})
+    assert seen == [[tmp_path / "a.json.part"]]
 
 
 def test_a_folder_is_held_by_one_run(tmp_path):
@@ -333,6 +362,21 @@ def test_table_ranks_and_tests():
     assert cells["b"]["kld"].p_runs == 1
 
 
+def test_equal_methods_are_both_the_best():
+    """In tables of one set and of several; a table is made once."""
+    found = _experiment({"a": 0.4, "b": 0.4, "rda": 0.5} | TRIVIAL, noise=0)
+    found.methods[0] = dataclasses.replace(found.methods[0], label="A&B_1")
+    cells = tables.table(found, "last", None)
+    assert tables.table(found, "last", None) is cells
+    kld, cosine = ([cells[name][m] for name in ("a", "b", "rda")] for m in ("kld", "cosine"))
+    assert [cell.rank for cell in kld] == [1.5, 1.5, 3]
+    assert [cell.best for cell in kld] == [True, True, False]
+    assert [cell.rank for cell in cosine] == [2.5, 2.5, 1]
+    assert tables.markdown(found, "last", None).count("**0.4000 ± 0.0000**") == 2 * 7
+    assert tables.summary(found, ["last"], None).count("(lowest, ") == 2
+    assert r"A\&B\_1 & $\mathbf{0.4000" in tables.latex(found, "last", None)
+
+
 def test_a_method_that_diverged_is_not_the_best():
     found = _experiment({"a": float("nan"), "b": 0.4} | TRIVIAL)
     assert tables.table(found, "last")["a"]["kld"].rank == 2
@@ -347,7 +391,10 @@ def test_comparison(monkeypatch, tmp_path):
         "useless": {"rda": 2.5, "a": 2.3, "b": 2.2, "c": 9.0},
     }
     found = {name: _experiment(values | TRIVIAL, name) for name, values in klds.items()}
+    found["tied"] = _experiment({"rda": 0.5, "a": 0.5, "b": 0.6} | TRIVIAL, "tied", noise=0)
+    found["First"].unfinished.append("adamw")
     monkeypatch.setattr(compare, "load", found.__getitem__)
+    assert compare.markdown(compare.compare(["tied", "third"], "last")).count("| **0.500** |") == 2
     compared = compare.compare(["third", "useless", "First", "second"], "last")
     assert list(compared["data"].unique()) == ["First", "second", "third", "useless"]
     assert list(compared["method"].unique()) == ["a", "rda", "b"]
@@ -367,6 +414,8 @@ def test_comparison(monkeypatch, tmp_path):
         compare.compare(["third", "third"], "last")
     with pytest.raises(ValueError, match="must have results of c and of another method; all have"):
         compare.compare(["third", "useless"], "last", reference="c")
+    with pytest.raises(ValueError, match=r"left out, since some of .* are not finished: adamw"):
+        compare.compare(["third", "First"], "last", reference="adamw")
 
 
 def test_where_a_training_diverged_its_method_is_last_in_every_test():
@@ -489,9 +538,19 @@ def test_report(finished, monkeypatch):
     lines = 1 + (4 + 3 * 2) * len(protocol.SELECTIONS)  # three baselines on two folds
     assert len((folder / "runs.csv").read_text().splitlines()) == lines
     stop_rendering(monkeypatch)
-    shown = CliRunner().invoke(
-        app, ["report", str(folder), "--selection", "last, natural", "--tuning", "validation"]
-    )
+    (folder / "rda").mkdir()
+    record = {"method": "rda", "label": "RDA", "trials": ["0.1"]}
+    storage.write_json(folder / "rda" / "method.json", record)
+    given = ["report", str(folder), "--selection", "last, natural, last", "--tuning", "validation"]
+    with monkeypatch.context() as patch:
+        loaded = []
+        load = results.load
+        for module in (results, report):
+            patch.setattr(module, "load", lambda home: loaded.append(home) or load(home))
+        shown = CliRunner().invoke(app, given)
+    assert loaded == [folder]
+    assert "left out, since some of their trials are not finished: rda\n" in shown.output
+    shutil.rmtree(folder / "rda")
     mean = found.methods[0].values("kld", "last", "validation").mean()
     assert f"{mean:.4f} ±" in shown.output
     lines = 1 + (4 + 3 * 2) * 2
@@ -584,8 +643,10 @@ def test_bad_configurations_are_refused(change, message):
 
 def test_the_time_left_counts_what_was_trained_now():
     seconds = iter(range(0, 1000, 10))
-    clock = progress.Clock({"a": 200, "b": 100}, chunk=25, now=lambda: next(seconds))
-    assert clock("a", 200) == "time left unknown"  # finished by an earlier run
+    clock = progress.Clock({"a": 225, "b": 100}, chunk=25, now=lambda: next(seconds))
+    for done in (25, 225):  # finished by an earlier run, however little it was at once
+        assert clock("a", done) == "time left unknown"
+    assert clock("b", 0) == "time left unknown"
     assert clock("b", 25) == "time left unknown"  # compiled first
     assert clock("b", 50) == "0:00:20 left"  # 25 epochs in ten seconds, 50 to go
     assert clock("b", 75) == "0:00:10 left"
@@ -596,6 +657,8 @@ def test_messages_are_spelled_as_on_the_command_line():
     for text, spelled in (
         ("rows sum to 2; normalize=True divides", "rows sum to 2; --normalize divides"),
         ("batch_size must be below seeds = 5", "--batch-size must be below --seeds = 5"),
+        ("--imbalance must be auto", "--imbalance must be auto"),
+        ("tuning must be one of", "--tuning must be one of"),
         ("3 rows are too few for 10 folds", "3 rows are too few for 10 folds"),
     ):
         assert _spelled(text) == spelled

@@ -123,6 +123,30 @@ def test_distribution_balanced_gradients_are_finite(reweighting):
         assert np.isfinite(gradient(z, y)).all()
 
 
+def test_effective_numbers_of_rare_labels_do_not_cancel():
+    """(1 - b) / (1 - b^f) is (1 - b) / (-f log b) to first order in f, and 1 for b = 0."""
+    frequency = jnp.array([1e-8, 1e-6, 1.0])
+    for beta in (0.9, 0.9999):
+        weights = losses._per_class("class_balanced", frequency, beta)
+        expected = [(1 - beta) / (-f * np.log(beta)) for f in (1e-8, 1e-6)]
+        np.testing.assert_allclose(weights, [*expected, 1], rtol=1e-5)
+    assert losses._per_class("class_balanced", frequency, 0.0).tolist() == [1, 1, 1]
+
+
+def test_weights_of_integers_are_not_cut_off():
+    assert losses.weighted_mean(jnp.array([1, 3]), jnp.array([0.5, 1.5])) == 2.5
+
+
+def test_exact_matches_score_in_half_precision():
+    """There the floor of float32 is 0."""
+    y = distributions(10, 4, 10).astype(np.float16)
+    for name, value in jax.jit(measures.measure)(y, y).items():
+        assert value.dtype == np.float16
+        assert value == pytest.approx(float(name in measures.HIGHER_IS_BETTER), abs=2e-3)
+    never = jnp.zeros((1, 2), jnp.float16), jnp.array([[1.0, 0.0]], jnp.float16)
+    assert np.isfinite(losses.distribution_balanced(*never, jnp.ones(2, jnp.float16), 1))
+
+
 def test_a_label_that_never_or_always_occurs_is_no_infinity():
     y = jnp.array([[1.0, 0.0], [1.0, 0.0]])  # N / f - 1 is 0 for the first, f is 0 for the second
     frequency = losses.class_frequency(y)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gdmam_jax.ldl.laboratory import storage
-from gdmam_jax.ldl.laboratory.results import load
+from gdmam_jax.ldl.laboratory.results import left_out, load
 from gdmam_jax.ldl.laboratory.tables import compare_runs
 
 if TYPE_CHECKING:
@@ -62,9 +62,10 @@ def compare(
     found = [{result.name: result for result in each.methods} for each in experiments]
     common = [name for name in found[0] if all(name in each for each in found)]
     if reference not in common or len(common) < 2:
+        unfinished = sorted({name for each in experiments for name in each.unfinished})
         raise ValueError(
             f"all folders must have results of {reference} and of another method; all have "
-            f"{', '.join(common) or 'none'}"
+            f"{', '.join(common) or 'none'}" + (f"; {left_out(unfinished)}" if unfinished else "")
         )
     rows = []
     for each, results in zip(experiments, found, strict=True):
@@ -130,10 +131,11 @@ def markdown(table: "pd.DataFrame") -> str:
     last = [*PARTS, f"better, worse than {label}"]
     lines = [f"| {' | '.join(['method', *heads, *last])} |"]
     lines.append("| --- |" + " ---: |" * (len(heads) + len(last)))
+    table = table.assign(best=table["kld"] == table.groupby("data")["kld"].transform("min"))
     for method, rows in table.groupby("method", sort=False):
         cells = [rows["label"].iloc[0]]
-        for kld, rank, p in rows[["kld", "rank", tested]].to_numpy().tolist():
-            bold = "**" * (rank == 1)
+        for kld, best, p in rows[["kld", "best", tested]].to_numpy().tolist():
+            bold = "**" * best
             cells.append(bold + _shown(kld) + bold + "\\*" * (p < 0.05))
         counted = judged(rows)
         for first, step in PARTS.values():

@@ -144,11 +144,12 @@ def _run_method(
 ) -> None:
     done, total = _finished(method, configuration, home), work(method, configuration)
     for trial, seed, outcome in _jobs(method, configuration, home):
+        checkpoints = outcome.with_suffix("")
         if outcome.is_file():
+            shutil.rmtree(checkpoints, ignore_errors=True)  # if a run was killed before it could
             continue
         if method.program() not in built:  # methods that differ by a setting share it
             built[method.program()] = build(method, folds, configuration)
-        checkpoints = outcome.with_suffix("")
         checkpoints.mkdir(parents=True, exist_ok=True)
         trained = train(
             built[method.program()],
@@ -186,7 +187,7 @@ def _finished(method: Method, configuration: Configuration, home: Path) -> int:
 
 def _describe(path: Path, method: Method, configuration: Configuration) -> None:
     """Write the label, and the trials along with those that earlier runs have finished."""
-    found = json.loads(path.read_text())["trials"] if path.is_file() else []
+    found = storage.read_json(path)["trials"] if path.is_file() else []
     finished = [
         name
         for name in found
@@ -233,7 +234,7 @@ def _check(home: Path, common: dict[str, Any], folds: Folds) -> None:
     """Write what all methods have in common, or compare it with what is there."""
     path = home / "experiment.json"
     if path.is_file():
-        found = json.loads(path.read_text())
+        found = storage.read_json(path)
         for key in ("configuration", "data"):
             changed = [
                 f"{name} = {found[key].get(name)}, now {value}"

@@ -14,20 +14,22 @@ class Clock:
 
     Args:
       totals: epochs in all of every method, by label.
-      chunk: most epochs trained between two calls; a larger step is what was done before.
+      chunk: most epochs trained between two calls; a larger step, and what a label's first call
+        tells, is what was done before.
       now: a clock, in seconds.
     """
 
     def __init__(
         self, totals: Mapping[str, int], chunk: int, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self.done, self._total = dict.fromkeys(totals, 0), sum(totals.values())
+        self.done: dict[str, int] = {}
+        self._total = sum(totals.values())
         self._chunk, self._now, self._trained = chunk, now, 0
         self._start: float | None = None
 
     def __call__(self, label: str, done: int) -> str:
         """Take what `experiment.Progress` is told, and say the time left."""
-        step = done - self.done[label]
+        step = done - self.done.get(label, done)
         if 0 < step <= self._chunk:
             if self._start is None:  # the first step includes compiling: it does not count
                 self._start = self._now()

@@ -20,7 +20,7 @@ def selections(names: Sequence[str] | None) -> list[str]:
       >>> selections(["last"])
       ['last']
     """
-    chosen = list(SELECTIONS if names is None else names)
+    chosen = list(dict.fromkeys(SELECTIONS if names is None else names))
     if unknown := set(chosen) - set(SELECTIONS):
         raise ValueError(
             f"unknown selection {min(unknown)!r}; expected one of {', '.join(SELECTIONS)}"
@@ -29,7 +29,7 @@ def selections(names: Sequence[str] | None) -> list[str]:
 
 
 def write(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Experiment,
     *,
     tuning: str | None = None,
     selected: Sequence[str] | None = None,
@@ -37,7 +37,7 @@ def write(
     """Write a report into an experiment's folder, from what was trained: nothing is trained again.
 
     Args:
-      folder: what `experiment.run` wrote to.
+      folder: what `experiment.run` wrote to, or what `results.load` found there.
       tuning: which held-out rows choose learning rate and setting, see `selection.rows`.
       selected: some of `protocol.SELECTIONS`; None is all. Pictures are of the first.
 
@@ -49,8 +49,9 @@ def write(
       FileNotFoundError: there are no results.
       ValueError: an unknown selection or tuning.
     """
-    home, names = Path(folder), selections(selected)
-    experiment = load(home)
+    names = selections(selected)
+    experiment = folder if isinstance(folder, Experiment) else load(folder)
+    home = Path(experiment.folder)
     with storage.naming(home):
         tables.write_csv(experiment, home / "runs.csv", names, tuning)
         for name, text in (("table.md", tables.markdown), ("table.tex", tables.latex)):

@@ -1,6 +1,5 @@
 """What lies in an experiment's folder, and what it says once a selection is made."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,7 +57,7 @@ class Result:
         return np.asarray(found, np.float64).reshape(-1, self.folds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity, so that tables can be cached
 class Experiment:
     """One data set's results.
 
@@ -67,12 +66,14 @@ class Experiment:
       facts: of `experiment.json`.
       methods: all whose training is finished.
       trivial: the trivial predictions.
+      unfinished: names of the methods that are left out, see `left_out`.
     """
 
     folder: Path
     facts: dict[str, Any]
     methods: list[Result]
     trivial: list[Result]
+    unfinished: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -98,6 +99,16 @@ class Experiment:
         return bool(np.nanmin(found) < self.without_features())
 
 
+def left_out(unfinished: Sequence[str]) -> str:
+    """Says which methods are left out.
+
+    Examples:
+      >>> left_out(["rda"])
+      'left out, since some of their trials are not finished: rda'
+    """
+    return f"left out, since some of their trials are not finished: {', '.join(unfinished)}"
+
+
 def load(folder: str | os.PathLike[str]) -> Experiment:
     """The results in an experiment's folder.
 
@@ -109,24 +120,28 @@ def load(folder: str | os.PathLike[str]) -> Experiment:
 
     Raises:
       FileNotFoundError: there are none.
+      ValueError: a file is damaged.
     """
     home = Path(folder)
     path = home / "experiment.json"
     if not path.is_file():
         raise FileNotFoundError(f"no results in {home}: expected experiment.json")
-    facts = json.loads(path.read_text())
+    facts = storage.read_json(path)
     folds, seeds = facts["configuration"]["folds"], facts["configuration"]["seeds"]
-    methods = []
+    methods, unfinished = [], []
     for described in sorted(home.glob("*/method.json")):
-        record = json.loads(described.read_text())
+        record = storage.read_json(described)
         files = {
             trial: storage.outcomes(described.parent / trial, seeds) for trial in record["trials"]
         }
         if all(file.is_file() for group in files.values() for file in group):
             trials = {trial: _joined(group) for trial, group in files.items()}
             methods.append(Result(record["method"], record["label"], folds, trials))
+        else:
+            unfinished.append(record["method"])
     if not methods:
-        raise FileNotFoundError(f"no results in {home}: no method is finished")
+        named = f"; {left_out(unfinished)}" if unfinished else ""
+        raise FileNotFoundError(f"no results in {home}: no method is finished{named}")
     trivial = [
         Result(
             name,
@@ -136,7 +151,7 @@ def load(folder: str | os.PathLike[str]) -> Experiment:
         )
         for name, found in facts["trivial"].items()
     ]
-    return Experiment(home, facts, methods, trivial)
+    return Experiment(home, facts, methods, trivial, unfinished)
 
 
 def _joined(files: Sequence[Path]) -> Trained:

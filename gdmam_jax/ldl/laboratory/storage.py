@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +28,20 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     with naming(path):
         with part.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without its content
         part.replace(path)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Make an error of a file that is damaged name the path, and what to do."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # a broken file can raise anything
+        raise ValueError(f"{path} is damaged: {error}; remove it, and run again") from error
 
 
 def write_npz(path: Path, tree: dict[str, Any], *, compressed: bool = True) -> None:
@@ -39,7 +53,7 @@ def write_npz(path: Path, tree: dict[str, Any], *, compressed: bool = True) -> N
 
 def read_npz(path: Path) -> dict[str, Any]:
     """What `write_npz` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
+    with reading(path), np.load(path, allow_pickle=False) as stored:
         return dict(flax.traverse_util.unflatten_dict(dict(stored), sep="/"))
 
 
@@ -52,6 +66,12 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record."""
     with whole(path) as file:
         file.write(json.dumps(record, indent=1).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote."""
+    with reading(path):
+        return dict(json.loads(path.read_text()))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Tables of an experiment: means, ranks, significance; as Markdown, LaTeX, CSV and plain text."""
 
+import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 
 from gdmam_jax.ldl.laboratory import storage
 from gdmam_jax.ldl.laboratory.protocol import SELECTIONS
-from gdmam_jax.ldl.laboratory.results import Experiment, Result
+from gdmam_jax.ldl.laboratory.results import Experiment, Result, left_out
 from gdmam_jax.ldl.measures import HIGHER_IS_BETTER, MEASURES
 
 COLUMNS = (*MEASURES, "euclidean", "euclidean_head", "euclidean_tail")
@@ -35,7 +37,9 @@ class Cell:
     Attributes:
       mean: over folds and seeds.
       deviation: standard deviation over folds and seeds.
-      rank: among the methods, 1 is best; NaN for a trivial baseline.
+      rank: among the methods, 1 is best, and ties share the mean of theirs; NaN for a trivial
+        baseline.
+      best: whether no method is better; False for a trivial baseline, and for NaN.
       p_runs: Wilcoxon signed-rank test against the best method, paired over folds and seeds.
         Runs of one fold share their data, so it is the optimistic one of the two.
       p_folds: paired t-test against the best method over folds, each the mean of its seeds.
@@ -44,10 +48,12 @@ class Cell:
     mean: float
     deviation: float
     rank: float
+    best: bool
     p_runs: float
     p_folds: float
 
 
+@functools.lru_cache(maxsize=16)  # text, page and summary show the same tables
 def table(
     experiment: Experiment, selected: str, tuning: str | None = None
 ) -> dict[str, dict[str, Cell]]:
@@ -62,6 +68,8 @@ def table(
       Cells by method's name and measure. The best method's p-values are 1. Trivial baselines are
       compared with it, too.
     """
+    import scipy.stats
+
     cells: dict[str, dict[str, Cell]] = {result.name: {} for result in experiment.rows}
     for measure in COLUMNS:
         columns = {
@@ -71,13 +79,16 @@ def table(
         # A method that diverged somewhere has no mean, and is ranked last.
         means = {name: float(column.mean()) for name, column in columns.items()}
         names = [result.name for result in experiment.methods]
-        order = sorted(names, key=lambda name: np.nan_to_num(sign * means[name], nan=np.inf))
+        scores = [np.nan_to_num(sign * means[name], nan=np.inf) for name in names]
+        ranks = dict(zip(names, map(float, scipy.stats.rankdata(scores)), strict=True))
+        best = names[int(np.argmin(scores))]
         for name, column in columns.items():
-            p_runs, p_folds = compare_runs(column, columns[order[0]])
+            p_runs, p_folds = compare_runs(column, columns[best])
             cells[name][measure] = Cell(
                 mean=means[name],
                 deviation=float(column.std()),
-                rank=order.index(name) + 1 if name in order else float("nan"),
+                rank=ranks.get(name, float("nan")),
+                best=name in ranks and means[name] == means[best],
                 p_runs=p_runs,
                 p_folds=p_folds,
             )
@@ -169,7 +180,7 @@ def markdown(experiment: Experiment, selected: str, tuning: str | None = None) -
     """
 
     def mark(text: str, cell: Cell) -> str:
-        return f"**{text}**" if cell.rank == 1 else text + " †" * (cell.p_runs < 0.05)
+        return f"**{text}**" if cell.best else text + " †" * (cell.p_runs < 0.05)
 
     head = ["method", "trial", *(f"{TITLES[m]} {arrow(m)}" for m in COLUMNS), "mean rank"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -194,15 +205,16 @@ def latex(experiment: Experiment, selected: str, tuning: str | None = None) -> s
 
     def mark(text: str, cell: Cell) -> str:
         inner = text.replace("±", r"\pm")
-        dagger = r"^\dagger" * (cell.rank != 1 and cell.p_runs < 0.05)
-        return rf"$\mathbf{{{inner}}}$" if cell.rank == 1 else f"${inner}{dagger}$"
+        dagger = r"^\dagger" * (not cell.best and cell.p_runs < 0.05)
+        return rf"$\mathbf{{{inner}}}$" if cell.best else f"${inner}{dagger}$"
 
     arrows = {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
     head = ["Method", *(f"{TITLES[m]} {arrows[arrow(m)]}" for m in COLUMNS), "Rank"]
     lines = [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule"]
     lines += [" & ".join(head) + r" \\", r"\midrule"]
     for result, texts, rank in ranked(experiment, selected, tuning, mark):
-        lines.append(" & ".join([result.label, *texts, rank]) + r" \\")
+        label = re.sub(r"([&%$#_{}])", r"\\\1", result.label)
+        lines.append(" & ".join([label, *texts, rank]) + r" \\")
     note = unbeaten(experiment, selected, tuning)
     if note:
         lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{{note}}} \\"]
@@ -268,9 +280,11 @@ def summary(experiment: Experiment, selections: Sequence[str], tuning: str | Non
         for result in experiment.rows:
             cell = cells[result.name]["kld"]
             text = f"  {result.label:<{width}}  {cell.mean:.4f} ±{cell.deviation:.4f}"
-            p = f"{cell.p_folds:.1g}" if cell.rank != 1 else "lowest"
+            p = "lowest" if cell.best else f"{cell.p_folds:.1g}"
             notes = filter(None, [p, result.trial(selected, tuning)])
             lines.append(f"{text}  ({', '.join(notes)})")
         note = unbeaten(experiment, selected, tuning)
         lines += [f"  {note}"] if note else []
+    if experiment.unfinished:
+        lines.append(left_out(experiment.unfinished))
     return "\n".join(lines)

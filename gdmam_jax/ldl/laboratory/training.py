@@ -79,7 +79,7 @@ def train(
         epoch, states, chunks = 0, _at_once(program.init, runs), []
     else:
         epoch, leaves, history = restored
-        states, chunks = _unstack(leaves, jax.eval_shape(program.init, runs[0]), folder), [history]
+        states, chunks = _unstack(leaves, program.init(runs[0]), folder), [history]
         if progress:
             progress(epoch)
     saved, saved_epoch = time.monotonic(), epoch
@@ -129,17 +129,36 @@ def _at_once(function: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]
 
 def _stack(runs: Sequence[Any]) -> Any:
     """The arrays of all runs in one, on the host."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *runs)
+    return jax.tree.map(lambda *leaves: np.stack([_numbers(leaf) for leaf in leaves]), *runs)
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def _numbers(leaf: jax.Array) -> jax.Array:
+    """A random key as the numbers it is made of, which NumPy can hold."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def _unstack(leaves: Sequence[NDArray[Any]], like: RunState, folder: Path | None) -> list[RunState]:
     expected, structure = jax.tree.flatten(like)
-    if [leaf.shape[1:] for leaf in leaves] != [leaf.shape for leaf in expected]:
+    numbers = [_numbers(leaf) for leaf in expected]
+    if [leaf.shape[1:] for leaf in leaves] != [leaf.shape for leaf in numbers]:
         raise ValueError(f"{folder} holds a checkpoint of another method or version: remove it")
     # A dtype that NumPy does not know, such as bfloat16, is stored as plain bytes.
-    typed = [leaf.view(to.dtype) for leaf, to in zip(leaves, expected, strict=True)]
+    typed = [leaf.view(to.dtype) for leaf, to in zip(leaves, numbers, strict=True)]
+
+    def restored(leaf: NDArray[Any], to: jax.Array) -> jax.Array:
+        array = jnp.array(leaf)
+        if not _is_key(to):
+            return array
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(to))
+
     return [
-        jax.tree.unflatten(structure, [jnp.array(leaf[run]) for leaf in typed])
+        jax.tree.unflatten(
+            structure, [restored(leaf[run], to) for leaf, to in zip(typed, expected, strict=True)]
+        )
         for run in range(len(leaves[0]))
     ]
 
