@@ -21,6 +21,13 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 {% endblock data_png %}
 """
 
+CHANGED = re.compile(
+    r'<(?P<tag>a|picture)\b.*?</(?P=tag)>|<img [^>]*src="(?P<file>[^"]+)"[^>]*>|<pre.*?</pre>|<[^>]+>'
+    r"|(?P<number>\b\d[\d.]*e-\d+)",
+    re.DOTALL,
+)
+"""Pictures without a link, and numbers that must not break; before these, where neither is."""
+
 
 def opening(name: str, repository: str | None, on_pypi: bool = ON_PYPI) -> str:
     """How to run a notebook: in Colab by a link, if package and repository are published."""
@@ -71,10 +78,16 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Lets code in sentences and tables break behind `_`, `=`, `(` and `,`, and only there."""
+    """Code in sentences and tables breaks behind `_`, `=`, `(` and `,` only; pictures enlarge."""
 
     def breakable(match: re.Match[str]) -> str:
         text = re.sub(r"(?<!\S)--[\w-]+", r'<span class="option">\g<0></span>', match[0])
         return re.sub(r"(?<=[_,])(?=\w)|(?<=\w[=(])(?=\w)", "<wbr>", text)
 
-    return re.sub(r"(?<=<code>)[^<\n]+(?=</code>)", breakable, content)
+    def whole(match: re.Match[str]) -> str:
+        if match["number"]:
+            return f'<span class="option">{match[0]}</span>'
+        return f'<a href="{match["file"]}">{match[0]}</a>' if match["file"] else match[0]
+
+    content = re.sub(r"(?<=<code>)[^<\n]+(?=</code>)", breakable, content)
+    return CHANGED.sub(whole, content)
