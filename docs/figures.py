@@ -328,7 +328,9 @@ def weightings_table(*names: str) -> str:
     rows = [row("weightings", weighting=name) for name in names]
     problems = [column for column in rows[0] if column != "weighting"]
     lines = [["weighting", *problems], ["---", *["---:"] * len(problems)]]
-    lines += [[f"`{each['weighting']}`", *(each[name] for name in problems)] for each in rows]
+    for each in rows:
+        cells = (_with_range(*re.findall(r"[\d.]+", each[name])) for name in problems)
+        lines.append([f"`{each['weighting']}`", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -346,14 +348,18 @@ def docstrings() -> dict[str, str]:
     return {name: text.split("\n\n")[0] for name, text in found.items() if text}
 
 
-def group(*names: str) -> str:
-    """A table of public names, a line each, and then the documentation of each."""
+def group(*names: str, level: int = 3) -> str:
+    """A table of public names, a line each, and then the documentation of each.
+
+    Their headings are of a level.
+    """
     texts = docstrings()
     lines = ["| name | what |", "| --- | --- |"]
     for name in names:
         text = " ".join(texts[name].split()).replace("|", "\\|")
         lines.append(f"| [`{name}`][gdmam_jax.{name}] | {text} |")
-    return "\n".join([*lines, "", *(f"::: gdmam_jax.{name}\n" for name in names)])
+    options = f"    options:\n      heading_level: {level}\n"
+    return "\n".join([*lines, "", *(f"::: gdmam_jax.{name}\n{options}" for name in names)])
 
 
 def api_table() -> str:

@@ -3,7 +3,9 @@
 A hook of MkDocs, named in `mkdocs.yml`.
 """
 
+import html
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +73,21 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Leads links to notebooks, which other pages have, to these pages."""
+    """Leads links to notebooks to these pages, but not those that download."""
     if page.file.src_uri.startswith("notebooks/"):
-        return markdown
+        markdown = re.sub(r"(\(\w+)\.ipynb\)(?!\{)", r"\1.md)", markdown)
+        return markdown.replace("(../docs/", "(../")
     return re.sub(r"(\(notebooks/\w+)\.ipynb\)", r"\1.md)", markdown)
+
+
+def on_page_context(context: Any, page: Any, **_: Any) -> Any:
+    """A page's description is its first paragraph without formulas."""
+    opened = page.file.src_uri.startswith("notebooks/")  # by how to run it
+    for found in re.findall(r"<p>(.*?)</p>", page.content, re.DOTALL)[opened:]:
+        if "<math" not in found and (text := html.unescape(re.sub("<[^>]+>", "", found)).strip()):
+            page.meta["description"] = html.escape(textwrap.shorten(text, 200, placeholder=" ..."))
+            break
+    return context
 
 
 def on_page_content(content: str, **_: Any) -> str:
