@@ -24,7 +24,7 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 """
 
 CHANGED = re.compile(
-    r'<(?P<tag>a|picture)\b.*?</(?P=tag)>|<img [^>]*src="(?P<file>[^"]+)"[^>]*>|<pre.*?</pre>|<[^>]+>'
+    r'<(?P<tag>a|picture|pre)\b.*?</(?P=tag)>|<img [^>]*src="(?P<file>[^"]+)"[^>]*>|<[^>]+>'
     r"|(?P<number>\b\d[\d.]*e-\d+)",
     re.DOTALL,
 )

@@ -64,7 +64,8 @@ class NormStatistics:
     def deviation(self) -> jax.Array:
         r"""The released form's spread of the norm: its statistics start at 0, not bias-corrected.
 
-        $\sigma^2 = \operatorname{square} - \operatorname{mean}^2 = (1 - r) (s^2 + r \mu^2)$: as if norms of 0 had come before.
+        $\sigma^2 = \operatorname{square} - \operatorname{mean}^2 = (1 - r) (s^2 + r \mu^2)$: as if
+        norms of 0 had come before.
         """
         r = jnp.broadcast_to(self.remainder, self.mean.shape)
         return floored_sqrt((1 - r) * (self.variance + r * self.mean**2))

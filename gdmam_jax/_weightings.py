@@ -652,7 +652,7 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     gradients' projections on it.
 
     With unit gradients $u_k = g_k / n_k$ and their inner products $C$, the direction is
-    $d = \sum_k a_k u_k$ with $a = C^{+} \operatorname{preference}$, and the length
+    $d = \sum_k a_k u_k$ with $a = C^{+} \, \operatorname{preference}$, and the length
     $\sum_k \langle g_k, d\rangle / |d|$. For two losses the weights are
     $w_k = (n_0 + n_1) / (2 n_k)$: along the bisector. While the gradients are linearly
     independent it opposes no loss; its length shrinks as the gradients do. A task without a
