@@ -205,7 +205,7 @@ def conclusion(runs):
 def draw(runs, path):
     """Test divergence over epochs, and what GDMAM did at each step."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for (name, run), color in zip(runs.items(), ("C7", "C1", "C0"), strict=True):
+    for (name, run), color in zip(runs.items(), ("C7", "C1", "C0"), strict=False):
         axes[0, 0].plot(run["test"]["kld"], color, label=name)
         at = best_epoch(run)
         axes[0, 0].plot(at, run["test"]["kld"][at], "o", color=color)
