@@ -28,10 +28,9 @@ COMPARED = {
 }  # fmt: skip
 SUMS = {
     "sum x 0.01": "sum x 0.01", "sum x 1": "x 1", "sum x 100": "x 100", "sum x 1000": "x 1,000",
-    "last layer 1": "last layer", "last layer tuned": "last layer, tuned",
 }  # fmt: skip
-KINDS = COMPARED | SUMS
-"""Methods of `benchmarks.kinds`, and their columns, in two tables that fit on a screen."""
+KINDS = {*COMPARED, *SUMS, "last layer 1", "last layer tuned"}
+"""Methods of `benchmarks.kinds`; those with columns are in two tables that fit on a screen."""
 API = (
     "gradients", "optimizers", "allocation", "weightings", "remembering", "momentum", "fork",
     "diagnostics", "nnx", "laboratory",
@@ -184,6 +183,16 @@ def median(runs: Sequence[dict[str, str]], column: str = "score") -> float:
     return statistics.median(float(run[column]) for run in runs)
 
 
+def _scores(runs: Sequence[dict[str, str]]) -> list[str]:
+    scores = [float(run["score"]) for run in runs]
+    return [f"{score:.3g}" for score in (statistics.median(scores), min(scores), max(scores))]
+
+
+def kinds_score(kind: str, method: str) -> str:
+    """The score of a method that has no column in `kinds_table`: median and range."""
+    return "{} ({} to {})".format(*_scores(kinds()[kind][method]))
+
+
 def kinds_table(sums: bool = False) -> str:
     """Median score, smallest to largest, by kind of problem and method; best median bold.
 
@@ -201,10 +210,10 @@ def kinds_table(sums: bool = False) -> str:
         if not sums:
             cells.append(f"{summed[0]['measure']} ({summed[0]['better']} is better)")
         for name in columns:
-            if not (scores := [float(run["score"]) for run in methods[name]]):
+            if not methods[name]:
                 cells.append("")
                 continue
-            middle, *ends = (f"{x:.3g}" for x in (median(methods[name]), min(scores), max(scores)))
+            middle, *ends = _scores(methods[name])
             bold = "**" * (median(methods[name]) == best)
             cells.append(_with_range(bold + middle + bold, *ends))
         cells += [f"{median(summed, name):.2g}" for name in seen]
@@ -319,7 +328,9 @@ def weightings_table(*names: str) -> str:
     rows = [row("weightings", weighting=name) for name in names]
     problems = [column for column in rows[0] if column != "weighting"]
     lines = [["weighting", *problems], ["---", *["---:"] * len(problems)]]
-    lines += [[f"`{each['weighting']}`", *(each[name] for name in problems)] for each in rows]
+    for each in rows:
+        cells = (_with_range(*re.findall(r"[\d.]+", each[name])) for name in problems)
+        lines.append([f"`{each['weighting']}`", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -337,14 +348,18 @@ def docstrings() -> dict[str, str]:
     return {name: text.split("\n\n")[0] for name, text in found.items() if text}
 
 
-def group(*names: str) -> str:
-    """A table of public names, a line each, and then the documentation of each."""
+def group(*names: str, level: int = 3) -> str:
+    """A table of public names, a line each, and then the documentation of each.
+
+    Their headings are of a level.
+    """
     texts = docstrings()
     lines = ["| name | what |", "| --- | --- |"]
     for name in names:
         text = " ".join(texts[name].split()).replace("|", "\\|")
         lines.append(f"| [`{name}`][gdmam_jax.{name}] | {text} |")
-    return "\n".join([*lines, "", *(f"::: gdmam_jax.{name}\n" for name in names)])
+    options = f"    options:\n      heading_level: {level}\n"
+    return "\n".join([*lines, "", *(f"::: gdmam_jax.{name}\n{options}" for name in names)])
 
 
 def api_table() -> str:
@@ -371,6 +386,7 @@ def define_env(env: Any) -> None:
         defaults_table,
         figure,
         group,
+        kinds_score,
         kinds_table,
         label_distributions_table,
         measured,

@@ -29,6 +29,9 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
         formula = convert(latex, display=display)
         if unknown := UNKNOWN.findall(formula):
             log.warning("%s: %s is not known in %s", page.file.src_uri, unknown, latex)
+        # Names of functions and numbers are signs of operators, too.
+        for name in re.findall(r"\\operatorname\{(\w+)\}", latex):
+            formula = formula.replace(f"<mo>{name}</mo>", f"<mi>{name}</mi>")
         # Bars are signs of operators to a browser, with space around.
         formula = formula.replace(">&#x0007C;<", ' lspace="0" rspace="0">&#x0007C;<')
         # A block of its own scrolls where a screen is narrower than a formula.

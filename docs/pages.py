@@ -3,7 +3,9 @@
 A hook of MkDocs, named in `mkdocs.yml`.
 """
 
+import html
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 ![What the cell above draws]({{ output.metadata.filenames['image/png'] }})
 {% endblock data_png %}
 """
+
+CHANGED = re.compile(
+    r'<(?P<tag>a|picture|pre)\b.*?</(?P=tag)>|<img [^>]*src="(?P<file>[^"]+)"[^>]*>|<[^>]+>'
+    r"|(?P<number>\b\d[\d.]*e-\d+)",
+    re.DOTALL,
+)
+"""Pictures without a link, and numbers that must not break; before these, where neither is."""
 
 
 def opening(name: str, repository: str | None, on_pypi: bool = ON_PYPI) -> str:
@@ -64,17 +73,34 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Leads links to notebooks, which other pages have, to these pages."""
+    """Leads links to notebooks to these pages, but not those that download."""
     if page.file.src_uri.startswith("notebooks/"):
-        return markdown
+        markdown = re.sub(r"(\(\w+)\.ipynb\)(?!\{)", r"\1.md)", markdown)
+        return markdown.replace("(../docs/", "(../")
     return re.sub(r"(\(notebooks/\w+)\.ipynb\)", r"\1.md)", markdown)
 
 
+def on_page_context(context: Any, page: Any, **_: Any) -> Any:
+    """A page's description is its first paragraph without formulas."""
+    opened = page.file.src_uri.startswith("notebooks/")  # by how to run it
+    for found in re.findall(r"<p>(.*?)</p>", page.content, re.DOTALL)[opened:]:
+        if "<math" not in found and (text := html.unescape(re.sub("<[^>]+>", "", found)).strip()):
+            page.meta["description"] = html.escape(textwrap.shorten(text, 200, placeholder=" ..."))
+            break
+    return context
+
+
 def on_page_content(content: str, **_: Any) -> str:
-    """Lets code in sentences and tables break behind `_`, `=`, `(` and `,`, and only there."""
+    """Code in sentences and tables breaks behind `_`, `=`, `(` and `,` only; pictures enlarge."""
 
     def breakable(match: re.Match[str]) -> str:
         text = re.sub(r"(?<!\S)--[\w-]+", r'<span class="option">\g<0></span>', match[0])
         return re.sub(r"(?<=[_,])(?=\w)|(?<=\w[=(])(?=\w)", "<wbr>", text)
 
-    return re.sub(r"(?<=<code>)[^<\n]+(?=</code>)", breakable, content)
+    def whole(match: re.Match[str]) -> str:
+        if match["number"]:
+            return f'<span class="option">{match[0]}</span>'
+        return f'<a href="{match["file"]}">{match[0]}</a>' if match["file"] else match[0]
+
+    content = re.sub(r"(?<=<code>)[^<\n]+(?=</code>)", breakable, content)
+    return CHANGED.sub(whole, content)

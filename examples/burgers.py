@@ -44,7 +44,7 @@ METHODS = {
     "GDMAM": lambda rate: gdmam.gdmam(rate),
     "GDMAM, Muon": lambda rate: optax.chain(gdmam.allocate(), optax.contrib.muon(rate)),
 }
-COLORS = dict(zip(METHODS, ("C1", "C0", "C2"), strict=True))
+COLORS = dict(zip(METHODS, ("C7", "C0", "C2"), strict=True))
 
 
 @partial(jax.jit, static_argnums=1)

@@ -213,10 +213,10 @@ def conclusion(runs):
 def draw(runs, path):
     """Test divergence over epochs, and what GDMAM did at each step."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for name, run in runs.items():
-        line = axes[0, 0].plot(run["test"]["kld"], label=name)[0]
+    for (name, run), color in zip(runs.items(), ("C7", "C1", "C0"), strict=False):
+        axes[0, 0].plot(run["test"]["kld"], color, label=name)
         at = best_epoch(run)
-        axes[0, 0].plot(at, run["test"]["kld"][at], "o", color=line.get_color())
+        axes[0, 0].plot(at, run["test"]["kld"][at], "o", color=color)
     axes[0, 0].set(title="Test KLD (dot: best validation epoch)", xlabel="epoch", yscale="log")
     axes[0, 0].yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2f"))
 
@@ -233,7 +233,6 @@ def draw(runs, path):
         plot(axes[0, 1], "cosine", label="cosine (left)"),
         plot(gate_axis, "gate", label="gate of the parallel part (right)", color="C1", alpha=0.6),
     ]
-    axes[0, 1].legend(handles=lines, frameon=False)
     axes[0, 1].set(title=f"Angle of the two gradients: {name}", xlabel="step")
     axes[0, 1].axhline(0, color="grey", linewidth=0.5)
     gate_axis.set_ylim(-0.05, 1.4)
@@ -247,6 +246,7 @@ def draw(runs, path):
         axis.spines["top"].set_visible(False)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 3}
     axes[0, 0].legend(frameon=False, **below)  # the curves are everywhere else
+    axes[0, 1].legend(handles=lines, frameon=False, **below)
     for axis in axes[1]:
         axis.legend(frameon=False)
     figure.savefig(path, dpi=120)

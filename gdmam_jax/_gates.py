@@ -16,7 +16,7 @@ parts along and across the prediction gradient."""
 def cosine_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
     r"""The better the tasks agree, the more of the parallel part passes: (gate, 1 - gate).
 
-    $$gate = clip(\cos(g_a, g_p), 0, 1)$$
+    $$\operatorname{gate} = \operatorname{clip}(\cos(g_a, g_p), 0, 1)$$
 
     Args:
       cosine: of the angle between the two gradients, shape ``(...)``.
@@ -67,7 +67,7 @@ def priority_gate(cosine: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.A
     With $k = -\cos(g_a, g_p) > 0$ and $r$ the ratio of the weighted gradients' norms, the parallel
     part keeps the least factor at which a step along the result does not raise the alignment loss,
 
-    $$v_\parallel = clip\left(\frac{k / r + k^2 - 1}{k^2}, 0, 1\right),$$
+    $$v_\parallel = \operatorname{clip}\left(\frac{k / r + k^2 - 1}{k^2}, 0, 1\right),$$
 
     and passes whole where the gradients agree. To first order, and before a second moment rescales
     the elements, such a step raises neither loss as long as $k \le r$. A weaker alignment gradient

@@ -131,7 +131,7 @@ def value_and_weighed_grad(
 ) -> Callable[..., tuple[Any, Any, Weighing]]:
     r"""Values and one weighed gradient of many losses: dozens of tasks, or one for each example.
 
-    $$g = \sum_k w_k g_k, \qquad w = weighting(G, n), \qquad
+    $$g = \sum_k w_k g_k, \qquad w = \operatorname{weighting}(G, n), \qquad
     G_{jk} = \langle g_j, g_k\rangle, \quad n_k = |g_k|$$
 
     It takes one forward pass, K backward passes for the inner products and one for the weighed

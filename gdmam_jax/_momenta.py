@@ -64,7 +64,8 @@ class NormStatistics:
     def deviation(self) -> jax.Array:
         r"""The released form's spread of the norm: its statistics start at 0, not bias-corrected.
 
-        $\sigma^2 = square - mean^2 = (1 - r) (s^2 + r \mu^2)$: as if norms of 0 had come before.
+        $\sigma^2 = \operatorname{square} - \operatorname{mean}^2 = (1 - r) (s^2 + r \mu^2)$: as if
+        norms of 0 had come before.
         """
         r = jnp.broadcast_to(self.remainder, self.mean.shape)
         return floored_sqrt((1 - r) * (self.variance + r * self.mean**2))
@@ -239,7 +240,7 @@ def relative_momentum(
     minimum: Any = 0.7,
     maximum: Any = 0.999,
 ) -> jax.Array:
-    r"""Momentum from the relative noise: $\beta_0 - \kappa_k \hat\sigma_k / \hat{mean}_k$.
+    r"""Momentum from the relative noise: $\beta_0 - \kappa_k \hat\sigma_k / \hat\mu_k$.
 
     The statistics are bias-corrected. The momentum does not change when a loss is rescaled.
 

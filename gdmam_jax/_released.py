@@ -168,10 +168,11 @@ def gdmam_released(
 
     $$
     \begin{aligned}
-    b_1 &= clip(w_p \beta_p + gate\, \beta_\parallel + (1 - gate)\, \beta_\perp, 0.7, 0.999), \\
-    g &= clipped(w_p g_p + w_a g_a), \qquad m \leftarrow b_1 m + (1 - b_1) g, \\
-    v &\leftarrow b_2 v + (1 - b_2) g^2, \qquad v_{max} \leftarrow \max(v_{max}, v), \\
-    u &= \frac{m}{1 - b_1^t} \Big/ \Big(\sqrt{v_{max} / (1 - b_2^t)} + eps\Big).
+    b_1 &= \operatorname{clip}(w_p \beta_p + \operatorname{gate}\, \beta_\parallel
+        + (1 - \operatorname{gate})\, \beta_\perp, 0.7, 0.999), \\
+    g &= \operatorname{clipped}(w_p g_p + w_a g_a), \qquad m \leftarrow b_1 m + (1 - b_1) g, \\
+    v &\leftarrow b_2 v + (1 - b_2) g^2, \qquad v_{\max} \leftarrow \max(v_{\max}, v), \\
+    u &= \frac{m}{1 - b_1^t} \Big/ \Big(\sqrt{v_{\max} / (1 - b_2^t)} + \operatorname{eps}\Big).
     \end{aligned}
     $$
 

@@ -94,8 +94,8 @@ def scale_by_gdmam(
     the mean of the components' decays, weighted by their norms. With ``"separate"`` each component
     has a momentum, and the update is the sum of these. If all decays are equal, both are the same.
 
-    With ``b2`` the update is divided by $\sqrt{v / (1 - \prod_t b_{2,t})} + eps$, where $v$ is the
-    running mean of the square of the components' sum.
+    With ``b2`` the update is divided by $\sqrt{v / (1 - \prod_t b_{2,t})} + \operatorname{eps}$,
+    where $v$ is the running mean of the square of the components' sum.
 
     Every number is a scalar that `optax.inject_hyperparams` can inject or schedule.
 

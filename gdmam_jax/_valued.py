@@ -279,9 +279,9 @@ def relobralo_weighting(
     r"""ReLoBRaLo: a loss that has fallen less than the others counts more, by running means.
 
     With $\lambda_k(t, s) = K \operatorname{softmax}_k(\ell_k(t) / (\ell_k(s) T))$ the weights are
-    $w(t) = \alpha (\rho w(t - 1) + (1 - \rho) \lambda(t, 0)) + (1 - \alpha) \lambda(t, t - 1)$,
-    where $\rho$ is 1 with a probability near 1. Otherwise it is 0, and the weights forget all but
-    the start. They are 1 at first.
+    $w(t) = \alpha u + (1 - \alpha) \lambda(t, t - 1)$ with
+    $u = \rho w(t - 1) + (1 - \rho) \lambda(t, 0)$, where $\rho$ is 1 with a probability near
+    1. Otherwise it is 0, and the weights forget all but the start. They are 1 at first.
 
     Args:
       temperature: $T$; the larger, the more equal the weights.

@@ -74,7 +74,7 @@ def balanced_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
 
 @with_settings
 def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0) -> jax.Array:
-    r"""Every task counts the same, whatever its scale: $w_k = preference_k / \overline{n_k}$.
+    r"""Every task counts the same, whatever its scale: $w_k = p_k / \overline{n_k}$.
 
     $\overline{n_k}$ is the running mean of the task's norm, or this step's norm where that is
     larger: a gradient shorter than usual stays shorter, and a spike counts no more than a gradient
@@ -83,9 +83,9 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: running means of the gradients' norms, shape ``(..., K)``.
-      preference: how much an alignment task counts, relative to the prediction, which counts 1; at
-        least 0. A number, one for each alignment task, or a mapping by name. To schedule it, give
-        `optax.inject_hyperparams` a function of it:
+      preference: $p_k$, how much an alignment task counts, relative to the prediction, which counts
+        1; at least 0. A number, one for each alignment task, or a mapping by name. To schedule it,
+        give `optax.inject_hyperparams` a function of it:
         ``lambda preference: gdmam(1e-3, weighting=unit_weighting(preference=preference))``.
 
     Returns:
@@ -652,7 +652,7 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     gradients' projections on it.
 
     With unit gradients $u_k = g_k / n_k$ and their inner products $C$, the direction is
-    $d = \sum_k a_k u_k$ with $a = C^{+} preference$, and the length
+    $d = \sum_k a_k u_k$ with $a = C^{+} \, \operatorname{preference}$, and the length
     $\sum_k \langle g_k, d\rangle / |d|$. For two losses the weights are
     $w_k = (n_0 + n_1) / (2 n_k)$: along the bisector. While the gradients are linearly
     independent it opposes no loss; its length shrinks as the gradients do. A task without a

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 History = Iterable[Mapping[str, Any]] | Mapping[str, ArrayLike]
-"""What `gdmam_jax.diagnostics` returned at each step: a list of dictionaries, or one dictionary of
-stacked values, as `jax.lax.scan` gives it."""
+"""What `gdmam_jax.diagnostics` returned at each step.
+
+A list of dictionaries, or one of stacked values, as `jax.lax.scan` gives it."""
 
 PANELS = {
     "cosine of the angle": ("cosine",),

@@ -134,6 +134,13 @@ def test_long_names_break_behind_signs_only():
     )
 
 
+def test_numbers_stay_whole_and_pictures_open_in_full():
+    kept = '<a href="b"><img src="b"/></a> <pre>1e-5</pre> <img alt="1e-5"/>'
+    assert pages.on_page_content(f'1.3e-05 <img alt="" src="a.png"/> {kept}') == (
+        '<span class="option">1.3e-05</span> <a href="a.png"><img alt="" src="a.png"/></a> ' + kept
+    )
+
+
 def test_nothing_is_loaded_from_elsewhere():
     settings = (ROOT / "mkdocs.yml").read_text()
     assert re.search(r"^  font: false$", settings, re.MULTILINE)

@@ -135,7 +135,7 @@ def draw_finals(csv: Path, path: Path) -> None:
         unused.set_visible(False)
     for axis, (equation, found) in zip(axes.flat, runs.items(), strict=False):
         for row, name in enumerate(FINALS):
-            color = "C0" if name in ("gdmam", "muon allocated") else "0.45"
+            color = "C0" if name in ("gdmam", "muon allocated") else "C7"
             axis.plot(found[name], [row] * len(found[name]), "o", color=color, alpha=0.4, ms=4)
             axis.plot(np.median(found[name]), row, "|", color=color, ms=14, mew=2)
         axis.set(title=equation, xscale="log", yticks=range(len(FINALS)), yticklabels=FINALS)

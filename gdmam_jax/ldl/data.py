@@ -77,12 +77,13 @@ def from_arrays(
             that do not match, fewer than two rows, a feature that is constant in float32. The
             message names row and column, from 0.
 
-    >>> from_arrays([[0.0, 3.0], [1.0, 4.0]], [[0.25, 0.75], [0.5, 0.5]]).labels.tolist()
-    [[0.25, 0.75], [0.5, 0.5]]
-    >>> from_arrays([[0.0, 3.0], [1.0, 4.0]], [[0.25, 0.75], [0.5, 0.6]])
-    Traceback (most recent call last):
-    ...
-    ValueError: data: labels of row 1 sum to 1.1, not to 1; normalize=True divides every row by its sum
+    Examples:
+        >>> from_arrays([[0.0, 3.0], [1.0, 4.0]], [[0.25, 0.75], [0.5, 0.5]]).labels.tolist()
+        [[0.25, 0.75], [0.5, 0.5]]
+        >>> from_arrays([[0.0, 3.0], [1.0, 4.0]], [[0.25, 0.75], [0.5, 0.6]])
+        Traceback (most recent call last):
+        ...
+        ValueError: data: labels of row 1 sum to 1.1, not to 1; normalize=True divides every row by its sum
     """  # noqa: E501
     feature_names, label_names, row_names = (
         tuple(map(str, names)) for names in (feature_names, label_names, row_names)
