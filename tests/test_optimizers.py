@@ -115,7 +115,7 @@ def test_default_weight_decay_and_mask_of_gdmam_against_the_formula():
     )
     np.testing.assert_array_equal(masked["bias"], bare["bias"])
     mask = {"kernel": True, "bias": False}
-    scheduled = update(weight_decay=lambda count: 0.1 / (1 + count), mask=mask)
+    scheduled = update(weight_decay=lambda count: 0.1, mask=mask)
     np.testing.assert_array_equal(scheduled["kernel"], masked["kernel"])
     # The first step of a bias-corrected momentum over the root of its own square is the sign.
     for name, leaf in params.items():
