@@ -209,21 +209,20 @@ class Allocator:
                 f"{previous.scopes} and weights of shape {previous.weights.shape}, this optimizer "
                 f"{scopes} and {shape}; make a state with this optimizer's init"
             )
-        if (previous.skipped_losses is None, previous.skipped is None) != (
-            self.not_finite != "skip_loss", not self.skips
-        ):  # fmt: skip
-            raise ValueError(
-                "the optimizer state was made with another choice of not_finite; make a new state "
-                "with this optimizer's init, or give the optimizer the old choice"
-            )
         zeros = jax.ShapeDtypeStruct(shape, previous.norms.dtype)
         memory = jax.eval_shape(functools.partial(first_memory, self.weighting), zeros)
-        expected: Any = jax.tree.structure(memory)
-        if expected != jax.tree.structure(previous.memory):
-            raise ValueError(
-                "the optimizer state was made with another choice of weighting; make a new state "
-                "with this optimizer's init, or give the optimizer the old choice"
-            )
+        found: Any = jax.tree.structure(previous.memory)
+        as_made = {
+            "not_finite": (previous.skipped_losses is None, previous.skipped is None)
+            == (self.not_finite != "skip_loss", not self.skips),
+            "weighting": found == jax.tree.structure(memory),
+        }
+        for choice, same in as_made.items():
+            if not same:
+                raise ValueError(
+                    f"the optimizer state was made with another choice of {choice}; make a new "
+                    "state with this optimizer's init, or give the optimizer the old choice"
+                )
         return arranged_leaves, structure, dataclasses.replace(previous, names=Names(names))
 
     def decide(

@@ -1,6 +1,7 @@
 """Checks of arguments, made once, before a step is compiled."""
 
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -58,7 +59,8 @@ def check_range(
 
 
 def check_each(name: str, value: Any, *bounds: float, **strict: bool) -> None:
-    """`check_range` of a number, or of each number in a tuple, a list or an array."""
+    """`check_range` of a number, or of each in a mapping, a tuple, a list or an array."""
+    value = [*value.values()] if isinstance(value, Mapping) else value
     several = isinstance(value, tuple | list) or getattr(value, "ndim", 0) == 1
     for each in concrete(value) if several else [value]:
         check_range(name, each, *bounds, **strict)

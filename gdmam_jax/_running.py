@@ -1,7 +1,6 @@
 """Weightings that remember gradients: their norms, their cosines, the weights they were given."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -297,7 +296,7 @@ def pcd_weighting(*, tau: Any = 0.02, decay: Any = 0.999) -> RememberingWeightin
       Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical
       Multi-Objective Optimization, TMLR 2026, arXiv 2606.29521.
     """
-    check_each("tau", [*tau.values()] if isinstance(tau, Mapping) else tau, 0, 1)
+    check_each("tau", tau, 0, 1)
     check_range("decay", decay, 0, 1, below_maximum=True)
 
     def init(zeros: jax.Array) -> _Squares:

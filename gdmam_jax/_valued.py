@@ -19,7 +19,6 @@ compute the weights inside the loss, and use an ordinary optimizer:
 >>> updates, state = optimizer.update(gradient, state, w)
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -445,8 +444,7 @@ def stch_weighting(
       Lin et al., Smooth Tchebycheff Scalarization for Multi-Objective Optimization, ICML 2024.
     """
     check_range("mu", mu, above_minimum=True)
-    named = isinstance(preference, Mapping)
-    check_each("preference", [*preference.values()] if named else preference)
+    check_each("preference", preference)
 
     def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
         del gramian, norms

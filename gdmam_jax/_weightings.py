@@ -168,13 +168,13 @@ def constant_weighting(*weights: Any) -> Weighting:
       >>> by_name = constant_weighting({"prediction": 1.0, "ic": 100.0, "bc": 0.01})
     """
     named = len(weights) == 1 and isinstance(weights[0], Mapping)
-    given = [*weights[0].values()] if named else weights
+    given = weights[0] if named else weights
     check_each("each weight", given, -float("inf"), above_minimum=True)
-    if named and "prediction" not in weights[0]:
+    if named and "prediction" not in given:
         raise ValueError(
-            f"constant_weighting needs the weight of 'prediction', too, got {', '.join(weights[0])}"
+            f"constant_weighting needs the weight of 'prediction', too, got {', '.join(given)}"
         )
-    return Choice(_constant, weights=weights[0] if named else weights)
+    return Choice(_constant, weights=given)
 
 
 def _constant(gramian: jax.Array, norms: jax.Array, *, weights: Any) -> jax.Array:
