@@ -1,5 +1,6 @@
 """Ways to train on the residual and the data loss, as optimizers of pairs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -130,9 +131,20 @@ def behind(front: Front, optimizer: Callable[[Rate], optax.GradientTransformatio
     return lambda rate, losses, steps: front(optimizer(rate), losses, steps)
 
 
-def adam_weighed(weighting: gdmam.Weighting) -> Method:
-    return behind(_weighed(weighting), optax.adam)
+WEIGHED: dict[str, Front] = {
+    "summed": _fixed(1.0),
+    "data x 10": _fixed(10.0),
+    "data x 100": _fixed(100.0),
+    "pcgrad": _weighed(gdmam.pcgrad_weighting),
+    "pcd": _weighed(gdmam.pcd_weighting),
+    "pcd share 0.3": _weighed(gdmam.pcd_weighting(tau=0.3)),
+    "imtl-g": _weighed(gdmam.imtl_g_weighting),
+    "config": _weighed(gdmam.config_weighting),
+}
+"""Weightings in front of Adam."""
 
+SLOWER = " b1 0.95"
+"""The end of a method's name where Adam has the momentum of `gdmam_jax.gdmam`, not Optax's 0.9."""
 
 OURS: dict[str, dict[str, Any]] = {
     "gdmam": {},
@@ -152,14 +164,11 @@ OURS: dict[str, dict[str, Any]] = {
 """What `gdmam_jax.gdmam` is given: nothing, or other choices."""
 
 METHODS: dict[str, Method] = {
-    "summed": behind(_fixed(1.0), optax.adam),
-    "data x 10": behind(_fixed(10.0), optax.adam),
-    "data x 100": behind(_fixed(100.0), optax.adam),
-    "pcgrad": adam_weighed(gdmam.pcgrad_weighting),
-    "pcd": adam_weighed(gdmam.pcd_weighting),
-    "pcd share 0.3": adam_weighed(gdmam.pcd_weighting(tau=0.3)),
-    "imtl-g": adam_weighed(gdmam.imtl_g_weighting),
-    "config": adam_weighed(gdmam.config_weighting),
+    **{name: behind(front, optax.adam) for name, front in WEIGHED.items()},
+    **{
+        name + SLOWER: behind(WEIGHED[name], functools.partial(optax.adam, b1=0.95))
+        for name in ("summed", "pcgrad", "imtl-g", "config")
+    },
     **{
         f"{name} {end}": behind(front, optimizer)
         for name, optimizer in OPTIMIZERS.items()
