@@ -135,7 +135,7 @@ class Allocator:
             raise ValueError(
                 f"not_finite must be 'apply', 'skip' or 'skip_loss', got {self.not_finite!r}"
             )
-        check_range("max_skips", 0 if self.max_skips is None else self.max_skips)
+        check_range("max_skips", 0 if self.max_skips is None else self.max_skips, whole=True)
         if self.max_skips is not None and not self.skips:
             raise ValueError("max_skips needs not_finite='skip' or 'skip_loss'")
 

@@ -29,6 +29,7 @@ def check_range(
     *,
     above_minimum: bool = False,
     below_maximum: bool = False,
+    whole: bool = False,
 ) -> None:
     """Raise an error that names ``name`` unless ``value`` is a finite number between the bounds.
 
@@ -56,6 +57,8 @@ def check_range(
     if not (low and high):
         left, right = "(" if above_minimum else "[", ")" if below_maximum else "]"
         raise ValueError(f"{name} must lie in {left}{minimum}, {maximum}{right}, got {value}")
+    if whole and value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value}")
 
 
 def check_each(name: str, value: Any, *bounds: float, **strict: bool) -> None:
@@ -64,6 +67,15 @@ def check_each(name: str, value: Any, *bounds: float, **strict: bool) -> None:
     several = isinstance(value, tuple | list) or getattr(value, "ndim", 0) == 1
     for each in concrete(value) if several else [value]:
         check_range(name, each, *bounds, **strict)
+
+
+def check_key(key: Any) -> None:
+    """Raise a ``TypeError`` unless ``key`` is a random key, a seed or None."""
+    shape = getattr(key, "shape", None)
+    typed = shape == () and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = shape == (2,) and key.dtype == jnp.uint32
+    if not (key is None or isinstance(key, numbers.Integral) or typed or raw):
+        raise TypeError(f"key must be a random key or a seed, got {key!r}")
 
 
 def check_learning_rate(value: Any) -> None:

@@ -1,6 +1,7 @@
 """Small numerical tools, and the one kind of dataclass that trees and states are made of."""
 
 import dataclasses
+import numbers
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
@@ -121,7 +122,8 @@ def _divide_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 def random_key(key: Any) -> Any:
     """The key given, or that of a seed; of seed 0 where there is none."""
-    return jax.random.key(key or 0) if key is None or isinstance(key, int) else key
+    seeded = key is None or isinstance(key, numbers.Integral)
+    return jax.random.key(int(key or 0)) if seeded else key
 
 
 def where(condition: Any, new: Any, old: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gdmam_jax import _geometry
-from gdmam_jax._checks import check_function, check_range
+from gdmam_jax._checks import check_each, check_function, check_range
 from gdmam_jax._losses import Losses, as_array
 from gdmam_jax._numerics import divide, where
 from gdmam_jax._settings import Choice, in_order
@@ -116,16 +116,19 @@ def values_of(name: str, losses: Losses) -> jax.Array:
     return losses.values if losses.present is None else jnp.where(losses.present, losses.values, 1)
 
 
+def check_lowest(value: Any) -> None:
+    """Raise an error unless ``value`` can be the lowest value of each loss, see `each_loss`."""
+    check_each("lowest", value, -float("inf"), above_minimum=True)
+    if isinstance(value, Mapping) and "prediction" not in value:
+        raise ValueError(f"lowest must name 'prediction', too, got {', '.join(value)}")
+
+
 def each_loss(what: str, value: Any, losses: Losses, like: jax.Array) -> jax.Array:
     """A setting in the losses' order, shape ``(K,)``: from one number, one for each, or a mapping.
 
     A mapping by name must name the prediction, too.
     """
-    if isinstance(value, Mapping):
-        if "prediction" not in value:
-            raise ValueError(f"{what} must name 'prediction', too, got {', '.join(value)}")
-        value = in_order(what, value, ("prediction", *losses.names))
-    given = jnp.asarray(value, like.dtype)
+    given = jnp.asarray(in_order(what, value, ("prediction", *losses.names)), like.dtype)
     if given.shape not in ((), like.shape[-1:]):
         raise ValueError(
             f"{what} must be a number or {like.shape[-1]} of them, one for each loss, got shape "

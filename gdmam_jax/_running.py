@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gdmam_jax import _geometry
-from gdmam_jax._checks import check_each, check_range
+from gdmam_jax._checks import check_each, check_key, check_range
 from gdmam_jax._losses import Losses
 from gdmam_jax._momenta import newest_share
 from gdmam_jax._numerics import divide, random_key, safe_sqrt
@@ -64,7 +64,7 @@ def gradient_norm_weighting(*, decay: Any = 0.9, every: Any = 1000) -> Rememberi
       Physics-Informed Neural Networks, 2023.
     """
     check_range("decay", decay, 0, 1, below_maximum=True)
-    check_range("every", every, 1)
+    check_range("every", every, 1, whole=True)
 
     def init(zeros: jax.Array) -> _Renewed:
         return _Renewed(zeros + 1, jnp.zeros((), jnp.int32))
@@ -188,6 +188,7 @@ def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeigh
 
     Raises:
       ValueError: ``decay`` is out of range.
+      TypeError: ``decay`` is not a number, or ``key`` neither a key nor a seed.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -203,6 +204,7 @@ def gradvac_weighting(*, decay: Any = 0.99, key: Any = None) -> RememberingWeigh
       Wang et al., Gradient Vaccine, ICLR 2021.
     """
     check_range("decay", decay, 0, 1)
+    check_key(key)
 
     def init(zeros: jax.Array) -> _Cosines:
         square = jnp.zeros((*zeros.shape, zeros.shape[-1]), zeros.dtype)

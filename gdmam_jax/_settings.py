@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -76,25 +76,26 @@ def with_settings(
 
     Args:
       function: the choice; its settings are keyword-only arguments.
-      check: raises an error if the settings are not valid.
+      check: raises an error if the settings are not valid; it is given all of them, whether the
+        choice is made or called with arrays.
     """
     signature = inspect.signature(function)
     named = {name for name, each in signature.parameters.items() if each.kind != each.KEYWORD_ONLY}
 
     @functools.wraps(function)
     def wrapped(*arrays: Any, **settings: Any) -> Any:
-        if len(arrays) == 1 and isinstance(arrays[0], int | float):
+        if len(arrays) == 1 and isinstance(arrays[0], int | float | Sequence | Mapping):
             raise TypeError(
                 f"{function.__name__} takes its settings by name, "
                 f"{', '.join(f'{name}=' for name in signature.parameters if name not in named)}; "
                 f"got {arrays[0]!r}"
             )
-        if arrays or named & {*settings}:
-            return function(*arrays, **settings)
-        bound = signature.bind_partial(**settings)
+        bound = signature.bind_partial(*arrays, **settings)
         if check is not None:
             bound.apply_defaults()
-            check(**bound.arguments)
+            check(**{name: bound.arguments[name] for name in bound.arguments if name not in named})
+        if arrays or named & {*settings}:
+            return function(*arrays, **settings)
         return Choice(function, **settings)
 
     return wrapped

@@ -25,11 +25,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._checks import check_each, check_range
+from gdmam_jax._checks import check_each, check_key, check_range
 from gdmam_jax._losses import Losses
 from gdmam_jax._numerics import divide, random_key
 from gdmam_jax._remembering import (
     RememberingWeighting,
+    check_lowest,
     each_loss,
     kept,
     learned,
@@ -161,6 +162,7 @@ def famo_weighting(
     """
     check_range("learning_rate", learning_rate)
     check_range("weight_decay", weight_decay)
+    check_lowest(lowest)
     # The root of a second moment of 0 has no derivative, and an absent loss leaves it at 0.
     smallest = float(jnp.finfo(jnp.float32).tiny)
     adam = optax.adam(learning_rate, eps_root=smallest)
@@ -232,7 +234,7 @@ def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeigh
       Liu, Johns and Davison, End-to-End Multi-Task Learning with Attention, CVPR 2019.
     """
     check_range("temperature", temperature, above_minimum=True)
-    check_range("every", every, 1)
+    check_range("every", every, 1, whole=True)
 
     def init(zeros: jax.Array) -> _Epochs:
         start = _losses_alone(zeros)
@@ -286,13 +288,14 @@ def relobralo_weighting(
       temperature: $T$; the larger, the more equal the weights.
       decay: $\alpha$, of the running mean, in [0, 1].
       lookback: the probability that $\rho$ is 1.
-      key: a random key; None for that of seed 0.
+      key: a random key, or a seed; None for seed 0.
 
     Returns:
       A weighting that needs the losses' values, ``update(..., value=)``.
 
     Raises:
       ValueError: a number is out of range; while tracing, the values are not given.
+      TypeError: ``key`` is neither a key nor a seed.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -311,6 +314,7 @@ def relobralo_weighting(
     check_range("temperature", temperature, above_minimum=True)
     check_range("decay", decay, 0, 1)
     check_range("lookback", lookback, 0, 1)
+    check_key(key)
 
     def init(zeros: jax.Array) -> _Lookback:
         start = _losses_alone(zeros)
@@ -428,8 +432,8 @@ def stch_weighting(
       A weighting that needs the losses' values, ``update(..., value=)``. It has no memory.
 
     Raises:
-      ValueError: ``mu`` is not above 0; while tracing, the values are not given, or ``preference``
-        or ``lowest`` does not fit the losses.
+      ValueError: a number is out of range; while tracing, the values are not given, or
+        ``preference`` or ``lowest`` does not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -445,6 +449,7 @@ def stch_weighting(
     """
     check_range("mu", mu, above_minimum=True)
     check_each("preference", preference)
+    check_lowest(lowest)
 
     def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
         del gramian, norms
@@ -472,7 +477,8 @@ def geometric_mean_weighting(*, lowest: Any = 0.0) -> RememberingWeighting:
       A weighting that needs the losses' values, ``update(..., value=)``. It has no memory.
 
     Raises:
-      ValueError: while tracing, the values are not given, or ``lowest`` does not fit the losses.
+      ValueError: ``lowest`` is not finite; while tracing, the values are not given, or ``lowest``
+        does not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -487,6 +493,7 @@ def geometric_mean_weighting(*, lowest: Any = 0.0) -> RememberingWeighting:
       Chennupati et al., MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy
       for Multi-Task Learning, CVPR workshops 2019.
     """
+    check_lowest(lowest)
 
     def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
         del gramian, norms
@@ -506,10 +513,13 @@ def random_weighting(*, key: Any = None) -> RememberingWeighting:
     method should beat.
 
     Args:
-      key: a random key; None for that of seed 0.
+      key: a random key, or a seed; None for seed 0.
 
     Returns:
       A weighting whose memory counts the draws. It needs neither gradients nor values.
+
+    Raises:
+      TypeError: ``key`` is neither a key nor a seed.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -524,6 +534,7 @@ def random_weighting(*, key: Any = None) -> RememberingWeighting:
     References:
       Lin et al., Reasonable Effectiveness of Random Weighting, TMLR 2022.
     """
+    check_key(key)
 
     def init(zeros: jax.Array) -> dict[str, jax.Array]:
         return {"draws": jnp.zeros((), jnp.int32), "like": _losses_alone(zeros)}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gdmam_jax import _geometry
-from gdmam_jax._checks import check_each, check_range
+from gdmam_jax._checks import check_each, check_key, check_range
 from gdmam_jax._numerics import divide, random_key, safe_sqrt
 from gdmam_jax._programmes import ITERATIONS, cosines, minimise, quadratic, shares
 from gdmam_jax._settings import Choice, refuse_names, with_settings
@@ -72,7 +72,21 @@ def balanced_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     return divide(inverse, jnp.sum(inverse, axis=-1, keepdims=True))
 
 
-@with_settings
+def _check_preference(preference: Any, present: Any = None) -> None:
+    check_each("preference", preference)
+
+
+def _check_direction(direction: Any) -> None:
+    if direction not in ("center", "projection", "average"):
+        raise ValueError(
+            f"direction must be 'center', 'projection' or 'average', got {direction!r}"
+        )
+
+
+_preferring = functools.partial(with_settings, check=_check_preference)
+
+
+@_preferring
 def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0) -> jax.Array:
     r"""Every task counts the same, whatever its scale: $w_k = p_k / \overline{n_k}$.
 
@@ -92,7 +106,7 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
       The weights, shape ``(..., K)``.
 
     Raises:
-      ValueError: a preference is negative, or there are not as many as alignment losses.
+      ValueError: a preference is negative; while tracing, they are not as many as alignment losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -109,7 +123,6 @@ def unit_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.
 def preferences(preference: Any, like: jax.Array) -> jax.Array:
     """How much each task counts, shape ``(K,)``: the prediction 1, the others as wanted."""
     refuse_names("preference", preference)
-    check_each("preference", preference)
     others, wanted = like.shape[-1] - 1, jnp.asarray(preference, like.dtype)
     if wanted.shape not in ((), (others,)):
         raise ValueError(
@@ -232,7 +245,7 @@ def sum_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     return jnp.ones(gramian.shape[:-1], gramian.dtype)
 
 
-@with_settings
+@functools.partial(with_settings, check=check_key)
 def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -> jax.Array:
     r"""PCGrad: the sum, after each gradient loses its part along those that it conflicts with.
 
@@ -247,6 +260,9 @@ def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -
 
     Returns:
       The weights, shape ``(..., K)``.
+
+    Raises:
+      TypeError: ``key`` is neither a key nor a seed.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -358,7 +374,7 @@ def mgda_weighting(gramian: jax.Array, norms: jax.Array, *, present: Any = None)
     return over_scopes(weights, gramian)
 
 
-@with_settings
+@functools.partial(with_settings, check=lambda c, present: check_range("c", c))
 def cagrad_weighting(
     gramian: jax.Array, norms: jax.Array, *, c: Any = 0.5, present: Any = None
 ) -> jax.Array:
@@ -390,7 +406,6 @@ def cagrad_weighting(
       Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021.
     """
     del norms
-    check_range("c", c)
     c = jnp.asarray(c, gramian.dtype)
     equal = _shares(1.0, gramian, present)
     gramian = _absent_made_long(gramian, present)
@@ -444,7 +459,9 @@ def nash_mtl_weighting(gramian: jax.Array, norms: jax.Array) -> jax.Array:
     return fairgrad_weighting(gramian, norms, alpha=1.0)
 
 
-@with_settings
+@functools.partial(
+    with_settings, check=lambda alpha: check_range("alpha", alpha, above_minimum=True)
+)
 def fairgrad_weighting(gramian: jax.Array, norms: jax.Array, *, alpha: Any = 2.0) -> jax.Array:
     r"""FairGrad: gains shared by alpha-fairness, $G w = w^{-1/\alpha}$.
 
@@ -474,7 +491,6 @@ def fairgrad_weighting(gramian: jax.Array, norms: jax.Array, *, alpha: Any = 2.0
       Ban and Ji, Fair Resource Allocation in Multi-Task Learning, ICML 2024.
     """
     del norms
-    check_range("alpha", alpha, above_minimum=True)
     power = 1 / jnp.asarray(alpha, gramian.dtype)
 
     def weights(gramian: jax.Array) -> jax.Array:
@@ -500,7 +516,7 @@ def fairgrad_weighting(gramian: jax.Array, norms: jax.Array, *, alpha: Any = 2.0
     return over_scopes(weights, gramian)
 
 
-@with_settings
+@_preferring
 def aligned_mtl_weighting(
     gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0, present: Any = None
 ) -> jax.Array:
@@ -521,7 +537,7 @@ def aligned_mtl_weighting(
       The weights, shape ``(..., K)``.
 
     Raises:
-      ValueError: a preference is negative, or there are not as many as alignment losses.
+      ValueError: a preference is negative; while tracing, they are not as many as alignment losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -565,7 +581,7 @@ def _projected(wanted: jax.Array, gramian: jax.Array) -> jax.Array:
     return wanted + scale * inverses * quadratic(between, divide(linear, scale))
 
 
-@with_settings
+@_preferring
 def dual_proj_weighting(
     gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0, present: Any = None
 ) -> jax.Array:
@@ -586,7 +602,7 @@ def dual_proj_weighting(
       The weights, shape ``(..., K)``.
 
     Raises:
-      ValueError: a preference is negative, or there are not as many as alignment losses.
+      ValueError: a preference is negative; while tracing, they are not as many as alignment losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -603,7 +619,7 @@ def dual_proj_weighting(
     return over_scopes(functools.partial(_projected, wanted), gramian)
 
 
-@with_settings
+@_preferring
 def upgrad_weighting(
     gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0, present: Any = None
 ) -> jax.Array:
@@ -624,7 +640,7 @@ def upgrad_weighting(
       The weights, shape ``(..., K)``.
 
     Raises:
-      ValueError: a preference is negative, or there are not as many as alignment losses.
+      ValueError: a preference is negative; while tracing, they are not as many as alignment losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -646,7 +662,7 @@ def upgrad_weighting(
     return over_scopes(weights, gramian)
 
 
-@with_settings
+@_preferring
 def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 1.0) -> jax.Array:
     r"""ConFIG: a direction with equal projections on all unit gradients, as long as the sum of the
     gradients' projections on it.
@@ -668,7 +684,7 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
       The weights, shape ``(..., K)``.
 
     Raises:
-      ValueError: a preference is negative, or there are not as many as alignment losses.
+      ValueError: a preference is negative; while tracing, they are not as many as alignment losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -694,7 +710,7 @@ def config_weighting(gramian: jax.Array, norms: jax.Array, *, preference: Any = 
     return divide(length, square) * combined * inverses
 
 
-@with_settings
+@functools.partial(with_settings, check=_check_direction)
 def dcgd_weighting(
     gramian: jax.Array,
     norms: jax.Array,
@@ -718,7 +734,7 @@ def dcgd_weighting(
       The weights, shape ``(..., 2)``.
 
     Raises:
-      ValueError: the direction is unknown, or there are more than two losses.
+      ValueError: the direction is unknown; while tracing, there are more than two losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -742,9 +758,5 @@ def dcgd_weighting(
         return config_weighting(gramian, norms)
     if direction == "projection":
         return 2 * dual_proj_weighting(gramian, norms)
-    if direction != "average":
-        raise ValueError(
-            f"direction must be 'center', 'projection' or 'average', got {direction!r}"
-        )
     against = jnp.min(jnp.sum(gramian, axis=-1), axis=-1, keepdims=True) < 0
     return jnp.where(against, pcgrad_weighting(gramian, norms) / 2, 1)
