@@ -43,14 +43,16 @@ def plot_diagnostics(history: History, *, steps: ArrayLike | None = None) -> "Fi
 
     Args:
       history: see `History`. Keys that are not GDMAM's are ignored.
-      steps: the numbers of the steps, shape ``(n,)``. None: 0, 1, ...
+      steps: the number of the step at which each entry was recorded, increasing, shape ``(n,)``.
+        None: 0, 1, ...
 
     Returns:
       A matplotlib figure, a panel for each kind of scalar that the history has.
 
     Raises:
       ValueError: the history is empty, its entries differ in GDMAM's keys, a value is not one
-        scalar for each step, no key is one of GDMAM's, or ``steps`` has another length.
+        scalar for each step, no key is one of GDMAM's, or ``steps`` has another length or does not
+        increase.
       TypeError: an entry of the history is not a dictionary.
 
     Examples:
@@ -62,9 +64,7 @@ def plot_diagnostics(history: History, *, steps: ArrayLike | None = None) -> "Fi
 
     scalars = _read(history, [*itertools.chain(*PANELS.values())])
     count = scalars[0].values.size
-    steps = np.arange(count) if steps is None else np.asarray(steps)
-    if steps.shape != (count,):
-        raise ValueError(f"steps must have shape ({count},) as the history, got {steps.shape}")
+    steps = _numbers(steps, count)
     panels = {
         title: lines
         for title, names in PANELS.items()
@@ -102,7 +102,13 @@ def plot_diagnostics(history: History, *, steps: ArrayLike | None = None) -> "Fi
     return figure
 
 
-def plot_scopes(history: History, name: str = "cosine", *, axes: "Axes | None" = None) -> "Figure":
+def plot_scopes(
+    history: History,
+    name: str = "cosine",
+    *,
+    steps: ArrayLike | None = None,
+    axes: "Axes | None" = None,
+) -> "Figure":
     """Draws one scalar of every scope over the steps: a row for each scope, a colour for its value.
 
     With ``scope=leaf_scope`` it shows the conflict by layer.
@@ -110,6 +116,7 @@ def plot_scopes(history: History, name: str = "cosine", *, axes: "Axes | None" =
     Args:
       history: see `History`, of an optimizer with several scopes.
       name: the scalar, such as ``"cosine"`` or ``"alignment_norm"``.
+      steps: see `plot_diagnostics`.
       axes: where to draw; None: in a new figure.
 
     Returns:
@@ -130,12 +137,15 @@ def plot_scopes(history: History, name: str = "cosine", *, axes: "Axes | None" =
     rows = {s.owner: s.values for s in _read(history, [name]) if s.scope is not None}
     if not rows:
         raise ValueError(f"no scope has a {name!r} in the history; give the optimizer a scope")
+    values = np.stack(list(rows.values()))
+    at = _numbers(steps, values.shape[1])
+    half = np.diff(at) / 2 if at.size > 1 else np.array([0.5])
+    edges = np.concatenate([at[:1] - half[:1], at[:-1] + half, at[-1:] + half[-1:]])
     if axes is None:
         _, axes = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
     limits: dict[str, Any] = {"vmin": -1, "vmax": 1, "cmap": "RdBu"} if name == "cosine" else {}
-    image = axes.imshow(
-        np.stack(list(rows.values())), aspect="auto", interpolation="nearest", **limits
-    )
+    image = axes.pcolorfast(edges, np.arange(len(rows) + 1) - 0.5, values, **limits)
+    axes.invert_yaxis()
     axes.set(title=f"{name} by scope", xlabel="step", yticks=range(len(rows)), yticklabels=[*rows])
     axes.figure.colorbar(image, ax=axes)
     return axes.figure  # type: ignore[return-value]
@@ -168,6 +178,7 @@ def conflict_report(
     alignment_weight: float = 1.0,
     loss: str | None = None,
     window: int | None = None,
+    steps: ArrayLike | None = None,
 ) -> ConflictReport:
     r"""Is there conflict between two losses, and does it matter?
 
@@ -184,14 +195,16 @@ def conflict_report(
         out.
       alignment_weight: $w$, greater than 0.
       loss: the alignment loss's name, if there are several.
-      window: over how many steps to average; None: a twentieth of all.
+      window: over how many entries of the history to average; None: a twentieth of all.
+      steps: see `plot_diagnostics`; only the figure depends on it.
 
     Returns:
       A `ConflictReport`.
 
     Raises:
       ValueError: the history is empty or lacks the cosines or norms of the losses, a gradient is 0
-        or not finite at every step, the window is less than 1, or the weight is not positive.
+        or not finite at every step, the window is less than 1, the weight is not positive, or
+        ``steps`` does not fit: see `plot_diagnostics`.
       TypeError: an entry of the history is not a dictionary.
 
     Examples:
@@ -214,14 +227,15 @@ def conflict_report(
             f"the history lacks {', '.join(lacking)}; if there are several losses, name one with "
             f"loss=; several scopes cannot be reported. It has {', '.join(found)}"
         )
-    steps = np.stack([found[key] for key in keys])
-    steps = steps[:, np.isfinite(steps).all(axis=0)]
-    if not (steps[1:] > 0).any(axis=1).all():
+    entries = np.stack([found[key] for key in keys])
+    finite = np.isfinite(entries).all(axis=0)
+    at, entries = _numbers(steps, finite.size)[finite], entries[:, finite]
+    if not (entries[1:] > 0).any(axis=1).all():
         raise ValueError(
             "one of the gradients is 0 or not finite at every step of the history: there is "
             "nothing to compare"
         )
-    cosines, prediction, alignment = steps
+    cosines, prediction, alignment = entries
     alignment = alignment_weight * alignment
     terms = np.stack([prediction * alignment * cosines, prediction**2, alignment**2])
     smooth = np.stack([_smooth(term, window or max(1, cosines.size // 20)) for term in terms])
@@ -231,7 +245,7 @@ def conflict_report(
     both = (smooth[1:] > 0).all(axis=0)
     ratio = float(np.median(np.sqrt(smooth[2, both] / smooth[1, both]))) if both.any() else 1.0
     verdict = _verdict(cancelled, raised, ratio)
-    figure = _draw_conflict(cosines, smooth, verdict)
+    figure = _draw_conflict(at, cosines, smooth, verdict)
     return ConflictReport(verdict, cosine, cancelled, raised, ratio, figure)
 
 
@@ -278,27 +292,39 @@ def _verdict(cancelled: float, raised: float, ratio: float) -> str:
     )
 
 
-def _draw_conflict(cosines: NDArray[Any], smooth: NDArray[Any], verdict: str) -> "Figure":
+def _draw_conflict(
+    at: NDArray[Any], cosines: NDArray[Any], smooth: NDArray[Any], verdict: str
+) -> "Figure":
     import matplotlib.pyplot as plt
 
     figure, grid = plt.subplots(3, sharex=True, figsize=(8, 6.5), layout="constrained")
     of_angle, of_norms, of_shares = grid
     cosine, cancelled = _cosine_and_cancelled(smooth)
-    of_angle.plot(cosines, ".", color="C0", alpha=0.2, markersize=3, label="of single batches")
-    of_angle.plot(cosine, color="C0", label="smoothed")
+    of_angle.plot(at, cosines, ".", color="C0", alpha=0.2, markersize=3, label="of single batches")
+    of_angle.plot(at, cosine, color="C0", label="smoothed")
     of_angle.axhline(0, color="black", linewidth=0.5)
     of_angle.set(title="cosine of the angle", ylim=(-1.05, 1.05))
     for square, name in zip(smooth[1:], ("prediction", "alignment, weighed"), strict=True):
-        of_norms.plot(np.sqrt(square), label=name)
+        of_norms.plot(at, np.sqrt(square), label=name)
     of_norms.set_title("norms of the gradients")
     if (smooth[1:] > 0).any(axis=1).all():
         of_norms.set_yscale("log")
-    of_shares.fill_between(np.arange(cosines.size), 100 * cancelled, color="C3", alpha=0.5)
+    of_shares.fill_between(at, 100 * cancelled, color="C3", alpha=0.5)
     of_shares.set(title="cancelled by the sum, % of the decrease", ylim=(0, 100), xlabel="step")
     for axes in (of_angle, of_norms):
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(verdict, fontsize="medium", wrap=True)
     return figure
+
+
+def _numbers(steps: ArrayLike | None, count: int) -> NDArray[Any]:
+    """The number of the step of each entry of the history."""
+    numbers = np.arange(count) if steps is None else np.asarray(steps)
+    if numbers.shape != (count,):
+        raise ValueError(f"steps must have shape ({count},) as the history, got {numbers.shape}")
+    if not (np.diff(numbers) > 0).all():
+        raise ValueError("steps must increase from each entry of the history to the next")
+    return numbers
 
 
 class _Scalar(NamedTuple):

@@ -77,6 +77,19 @@ def test_scopes_are_rows_of_a_picture():
     np.testing.assert_allclose(own.get_images()[0].get_array(), rows, rtol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [[20], [0, 10, 20], [0, 10, 90]])
+def test_scopes_are_drawn_over_the_numbers_of_the_steps(steps):
+    values = np.arange(len(steps)) / 10
+    axes = plotting.plot_scopes({"a/cosine": values, "b/cosine": -values}, steps=steps).axes[0]
+    assert axes.get_ylim() == (1.5, -0.5)
+    (image,) = axes.get_images()
+    np.testing.assert_array_equal(image.get_array(), [values, -values])
+    for step, value in zip(steps, values, strict=True):
+        x, y = axes.transData.transform((step, 0))
+        event = matplotlib.backend_bases.MouseEvent("motion", axes.figure.canvas, x, y)
+        assert image.get_cursor_data(event) == value
+
+
 def made(scopes, losses=("",), steps=3):
     """A history with the keys of `diagnostics` and a number of its own in each series."""
     own = [name for names in plotting.PANELS.values() for name in names]
@@ -176,6 +189,11 @@ def test_one_step_has_markers(steps, markers):
         (lambda: plotting.plot_diagnostics({"loss": [1.0]}), "none of cosine, .*: loss"),
         (lambda: plotting.plot_diagnostics({"cosine": [[1.0]]}), r"cosine must .*\(1, 1\)"),
         (lambda: plotting.plot_diagnostics({"cosine": [1.0]}, steps=[1, 2]), r"steps .*\(1,\).*2"),
+        (lambda: plotting.plot_scopes({"a/cosine": [1.0]}, steps=[1, 2]), r"steps .*\(1,\).*2"),
+        (
+            lambda: plotting.plot_diagnostics({"cosine": [1, 1]}, steps=[1, 1]),
+            "steps must increase",
+        ),
         (lambda: plotting.plot_scopes({}), "empty"),
         (lambda: plotting.plot_scopes({"cosine": [1.0]}), "no scope has a 'cosine'"),
         (lambda: plotting.plot_scopes({"a/cosine": [1.0, 1.0], "b/cosine": [1.0]}), "b/cosine .*2"),
@@ -281,6 +299,15 @@ def test_steps_that_are_not_finite_are_left_out_of_a_report():
     found = plotting.conflict_report(longer)
     assert found.verdict == expected.verdict
     assert found.cancelled == expected.cancelled
+
+
+def test_a_report_is_drawn_over_the_numbers_of_the_steps():
+    history = of_two(np.array([-0.5, np.nan, -0.5]), steps=3)
+    figure = plotting.conflict_report(history, steps=[0, 10, 20]).figure
+    for axes in figure.axes[:2]:
+        np.testing.assert_array_equal(axes.get_lines()[0].get_xdata(), [0, 20])
+    shares = figure.axes[2].collections[0].get_paths()[0].vertices[:, 0]
+    assert (shares.min(), shares.max()) == (0, 20)
 
 
 def test_steps_without_one_of_the_losses_do_not_make_the_other_longer():
