@@ -82,7 +82,8 @@ def value_and_weighed_grad(
 
     Like `gdmam_jax.value_and_weighed_grad`, with the reference semantics of
     `flax.nnx.value_and_grad`: modules, random streams and batch statistics change as in one
-    ordinary forward pass.
+    ordinary forward pass. There is no ``example_argnums``, since each example would change the
+    module by itself. For a module that calls do not change, split it, see below.
 
     Args:
       loss_fn: a function of modules and other arguments that returns the losses, or
@@ -122,6 +123,15 @@ def value_and_weighed_grad(
       ...     losses, gdmam.upgrad_weighting)(model, jnp.ones((3, 2)))
       >>> weighing.gramian.shape
       (3, 3)
+      >>> _ = optimizer.update(model, gradient)
+
+      The same from the loss of one example:
+
+      >>> graphdef, params = nnx.split(model)
+      >>> def loss(params, x):
+      ...     return (nnx.merge(graphdef, params)(x)[0] - 1) ** 2
+      >>> values, gradient, weighing = gdmam.value_and_weighed_grad(
+      ...     loss, gdmam.upgrad_weighting, example_argnums=1)(params, jnp.ones((3, 2)))
       >>> _ = optimizer.update(model, gradient)
     """
 
