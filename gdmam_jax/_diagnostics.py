@@ -17,7 +17,10 @@ from gdmam_jax._transform import GDMAMState
 def diagnostics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """The last step's scalars, found anywhere inside a nested optimizer state.
 
-    Works on concrete states, and inside a compiled step that returns the result as metrics.
+    Works on concrete states, and inside a compiled step that returns the result as metrics. An
+    optimizer that was told how many losses there are learns their names at the first step, but
+    ``jax.jit(diagnostics)`` keeps the keys of the first state that it was given, perhaps numbers.
+    An optimizer that is given the names has them from the start.
 
     Args:
       opt_state: a state that holds one of GDMAM's, however deep.
