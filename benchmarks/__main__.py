@@ -11,6 +11,7 @@ from benchmarks.options import (
     Output,
     Rounds,
     Threads,
+    data_sets,
     known_name,
     known_names,
     loss_counts,
@@ -22,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     help="Ratios of things measured in turn in one run; medians with quartiles.",
 )
+
+DTYPES = ["float32", "bfloat16", "float16"]
 
 
 @app.command()
@@ -42,10 +45,12 @@ def update(
     timing.use_threads(threads)
     from benchmarks import update as module
 
-    counts = numbers(leaves)
-    if min(counts) < 1 or max(counts) > parameters:
-        raise typer.BadParameter(f"leaves must be from 1 to {int(parameters)}, got {leaves}")
-    chosen = known_names(only, list(module.OPTIMIZERS))
+    counts = numbers(leaves, "--leaves")
+    if max(counts) > parameters:
+        raise typer.BadParameter(f"--leaves must be at most {int(parameters)}, got {leaves}")
+    chosen = known_names(only, list(module.OPTIMIZERS), optional=True)
+    known_name(dtype, "--dtype", DTYPES)
+    known_names(mu_dtype or "", DTYPES, optional=True)
     number = loss_counts(losses)
     rows = module.benchmark(
         int(parameters), counts, dtype, mu_dtype, rounds, chosen, steps, number, torch
@@ -173,8 +178,9 @@ def compile_time(
     timing.use_threads(threads)
     from benchmarks import compilation as module
 
-    chosen = known_names(only, list(module.OPTIMIZERS))
-    rows = module.benchmark(numbers(leaves), numbers(shape), loss_counts(losses), chosen)
+    chosen = known_names(only, list(module.OPTIMIZERS), optional=True)
+    counts, sides = numbers(leaves, "--leaves"), numbers(shape, "--shape")
+    rows = module.benchmark(counts, sides, loss_counts(losses), chosen)
     timing.report(f"compile, leaves of {shape}", rows, output)
 
 
@@ -200,9 +206,10 @@ def defaults(
 ) -> None:
     """Judge candidates for gdmam's defaults by one rule, on equations and distributions."""
     from benchmarks import defaults as module
+    from benchmarks.physics.equations import EQUATIONS
 
-    names = [[name for name in text.split(",") if name] for text in (equations, sets)]
-    rows = module.benchmark(out, *names, epochs, steps, data_folder)
+    named = known_names(equations, list(EQUATIONS))
+    rows = module.benchmark(out, named, data_sets(sets), epochs, steps, data_folder)
     timing.report("defaults: medians, and the worst ratio to the best", rows, output)
 
 
@@ -216,7 +223,7 @@ def absent(
     """A task whose labels are often missing: what is left of the other, by weighting."""
     from benchmarks import absent as module
 
-    rows = module.benchmark(known_names(only, list(module.WEIGHTINGS)), steps, seeds)
+    rows = module.benchmark(known_names(only, list(module.WEIGHTINGS), optional=True), steps, seeds)
     timing.report(f"absent: prediction test loss, {steps} steps, {seeds} seeds", rows, output)
 
 
@@ -245,9 +252,9 @@ def weightings(
     from benchmarks.physics.equations import EQUATIONS
 
     rows = module.benchmark(
-        known_names(only, list(module.GATED)),
-        known_names(equations, list(EQUATIONS)),
-        [name for name in sets.split(",") if name],
+        known_names(only, list(module.GATED), optional=True),
+        known_names(equations, list(EQUATIONS), optional=True),
+        data_sets(sets),
         out,
         data_folder,
         seeds,
@@ -272,8 +279,10 @@ def soak(
     from benchmarks import soak as module
 
     count = int(steps) // module.CALLS * module.CALLS
-    chosen = known_names(dtypes, ["float32", "bfloat16", "float16"])
-    rows = module.benchmark(count, chosen, known_names(only, list(module.OPTIMIZERS)))
+    chosen = known_names(dtypes, DTYPES)
+    rows = module.benchmark(
+        count, chosen, known_names(only, list(module.OPTIMIZERS), optional=True)
+    )
     timing.report(f"soak, {count:,} steps", rows, output)
     if any(row["held"] == "NO" for row in rows):
         raise typer.Exit(1)

@@ -15,26 +15,39 @@ Losses = Annotated[
 Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
 
 
-def numbers(text: str, kind: Callable[[float], Any] = int) -> list[Any]:
+def numbers(
+    text: str, option: str, least: float = 1, kind: Callable[[float], Any] = int
+) -> list[Any]:
     try:
-        return [kind(float(part)) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
+        found = [kind(float(part)) for part in text.split(",")]
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(
+            f"{option} must be numbers separated by commas, got {text!r}"
+        ) from None
+    if not all(each >= least for each in found):
+        raise typer.BadParameter(f"{option} must be at least {least}, got {text}")
+    return found
 
 
 def loss_counts(text: str) -> list[int]:
-    counts = numbers(text)
-    if min(counts) < 2:
-        raise typer.BadParameter(f"--losses must be at least 2, got {text}")
-    return counts
+    return numbers(text, "--losses", 2)
 
 
-def known_names(text: str, known: list[str]) -> list[str]:
-    names = [name for name in text.split(",") if name]
+def known_names(text: str, known: list[str], *, optional: bool = False) -> list[str]:
+    """The names in a text, at least one unless they are optional."""
+    names = text.split(",") if text or not optional else []
     for name in names:
         if name not in known:
             raise typer.BadParameter(f"unknown name {name!r}; expected some of {', '.join(known)}")
     return names
+
+
+def data_sets(text: str) -> list[str]:
+    """Label distributions by name or file, perhaps none."""
+    from gdmam_jax.ldl.data import REGISTRY  # imports JAX, whose threads are chosen first
+
+    files = [name for name in text.split(",") if Path(name).is_file()]
+    return known_names(text, ["films", *REGISTRY, *files], optional=True)
 
 
 def known_name(text: str, option: str, known: list[str]) -> str:

@@ -204,6 +204,28 @@ def test_unknown_names_are_refused():
     assert "--data takes one name" in result.output
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("update", "--leaves", "0"),
+        ("update", "--dtype", "float8"),
+        ("update", "--mu-dtype", "float8"),
+        ("pair", "--models", ""),
+        ("fork", "--models", "mlp,"),
+        ("many", "--losses", "inf"),
+        ("step", "--data", ""),
+        ("compile", "--shape", ""),
+        ("defaults", "--equations", ""),
+        ("defaults", "--sets", "nowhere.mat"),
+        ("weightings", "--sets", "Moovie"),
+        ("soak", "--dtypes", ""),
+        ("soak", "--only", "adam"),
+    ],
+)
+def test_lists_that_are_empty_or_hold_unknown_entries_are_refused(options):
+    assert CliRunner().invoke(app, options).exit_code == 2
+
+
 def test_ratios_are_taken_round_by_round():
     case, base = Case("case", lambda: None), Case("base", lambda: None)
     case.seconds, base.seconds = (2.0, 6.0, 8.0), (1.0, 2.0, 4.0)

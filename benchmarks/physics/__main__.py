@@ -98,7 +98,7 @@ def run(
                 f"got {steps}"
             )
         scale = scale._replace(steps=steps)
-    grid = numbers(rates, float)
+    grid = numbers(rates, "--rates", 0, float)
     settings = {
         "scale": scale._asdict(), "rates": grid, "seeds": seeds,
         "tuning_seeds": tuning_seeds, "losses": losses,
@@ -131,7 +131,7 @@ def run(
 
 def _scale(configuration: str, extras: str = "") -> Scale:
     scale = SCALES[known_name(configuration, "--configuration", list(SCALES))]
-    for name in known_names(extras, list(EXTRAS)):
+    for name in known_names(extras, list(EXTRAS), optional=True):
         scale = scale._replace(**EXTRAS[name])
     return scale
 
