@@ -42,7 +42,7 @@ from hypothesis import settings
 
 # Processes that tests start find this checkout, and are perturbed where this one is.
 PATHS = [str(Path(__file__).parents[1])]
-if "GDMAM_TEST_PERTURBATION" in os.environ:
+if os.environ.get("GDMAM_TEST_PERTURBATION"):
     PATHS.append(str(Path(__file__).parent / "perturbed"))
     if PATHS[-1] not in sys.path:
         runpy.run_path(f"{PATHS[-1]}/sitecustomize.py")

@@ -49,10 +49,10 @@ def test_the_command_resumes_reports_and_refuses(tmp_path, monkeypatch):
     assert "| gdmam |" in result.output
     other = invoke(*given, "--methods", "summed", "--rates", "1e-2")
     assert other.exit_code == 2
-    assert "other settings" in other.output
+    assert "settings" in other.output
     assert invoke(*given, "--methods", "nonsense").exit_code == 2
     for wrong, word in ((("--steps", 100), "warm-up"), (("--steps", 201), "multiple of 2"),
-                        (("--rates", "fast"), "expected numbers")):  # fmt: skip
+                        (("--rates", "fast"), "must be numbers")):  # fmt: skip
         assert word in invoke(*given, "--methods", "summed", *wrong).output
     picture, csv = tmp_path / "new" / "curves.png", tmp_path / "new" / "errors.csv"
     result = invoke("report", "--out", tmp_path, "--picture", picture, "--csv", csv)
