@@ -277,17 +277,17 @@ def test_defaults_judges_candidates_by_failures_then_the_worst_ratio(tmp_path, m
     monkeypatch.setattr(defaults, "OURS", choices)
     monkeypatch.delitem(defaults.SOLVED, "solved, constant rate")
     monkeypatch.delitem(defaults.SOLVED, "solved, falling rate")
-    errors = {"first": {"gdmam": [0.1, 0.3, 0.7], "gdmam pcgrad": [0.1, 0.2, 0.4]}}
-    arrays = {name: np.array(runs) for name, runs in errors["first"].items()}
-    monkeypatch.setattr(defaults, "networks", lambda *_: {"first": arrays})
+    errors = {"burgers": {"gdmam": [0.1, 0.3, 0.7], "gdmam pcgrad": [0.1, 0.2, 0.4]}}
+    arrays = {name: np.array(runs) for name, runs in errors["burgers"].items()}
+    monkeypatch.setattr(defaults, "networks", lambda *_: {"burgers": arrays})
     monkeypatch.setattr(
         defaults, "distributions", lambda *_: {"gdmam": np.ones(2), "gdmam pcgrad": np.full(2, 4.0)}
     )
-    rows = run(tmp_path, "defaults", "--equations", "first", "--sets", "second")
+    rows = run(tmp_path, "defaults", "--equations", "burgers", "--sets", "films")
     assert [row["candidate"] for row in rows] == ["gdmam pcgrad", "gdmam"]
     assert [row["failed"] for row in rows] == [0, 1]
     assert [row["worst ratio"] for row in rows] == pytest.approx([4.0, 1.5])
-    assert [row["first"] for row in rows] == pytest.approx([0.2, 0.3])
+    assert [row["burgers"] for row in rows] == pytest.approx([0.2, 0.3])
     # A gradient that is only noise, and longer than the other, is what unit weights take off.
     pcgrad, default = (row["noisy, falling rate"] for row in rows)
     assert default < 1e-4 < 1e-3 < pcgrad
