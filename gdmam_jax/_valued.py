@@ -48,8 +48,9 @@ def _losses_alone(zeros: jax.Array) -> jax.Array:
 
 def _logarithms(values: jax.Array, lowest: Any, losses: Losses) -> jax.Array:
     """The logarithms of the values above their lowest, kept away from 0."""
-    above = values - each_loss("lowest", lowest, losses, values)
-    return jnp.log(jnp.maximum(above, jnp.finfo(values.dtype).tiny))
+    above, tiny = values - each_loss("lowest", lowest, losses, values), jnp.finfo(values.dtype).tiny
+    # Not `jnp.maximum`, which multiplies derivatives by 0, and the infinite ones of a loss at 0.
+    return jnp.log(jnp.where(above > tiny, above, tiny))
 
 
 def _count(present: Any, like: jax.Array) -> Any:

@@ -374,6 +374,21 @@ def test_famo_has_a_derivative_where_a_loss_was_absent(absent):
     assert np.isfinite(end(jnp.array([0.5, -1.0]))).all()
 
 
+def test_the_geometric_mean_has_a_derivative_where_a_loss_is_0():
+    weighting = gdmam.geometric_mean_weighting()
+
+    @jax.jit
+    @jax.jacobian
+    def slopes(values):
+        return weighting.update(None, None, (), gdmam.Losses(values=values))[0]
+
+    found = slopes(jnp.array([0.0, 2.0, 1.0]))
+    assert np.isfinite(found).all()
+    # As if its value, below which there is nothing, were a constant.
+    np.testing.assert_array_equal(found[:, 0], 0)
+    assert np.all(found[0, 1:] > 0)
+
+
 def test_a_number_of_steps_may_be_a_float():
     weighting = gdmam.gradient_norm_weighting(every=1e2)
     memory = weighting.init(jnp.zeros(2))
