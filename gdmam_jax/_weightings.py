@@ -255,8 +255,9 @@ def pcgrad_weighting(gramian: jax.Array, norms: jax.Array, *, key: Any = None) -
     Args:
       gramian: inner products of the gradients, shape ``(..., K, K)``.
       norms: unused.
-      key: a random key, or a seed, that draws the order of the others; None: their own order. For
-        a new order at every step, make the weighting with a new key at every step.
+      key: a random key, or a seed, that draws the order of the others for each gradient. Every
+        step has the same orders, since nothing is remembered; for new ones, as published, make the
+        weighting inside the step, with the step's key. None: the losses' own order.
 
     Returns:
       The weights, shape ``(..., K)``.
