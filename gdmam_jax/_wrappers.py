@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gdmam_jax._checks import check_function, check_losses, with_extra_args
+from gdmam_jax._numerics import register_with_flax
 from gdmam_jax._pairs import (
     FLATTENED,
     GradientPair,
@@ -105,6 +106,7 @@ def over_pairs(
         )
 
     def init(params: optax.Params) -> optax.OptState:
+        register_with_flax()  # a wrapper may keep pairs in its state
         check_floating(params, "parameter")
         taken.clear()
         state = wrapped.init(doubled(params))

@@ -96,6 +96,13 @@ SERIALIZED = OPTIMIZERS | {
 }
 
 
+def test_flax_serialization_of_pairs_in_a_wrappers_state(monkeypatch):
+    """Even if no other optimizer has made the pairs known to Flax."""
+    monkeypatch.delitem(flax.serialization._STATE_DICT_REGISTRY, gdmam.GradientPair, raising=False)
+    optimizer = gdmam.over_pairs(lambda tx: optax.MultiSteps(tx, 2), gdmam.summed(optax.sgd(0.1)))
+    assert flax.serialization.to_bytes(optimizer.init(PARAMS))
+
+
 @pytest.mark.parametrize("name", SERIALIZED)
 def test_flax_serialization(name):
     target = jax.eval_shape(SERIALIZED[name]().init, PARAMS)
