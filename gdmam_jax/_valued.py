@@ -171,7 +171,7 @@ def famo_weighting(
 
     def init(zeros: jax.Array) -> _Famo:
         start = _losses_alone(zeros)
-        return _Famo(start, adam.init(start), start, jnp.zeros(start.shape, bool))
+        return _Famo(start, adam.init(start), jnp.copy(start), jnp.zeros(start.shape, bool))
 
     def update(gramian: Any, norms: Any, memory: _Famo, losses: Losses) -> tuple[Any, Any]:
         del gramian, norms
@@ -238,9 +238,16 @@ def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeigh
     check_range("every", every, 1, whole=True)
 
     def init(zeros: jax.Array) -> _Epochs:
-        start = _losses_alone(zeros)
-        none = jnp.zeros(start.shape, jnp.int32)
-        return _Epochs(start, none, start, start, none, jnp.zeros((), jnp.int32))
+        means = [_losses_alone(zeros) for _ in range(3)]
+        counts = [jnp.zeros(zeros.shape[-1], jnp.int32) for _ in range(2)]
+        return _Epochs(
+            totals=means[0],
+            counts=counts[0],
+            last=means[1],
+            before=means[2],
+            epochs=counts[1],
+            steps=jnp.zeros((), jnp.int32),
+        )
 
     def update(gramian: Any, norms: Any, memory: _Epochs, losses: Losses) -> tuple[Any, Any]:
         del gramian, norms
@@ -320,7 +327,11 @@ def relobralo_weighting(
     def init(zeros: jax.Array) -> _Lookback:
         start = _losses_alone(zeros)
         return _Lookback(
-            start + 1, start, start, jnp.zeros(start.shape, bool), jnp.zeros((), jnp.int32)
+            start + 1,
+            start,
+            jnp.copy(start),
+            jnp.zeros(start.shape, bool),
+            jnp.zeros((), jnp.int32),
         )
 
     def update(gramian: Any, norms: Any, memory: _Lookback, losses: Losses) -> tuple[Any, Any]:

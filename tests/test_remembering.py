@@ -40,6 +40,14 @@ def made(name):
     return weighting if isinstance(weighting, gdmam.RememberingWeighting) else weighting()
 
 
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_a_memory_of_ones_own_can_be_donated(name):
+    """Outside of an optimizer, too: no array is in it twice."""
+    if name != "normalised":  # it has none
+        leaves = jax.tree.leaves(made(name).init(jnp.zeros(2)))
+        assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 @functools.cache
 def compiled(name):
     weighting = made(name)
