@@ -166,8 +166,9 @@ def value_and_weighed_grad(
       TypeError: ``loss_fn`` does not return floating-point arrays, an argument to differentiate
         holds something other than floating-point arrays, or it is one of ``example_argnums``.
         Raised while tracing.
-      ValueError: there are fewer than two losses, ``chunk`` is less than 1, the weighting does not
-        return K weights, or an array is sharded over explicit axes of a mesh.
+      ValueError: there are fewer than two losses, or no array to differentiate with respect to,
+        ``chunk`` is less than 1, the weighting does not return K weights, or an array is sharded
+        over explicit axes of a mesh.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -208,6 +209,8 @@ def value_and_weighed_grad(
         chosen, examples = ([args[position] for position in some] for some in (positions, over))
         for position, argument in zip(positions, chosen, strict=True):
             _check_argument(argument, position)
+        if not jax.tree.leaves(chosen):
+            raise ValueError(f"there is no array to differentiate with respect to: got {chosen}")
 
         def losses_of(chosen: Any, examples: Any) -> tuple[jax.Array, Any]:
             new = dict(zip((*positions, *over), (*chosen, *examples), strict=True))
@@ -262,7 +265,7 @@ def _weighed(
     gradients_of, mapped = (of_example, examples) if examples else (jax.vmap(pull_back), units)
     dtype = wide_dtype(losses, *jax.tree.leaves(chosen))
     if chunk is None:
-        stacked = jax.tree.leaves(jax.vmap(gradients_of)(mapped))
+        stacked = jax.tree.leaves([*map(_not_overwriting, jax.vmap(gradients_of)(mapped))])
         by_loss = (leaf.reshape(losses.size, *leaf.shape[2:]) for leaf in stacked)
         gramian = functools.reduce(jnp.add, map(matrix, by_loss))
     else:
@@ -296,6 +299,13 @@ def _overwriting_merged(pairs: Any) -> Any:
     )
     make: Any = type(pairs)
     return make({**pairs, OVERWRITTEN: merged})
+
+
+def _not_overwriting(gradients: Any) -> Any:
+    """Without the new values of what Flax overwrites, which are no gradients."""
+    if not isinstance(gradients, Mapping):
+        return gradients
+    return {name: each for name, each in gradients.items() if name != OVERWRITTEN}
 
 
 def _check_argument(argument: Any, position: int) -> None:

@@ -48,6 +48,18 @@ def test_fp8_layers_in_a_train_state():
     np.testing.assert_allclose(layer["output_grad_amax_history"], np.max(largest, axis=0))
 
 
+def test_values_that_overwrite_are_no_gradients_to_a_weighting():
+    def losses(variables):
+        w, scale = variables["params"], variables["_overwrite_with_gradient"]
+        return jnp.sum(w**2) + scale, 2 * jnp.sum(w) + 7 * scale
+
+    variables = {"params": jnp.ones(2), "_overwrite_with_gradient": jnp.array(1.0)}
+    step = gdmam.value_and_weighed_grad(losses, gdmam.sum_weighting)
+    _, gradient, weighing = step(variables)
+    np.testing.assert_allclose(weighing.gramian, np.full((2, 2), 8.0), rtol=1e-6)
+    assert gradient["_overwrite_with_gradient"].shape == ()
+
+
 def test_flax_dynamic_scale_with_several_losses():
     """As on the page: the scale falls where a gradient overflows, and the step is left out."""
     w = jnp.array([1.0, 2.0])

@@ -279,6 +279,7 @@ def test_modules_of_flax_nnx_advance_once():
         ),
         ({"example_argnums": 1}, lambda w: w, TypeError, "example_argnums=1 needs an argument"),
         ({"example_argnums": 0}, lambda w: w, TypeError, "argument 0 is in argnums and"),
+        ({"argnums": ()}, lambda w: w, ValueError, "no array to differentiate"),
         ({"example_argnums": "a"}, lambda w: w, TypeError, "example_argnums must be an integer"),
     ],
 )
