@@ -279,8 +279,8 @@ def _decompose(
     across = Across(leaves, axis_names)
     parallel, orthogonal, squares = [], [], []
     for number, pair in enumerate(leaves):
-        projections = scopes.at(geometry.projection, number)
         prediction, *others = [widen(half) for half in halves(pair)]
+        projections = scopes.at(geometry.projection, number).astype(prediction.dtype)
         parts = [projections[k] * prediction for k in range(len(others))]
         rests = [other - part for other, part in zip(others, parts, strict=True)]
         dtype = jnp.result_type(pair.prediction)

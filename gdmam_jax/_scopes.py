@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gdmam_jax._numerics import wide_dtype
 from gdmam_jax._pairs import named_leaves
 
 Scope = Callable[[str], Hashable]
@@ -74,8 +75,9 @@ class Scopes:
     def total(self, terms: Sequence[jax.Array]) -> jax.Array:
         """Adds up a vector of scalars from each leaf, to one vector for every scope."""
         groups: list[list[jax.Array]] = [[] for _ in range(max(1, len(self.labels)))]
+        dtype = wide_dtype(*terms)
         for position, scalars in enumerate(terms):
-            groups[self.index[position] if self.index else 0].append(scalars)
+            groups[self.index[position] if self.index else 0].append(scalars.astype(dtype))
         totals = [_sum_in_pairs(group) for group in groups]
         return jnp.stack(totals) if self.labels else totals[0]
 

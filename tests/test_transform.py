@@ -479,6 +479,7 @@ def test_a_state_made_with_other_choices_is_refused(case, swapped):
 def test_strict_promotion_of_ranks_and_dtypes(form, x64):
     optimizer = FORMS[form]()
     params = {"w": jnp.ones((3, 2), jnp.float32), "b": jnp.ones(2, jnp.bfloat16)}
+    params["scale"] = jnp.ones(2, jnp.float64)
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         pairs = gdmam.pair_gradients(params, params)
         updates, _ = jax.jit(optimizer.update)(pairs, optimizer.init(params), params)
