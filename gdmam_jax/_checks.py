@@ -46,7 +46,7 @@ def check_range(
     if _is_traced(value):
         return
     real = isinstance(value, numbers.Real) or (
-        dtype is not None and value.size == 1 and not jnp.issubdtype(dtype, jnp.complexfloating)
+        dtype is not None and value.ndim == 0 and not jnp.issubdtype(dtype, jnp.complexfloating)
     )
     if not real:
         raise TypeError(f"{name} must be a number, got {value!r}")

@@ -71,11 +71,10 @@ def by_loss(what: str, tree: Any, losses: int | Sequence[str]) -> list[Any]:
     else:
         fits = isinstance(alignment, Mapping) and {*alignment} == {*losses}
         others = [alignment[name] for name in losses] if fits else []
-    if not (
-        fits and all(is_numeric(each) and jnp.shape(each) == () for each in jax.tree.leaves(tree))
-    ):
+    each = [prediction, *others]
+    if not (fits and all(is_numeric(one) and jnp.shape(one) == () for one in each)):
         raise ValueError(f"{expected}; got {jax.tree.map(describe, tree)}")
-    return [prediction, *others]
+    return each
 
 
 def arranged(

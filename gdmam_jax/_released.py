@@ -1,6 +1,7 @@
 """The released form: one AdamW with AMSGrad whose first decay is steered, and its clipping."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -87,6 +88,7 @@ def clip_by_recent_norm(
 
     Raises:
       ValueError: ``factor`` or ``window`` is out of range.
+      TypeError: at ``init``, ``window`` is not a whole number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -107,7 +109,7 @@ def clip_by_recent_norm(
         register_with_flax()
         check_floating(params, "parameter")
         dtype = wide_dtype(*jax.tree.leaves(params))
-        return RecentNormState(norms=jnp.zeros(window, dtype).at[-1].set(jnp.inf))
+        return RecentNormState(norms=jnp.zeros(_whole(window), dtype).at[-1].set(jnp.inf))
 
     def update(
         updates: optax.Updates,
@@ -126,6 +128,16 @@ def clip_by_recent_norm(
         return scaled, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _whole(window: Any) -> int:
+    try:
+        return operator.index(window)
+    except TypeError as error:
+        raise TypeError(
+            f"the window must be a whole number, got {window!r}; inside a compiled init give "
+            "optax.inject_hyperparams static_args=('window',), or ('clip_window',)"
+        ) from error
 
 
 def _accept(

@@ -192,6 +192,8 @@ def test_summed_leaves_an_absent_loss_out():
         ((True, {"ic": True, "bx": True}), "present must be like the losses"),
         (True, "present must be like the losses.*got"),
         ((True, {"ic": jnp.ones(2), "bc": True}), "present must be like the losses"),
+        ((None, {"ic": True, "bc": True}), "present must be like the losses"),
+        ((True, {"ic": (True,), "bc": True}), "present must be like the losses"),
     ],
 )
 def test_presence_of_other_losses_is_refused(present, message):

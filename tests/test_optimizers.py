@@ -180,6 +180,14 @@ def gated(value):
         (lambda: gdmam.scale_by_gdmam(eps=None), TypeError, "eps must be a number, got None"),
         (lambda: gdmam.gdmam(0.1, weight_decay=jnp.inf), ValueError, r"lie in \[0.0, inf\)"),
         (lambda: gdmam.gdmam(0.1, weight_decay=[0.1]), TypeError, "must be a number"),
+        (lambda: gdmam.gdmam(np.array([0.1])), TypeError, "learning_rate must be a number"),
+        (
+            lambda: jax.eval_shape(
+                optax.inject_hyperparams(gdmam.clip_by_recent_norm)(factor=2.0).init, W
+            ),
+            TypeError,
+            "the window must be a whole number.*static_args",
+        ),
         (lambda: gdmam.constant_weighting(jnp.nan, 1), ValueError, "each weight must lie in"),
         (lambda: gdmam.summed(None), TypeError, "expected an Optax optimizer, got None"),
         (lambda: gdmam.scale_by_gdmam().update(ONES, 3, W), TypeError, "a GDMAMState, got a int"),
