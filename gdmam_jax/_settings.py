@@ -96,6 +96,6 @@ def with_settings(
             check(**{name: bound.arguments[name] for name in bound.arguments if name not in named})
         if arrays or named & {*settings}:
             return function(*arrays, **settings)
-        return Choice(function, **settings)
+        return Choice(wrapped, **settings)
 
     return wrapped

@@ -1,6 +1,7 @@
 """Weightings as functions of the Gramian and the norms' running means."""
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,13 @@ def test_beside_an_absent_loss_long_gradients_count_as_short_ones(weighting, cou
     gramian = np.diag(np.where(present, np.arange(1.0, 1 + count), 0)).astype(np.float32)
     weights = jax.jit(lambda gramian: weighting(gramian, None, present=present))
     np.testing.assert_allclose(weights(1e30 * gramian), weights(gramian), rtol=1e-5)
+
+
+def test_a_choice_with_settings_can_be_sent_to_another_process():
+    chosen = gdmam.unit_weighting(preference=2.0)
+    there = pickle.loads(pickle.dumps(chosen))
+    gramian, norms = jnp.diag(jnp.array([9.0, 1.0])), jnp.array([4.0, 0.5])
+    np.testing.assert_array_equal(there(gramian, norms), chosen(gramian, norms))
 
 
 def test_pcgrads_key_draws_the_order_and_of_two_there_is_one():
