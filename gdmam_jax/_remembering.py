@@ -123,6 +123,11 @@ def check_lowest(value: Any) -> None:
         raise ValueError(f"lowest must name 'prediction', too, got {', '.join(value)}")
 
 
+def presence(losses: Losses, like: jax.Array) -> jax.Array:
+    """Which losses are present, booleans of shape ``(K,)``."""
+    return jnp.ones(like.shape[-1], bool) if losses.present is None else losses.present
+
+
 def each_loss(what: str, value: Any, losses: Losses, like: jax.Array) -> jax.Array:
     """A setting in the losses' order, shape ``(K,)``: from one number, one for each, or a mapping.
 
@@ -215,7 +220,7 @@ def running_weighting(
         new = as_array("weighting", new, shape, dtype, "weights")
         mixed = jnp.where(memory.seen, decay * memory.weights + (1 - decay) * new, new)
         weights = kept(here, mixed, memory.weights)
-        return weights, _Running(inner, weights, memory.seen | (True if here is None else here))
+        return weights, _Running(inner, weights, memory.seen | presence(losses, weights))
 
     return RememberingWeighting(init, update)
 

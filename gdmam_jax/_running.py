@@ -18,6 +18,7 @@ from gdmam_jax._remembering import (
     kept,
     learned,
     made_by_call,
+    presence,
     values_of,
 )
 from gdmam_jax._settings import in_order
@@ -139,7 +140,7 @@ def gradnorm_weighting(*, alpha: Any = 1.5, learning_rate: Any = 0.025) -> Remem
     def update(gramian: Any, norms: Any, memory: _GradNorm, losses: Losses) -> tuple[Any, Any]:
         del norms
         values, here = values_of("gradnorm_weighting", losses), losses.present
-        there = jnp.ones(values.shape, bool) if here is None else here
+        there = presence(losses, values)
         first = jnp.where(memory.seen, memory.first, values)
 
         def mean(each: jax.Array) -> jax.Array:

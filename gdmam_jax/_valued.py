@@ -35,6 +35,7 @@ from gdmam_jax._remembering import (
     kept,
     learned,
     made_by_call,
+    presence,
     values_of,
 )
 from gdmam_jax._settings import in_order
@@ -53,8 +54,8 @@ def _logarithms(values: jax.Array, lowest: Any, losses: Losses) -> jax.Array:
     return jnp.log(jnp.where(above > tiny, above, tiny))
 
 
-def _count(present: Any, like: jax.Array) -> Any:
-    return like.size if present is None else jnp.sum(present, dtype=like.dtype)
+def _count(losses: Losses, like: jax.Array) -> jax.Array:
+    return jnp.sum(presence(losses, like), dtype=like.dtype)
 
 
 class _Learned(NamedTuple):
@@ -177,7 +178,7 @@ def famo_weighting(
         del gramian, norms
         here = losses.present
         logarithms = _logarithms(values_of("famo_weighting", losses), lowest, losses)
-        there = jnp.ones(logarithms.shape, bool) if here is None else here
+        there = presence(losses, logarithms)
         both = memory.seen & there
         fallen = jnp.where(both, memory.logarithms - logarithms, 0)
         shares = jax.nn.softmax(memory.logits, where=both)
@@ -253,9 +254,9 @@ def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeigh
         del gramian, norms
         values, here = values_of("dwa_weighting", losses), losses.present
         ratio = jnp.where(memory.epochs >= 2, divide(memory.last, memory.before), 1)
-        weights = _count(here, values) * jax.nn.softmax(ratio / temperature, where=here)
+        weights = _count(losses, values) * jax.nn.softmax(ratio / temperature, where=here)
         totals = memory.totals + kept(here, values, 0)
-        counts = memory.counts + (1 if here is None else here.astype(jnp.int32))
+        counts = memory.counts + presence(losses, values).astype(jnp.int32)
         steps = memory.steps + 1
         ends = steps % every == 0
         new = ends & (counts > 0)
@@ -341,7 +342,7 @@ def relobralo_weighting(
         last = jnp.where(memory.seen, memory.last, values)
 
         def balanced(since: jax.Array) -> jax.Array:
-            return _count(here, values) * jax.nn.softmax(
+            return _count(losses, values) * jax.nn.softmax(
                 divide(values, since) / temperature, where=here
             )
 
@@ -350,7 +351,7 @@ def relobralo_weighting(
         past = jnp.where(kept_on, memory.weights, balanced(first))
         mixed = decay * past + (1 - decay) * balanced(last)
         weights = kept(here, jnp.where(memory.seen, mixed, 1), memory.weights)
-        seen = memory.seen | (True if here is None else here)
+        seen = memory.seen | presence(losses, values)
         return weights, _Lookback(
             weights,
             kept(here, first, memory.first),
@@ -415,8 +416,8 @@ def softadapt_weighting(*, beta: Any = 0.1, scaled: bool = True) -> RememberingW
         change = kept(here, jnp.where(memory.seen, values - memory.values, 0), 0)
         if scaled:
             change = divide(change, jnp.sum(jnp.abs(change)))
-        weights = _count(here, values) * jax.nn.softmax(beta * change, where=here)
-        seen = memory.seen | (True if here is None else here)
+        weights = _count(losses, values) * jax.nn.softmax(beta * change, where=here)
+        seen = memory.seen | presence(losses, values)
         return weights, _Previous(kept(here, values, memory.values), seen)
 
     return RememberingWeighting(init, update)
