@@ -70,19 +70,14 @@ def value_and_paired_grad(
 
     @functools.wraps(loss_fn, updated=())  # jax.jit's static_argnames looks at the signature
     def paired(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        positions = argument_positions(argnums, len(args))
-        for position in positions:
-            _check_argument(args[position], position)
+        positions = _differentiable(argnums, args)
+        chosen = [args[position] for position in positions]
 
         def losses_of(*differentiated: Any) -> tuple[Any, Any]:
-            full = list(args)
-            for position, value in zip(positions, differentiated, strict=True):
-                full[position] = value
-            result = loss_fn(*full, **kwargs)
-            losses, aux = split_aux(result) if has_aux else (result, None)
+            new = dict(zip(positions, differentiated, strict=True))
+            losses, aux = split_aux(_called(loss_fn, args, new, kwargs), has_aux)
             return _check_losses(losses), aux
 
-        chosen = tuple(args[position] for position in positions)
         losses, pushforward, aux = jax.linearize(losses_of, *chosen, has_aux=True)
         structure: Any
         scalars, structure = jax.tree.flatten(losses)
@@ -202,20 +197,17 @@ def value_and_weighed_grad(
 
     @functools.wraps(loss_fn, updated=())
     def weighed(*args: Any, **kwargs: Any) -> tuple[Any, Any, Weighing]:
-        positions = argument_positions(argnums, len(args))
+        positions = _differentiable(argnums, args)
         over = argument_positions(example_argnums, len(args), "example_argnums")
         if both := {*positions} & {*over}:
             raise TypeError(f"argument {min(both)} is in argnums and in example_argnums")
         chosen, examples = ([args[position] for position in some] for some in (positions, over))
-        for position, argument in zip(positions, chosen, strict=True):
-            _check_argument(argument, position)
         if not jax.tree.leaves(chosen):
             raise ValueError(f"there is no array to differentiate with respect to: got {chosen}")
 
         def losses_of(chosen: Any, examples: Any) -> tuple[jax.Array, Any]:
             new = dict(zip((*positions, *over), (*chosen, *examples), strict=True))
-            result = loss_fn(*(new.get(k, old) for k, old in enumerate(args)), **kwargs)
-            losses, aux = split_aux(result) if has_aux else (result, None)
+            losses, aux = split_aux(_called(loss_fn, args, new, kwargs), has_aux)
             check_floating(losses, "the loss")
             return ravel_pytree(losses)[0], (losses, aux)
 
@@ -351,8 +343,23 @@ def argument_positions(
     return positions
 
 
-def split_aux(result: Any) -> tuple[Any, Any]:
-    """The losses and the auxiliary data that a loss function returned."""
+def _differentiable(argnums: int | Sequence[int], args: Sequence[Any]) -> tuple[int, ...]:
+    """Which arguments ``argnums`` means; a ``TypeError`` if one is not of floating-point arrays."""
+    positions = argument_positions(argnums, len(args))
+    for position in positions:
+        _check_argument(args[position], position)
+    return positions
+
+
+def _called(loss_fn: Any, args: Sequence[Any], new: Mapping[int, Any], kwargs: Any) -> Any:
+    """What the loss function returns with new arguments at some positions."""
+    return loss_fn(*(new.get(k, old) for k, old in enumerate(args)), **kwargs)
+
+
+def split_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
+    """The losses and the auxiliary data, or None, that a loss function returned."""
+    if not has_aux:
+        return result, None
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
             "with has_aux=True the loss function must return (losses, aux), got "

@@ -190,7 +190,7 @@ def _of_modules(
             with nnx.merge_context(_CONTEXT, inner=True) as inside:
                 merged_args, merged_kwargs = inside.merge(graphdef, *chosen_states, rest)
             result = loss_fn(*merged_args, **merged_kwargs)
-            losses, aux = _gradients.split_aux(result) if has_aux else (result, None)
+            losses, aux = _gradients.split_aux(result, has_aux)
             with nnx.split_context(_CONTEXT) as inside:
                 changed = inside.split((merged_args, merged_kwargs, aux))
             return losses, changed
