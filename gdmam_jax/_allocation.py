@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._checks import check_function, check_losses, check_range, check_state
+from gdmam_jax._checks import check_choice, check_function, check_losses, check_range, check_state
 from gdmam_jax._gates import Gate, open_gate, priority_gate
 from gdmam_jax._geometry import ALIGNMENT_SCALARS, Geometry, gramian, norms
 from gdmam_jax._losses import Losses, Names, arranged, as_array, by_loss
@@ -22,7 +22,7 @@ from gdmam_jax._numerics import (
     wide_dtype,
     widen,
 )
-from gdmam_jax._pairs import GradientPair, begin_update, check_floating, halves, is_pair
+from gdmam_jax._pairs import GradientPair, begin_update, check_floating, halves
 from gdmam_jax._remembering import RememberingWeighting, check_weighting, first_memory, weigh
 from gdmam_jax._scopes import Scope, Scopes
 from gdmam_jax._settings import chosen, default
@@ -201,7 +201,7 @@ class Allocator:
         """
         leaves, structure = begin_update(updates, alignment, params, like)
         arranged_leaves, names = arranged(leaves, self.losses)
-        scopes = Scopes.of(structure.unflatten(leaves), self.scope, is_leaf=is_pair)
+        scopes = Scopes.of(structure.unflatten(leaves), self.scope)
         shape = (*scopes.shape, 1 + self.count)
         if previous.scopes != scopes or previous.weights.shape != shape:
             raise ValueError(
@@ -212,17 +212,9 @@ class Allocator:
         zeros = jax.ShapeDtypeStruct(shape, previous.norms.dtype)
         memory = jax.eval_shape(functools.partial(first_memory, self.weighting), zeros)
         found: Any = jax.tree.structure(previous.memory)
-        as_made = {
-            "not_finite": (previous.skipped_losses is None, previous.skipped is None)
-            == (self.not_finite != "skip_loss", not self.skips),
-            "weighting": found == jax.tree.structure(memory),
-        }
-        for choice, same in as_made.items():
-            if not same:
-                raise ValueError(
-                    f"the optimizer state was made with another choice of {choice}; make a new "
-                    "state with this optimizer's init, or give the optimizer the old choice"
-                )
+        counts = (previous.skipped is not None, previous.skipped_losses is not None)
+        check_choice("not_finite", counts == (self.skips, self.not_finite == "skip_loss"))
+        check_choice("weighting", found == jax.tree.structure(memory))
         return arranged_leaves, structure, dataclasses.replace(previous, names=Names(names))
 
     def decide(

@@ -78,10 +78,15 @@ def check_key(key: Any) -> None:
         raise TypeError(f"key must be a random key or a seed, got {key!r}")
 
 
+def check_scheduled(name: str, value: Any, *bounds: float, **strict: bool) -> None:
+    """`check_range` of a number that may be a schedule."""
+    if not callable(value):
+        check_range(name, value, *bounds, **strict)
+
+
 def check_learning_rate(value: Any) -> None:
     """Raise an error unless ``value`` is a finite number or a schedule; None would mean ascent."""
-    if not callable(value):
-        check_range("learning_rate", value, -float("inf"), above_minimum=True)
+    check_scheduled("learning_rate", value, -float("inf"), above_minimum=True)
 
 
 def is_numeric(value: Any) -> bool:
@@ -95,6 +100,15 @@ def check_state(state: Any, kind: type) -> None:
         raise TypeError(
             f"expected the optimizer state, a {kind.__name__}, got a {type(state).__name__}; make "
             "one with this optimizer's init"
+        )
+
+
+def check_choice(name: str, same: bool) -> None:
+    """Raise a ``ValueError`` unless an optimizer state was made with this optimizer's choice."""
+    if not same:
+        raise ValueError(
+            f"the optimizer state was made with another choice of {name}; make a new state with "
+            "this optimizer's init, or give the optimizer the old choice"
         )
 
 

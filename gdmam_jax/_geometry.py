@@ -273,7 +273,7 @@ def _decompose(
     leaves: list[GradientPair]
     structure: Any
     leaves, structure = jax.tree.flatten(pairs, is_leaf=is_pair)
-    scopes = Scopes.of(pairs, scope, is_leaf=is_pair)
+    scopes = Scopes.of(pairs, scope)
     geometry = Geometry.of(gramian(leaves, scopes, axis_names))
     alignments: Any = jax.tree.structure(leaves[0].alignment)
     across = Across(leaves, axis_names)

@@ -90,6 +90,11 @@ def zeros_like(tree: Any, dtype: Any = None) -> Any:
     return jax.tree.map(zeros, tree)
 
 
+def wide_zeros_like(tree: Any) -> Any:
+    """The same, of float32 or better."""
+    return jax.tree.map(lambda leaf: zeros_like(leaf, wide_dtype(leaf)), tree)
+
+
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """Square root of ``max(x, 0)`` whose derivative at 0 is 0."""
     zero = x <= 0
@@ -135,14 +140,14 @@ def map_leaves(function: Callable[..., Any], structure: Any, *trees: Any) -> Any
     """Maps a function with several results over trees, to one tree of each result.
 
     Args:
-      function: of one leaf of each tree; its results may be None, or tuples.
+      function: of a leaf's number and that leaf of each tree; its results may be None, or tuples.
       structure: of the trees' leaves; what is below them stays together.
       *trees: what to map over; None stands for a tree of Nones.
     """
+    numbers = range(structure.num_leaves)
     columns = [
-        [None] * structure.num_leaves if tree is None else structure.flatten_up_to(tree)
-        for tree in trees
+        [None for _ in numbers] if tree is None else structure.flatten_up_to(tree) for tree in trees
     ]
-    results = [function(*row) for row in zip(*columns, strict=True)]
+    results = [function(*row) for row in zip(numbers, *columns, strict=True)]
     inner: Any = jax.tree.structure(results[0])
     return jax.tree.transpose(structure, inner, structure.unflatten(results))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from gdmam_jax._allocation import Allocation, add_up, allocate
-from gdmam_jax._checks import check_learning_rate, check_range, with_extra_args
+from gdmam_jax._checks import check_learning_rate, check_range, check_scheduled, with_extra_args
 from gdmam_jax._gates import Gate, open_gate, priority_gate
 from gdmam_jax._losses import by_loss
 from gdmam_jax._momenta import MomentumRule, constant_momentum
@@ -107,8 +107,7 @@ def gdmam(
       >>> bool(jnp.all(jnp.abs(w - 1) < 0.1))
       True
     """
-    if not callable(weight_decay):
-        check_range("weight_decay", weight_decay)
+    check_scheduled("weight_decay", weight_decay)
     check_learning_rate(learning_rate)
     if isinstance(mask, bool | jax.Array):
         raise TypeError(

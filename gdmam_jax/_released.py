@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from gdmam_jax._allocation import Allocation, Allocator
-from gdmam_jax._checks import check_learning_rate, check_range, check_state
+from gdmam_jax._checks import check_learning_rate, check_range, check_scheduled, check_state
 from gdmam_jax._gates import cosine_gate
 from gdmam_jax._momenta import MomentumRule, NormStatistics, ratcheted_momentum
 from gdmam_jax._numerics import (
@@ -21,6 +21,7 @@ from gdmam_jax._numerics import (
     register_with_flax,
     safe_sqrt,
     wide_dtype,
+    wide_zeros_like,
     widen,
     zeros_like,
 )
@@ -233,9 +234,8 @@ def gdmam_released(
       The behaviour of the released GDMAM code, observed by running it.
     """
     check_learning_rate(learning_rate)
-    for name, decay in (("weight_decay", weight_decay), ("bias_weight_decay", bias_weight_decay)):
-        if not callable(decay):
-            check_range(name, decay)
+    check_scheduled("weight_decay", weight_decay)
+    check_scheduled("bias_weight_decay", bias_weight_decay)
     form = _Form(
         allocator=Allocator(
             weighting=constant_weighting(1, 1),
@@ -253,7 +253,7 @@ def gdmam_released(
         b2=b2,
         eps=eps,
         clip_factor=clip_factor,
-        clip_window=clip_window,
+        clipping=clip_by_recent_norm(clip_factor, clip_window),
     )
     return optax.chain(
         optax.GradientTransformationExtraArgs(form.init, form.update),
@@ -286,26 +286,24 @@ class _Form:
     b2: Any
     eps: Any
     clip_factor: Any
-    clip_window: int
+    clipping: optax.GradientTransformation
 
     def __post_init__(self) -> None:
         check_range("b2", self.b2, 0, 1, below_maximum=True)
         check_range("eps", self.eps, above_minimum=True)
-        clip_by_recent_norm(self.clip_factor, self.clip_window)
 
     def init(self, params: optax.Params) -> ReleasedState:
         """The state before the first step."""
         allocation = self.allocator.init(params)
-        squares = jax.tree.map(lambda leaf: zeros_like(leaf, wide_dtype(leaf)), params)
         return ReleasedState(
             count=jnp.zeros((), jnp.int32),
             allocation=allocation,
             statistics=NormStatistics.start(allocation.sizes.shape, allocation.norms.dtype),
             decay=jnp.zeros((), allocation.weights.dtype),
             first_moment=zeros_like(params),
-            second_moment=squares,
-            second_moment_maximum=zeros_like(squares),
-            clipping=clip_by_recent_norm(self.clip_factor, self.clip_window).init(params),
+            second_moment=wide_zeros_like(params),
+            second_moment_maximum=wide_zeros_like(params),
+            clipping=self.clipping.init(params),
         )
 
     def steer(self, allocation: Allocation, old: NormStatistics) -> tuple[Any, ...]:
@@ -354,12 +352,8 @@ class _Form:
             eps=jnp.asarray(self.eps, b1.dtype),
         )
         directions, first, second, largest = map_leaves(
-            lambda pair, leaf, *moments: leaf_step(
-                pair, scale * weights, *moments, dtype=jnp.result_type(leaf)
-            ),
+            lambda number, *moments: leaf_step(leaves[number], scale * weights, *moments),
             structure,
-            structure.unflatten(leaves),
-            state.first_moment if params is None else params,
             state.first_moment,
             state.second_moment,
             state.second_moment_maximum,
@@ -377,7 +371,7 @@ class _Form:
 
 
 # One compiled function for a leaf's step: leaves of equal shape are traced once.
-@partial(jax.jit, static_argnames="dtype")
+@jax.jit
 def _leaf_step(
     pair: GradientPair,
     factors: jax.Array,
@@ -389,16 +383,15 @@ def _leaf_step(
     b2: jax.Array,
     corrections: tuple[jax.Array, jax.Array],
     eps: jax.Array,
-    dtype: Any,
 ) -> tuple[jax.Array, ...]:
     """A leaf's update and its new moments."""
-    precision = second.dtype
+    precision, dtype = second.dtype, first.dtype
     factors, b1, b2, eps, first_correction, root = (
         scalar.astype(precision) for scalar in (factors, b1, b2, eps, *corrections)
     )
     prediction, alignment = (jnp.asarray(half, precision) for half in halves(pair))
     gradient = factors[0] * prediction + factors[1] * alignment
-    first = (b1 * first.astype(precision) + (1 - b1) * gradient).astype(first.dtype)
+    first = (b1 * first.astype(precision) + (1 - b1) * gradient).astype(dtype)
     second = b2 * second + (1 - b2) * gradient**2
     largest = jnp.maximum(largest, second)
     # (m / c_1) / (sqrt(v_max) / c_2 + eps), with one division an element.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gdmam_jax._numerics import wide_dtype
-from gdmam_jax._pairs import named_leaves
+from gdmam_jax._pairs import is_pair, named_leaves
 
 Scope = Callable[[str], Hashable]
 """A function of a leaf's path, such as ``"encoder/kernel"``: leaves with the same result go
@@ -44,11 +44,11 @@ class Scopes:
         self.index = index
 
     @classmethod
-    def of(cls, tree: Any, scope: Scope | None, is_leaf: Any = None) -> "Scopes":
-        """Labels the leaves of ``tree`` by ``scope`` of their paths."""
+    def of(cls, tree: Any, scope: Scope | None) -> "Scopes":
+        """Labels the leaves, or pairs, of ``tree`` by ``scope`` of their paths."""
         if scope is None:
             return cls()
-        names = [str(scope(name)) for name, _ in named_leaves(tree, is_leaf=is_leaf)]
+        names = [str(scope(name)) for name, _ in named_leaves(tree, is_leaf=is_pair)]
         numbers: dict[str, int] = {}
         index = tuple(numbers.setdefault(name, len(numbers)) for name in names)
         return cls(tuple(numbers), index)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gdmam_jax._allocation import STATIC, Allocation, Allocator, taken_losses
-from gdmam_jax._checks import check_function, check_range, check_state
+from gdmam_jax._checks import check_choice, check_function, check_range, check_state
 from gdmam_jax._gates import Gate, priority_gate
 from gdmam_jax._losses import as_array
 from gdmam_jax._momenta import MomentumRule, NormStatistics, constant_momentum
@@ -22,9 +22,10 @@ from gdmam_jax._numerics import (
     pytree_dataclass,
     where,
     wide_dtype,
+    wide_zeros_like,
     zeros_like,
 )
-from gdmam_jax._pairs import GradientPair, halves
+from gdmam_jax._pairs import halves
 from gdmam_jax._remembering import RememberingWeighting
 from gdmam_jax._scopes import Scope
 from gdmam_jax._settings import chosen, default
@@ -210,34 +211,16 @@ class _Form:
         statistics = NormStatistics.start(allocation.sizes.shape, allocation.norms.dtype)
         decays = statistics.mean[..., : 1 if self.steered else None]
         has_second = self.b2 is not None
-
-        def second_moment() -> optax.Params:
-            return jax.tree.map(lambda leaf: zeros_like(leaf, wide_dtype(leaf)), params)
-
         return GDMAMState(
             count=jnp.zeros((), jnp.int32),
             allocation=allocation,
             statistics=statistics,
             momentum_correction=jnp.zeros_like(decays),
             momenta=tuple(zeros_like(params, self.mu_dtype) for _ in range(decays.shape[-1])),
-            second_moment=second_moment() if has_second else None,
-            second_moment_maximum=second_moment() if self.amsgrad else None,
+            second_moment=wide_zeros_like(params) if has_second else None,
+            second_moment_maximum=wide_zeros_like(params) if self.amsgrad else None,
             second_moment_correction=jnp.zeros((), decays.dtype) if has_second else None,
         )
-
-    def check_choices(self, state: GDMAMState) -> None:
-        """Raise a ``ValueError`` if the state was made by an optimizer with other choices."""
-        buffers = 1 if self.steered else state.statistics.momentum.shape[-1]
-        for name, found, expected in (
-            ("momenta", len(state.momenta), buffers),
-            ("b2", state.second_moment is not None, self.b2 is not None),
-            ("amsgrad", state.second_moment_maximum is not None, self.amsgrad),
-        ):
-            if found != expected:
-                raise ValueError(
-                    f"the optimizer state was made with another choice of {name}; make a new state "
-                    "with this optimizer's init, or give the optimizer the old choice"
-                )
 
     def update(
         self,
@@ -256,7 +239,9 @@ class _Form:
         leaves, structure, previous = self.allocator.begin(
             updates, state.allocation, params, alignment, like=state.momenta[0]
         )
-        self.check_choices(state)
+        check_choice("momenta", (len(state.momenta) == 1) == self.steered)
+        check_choice("b2", (state.second_moment is not None) == (self.b2 is not None))
+        check_choice("amsgrad", (state.second_moment_maximum is not None) == self.amsgrad)
         if not leaves:
             return structure.unflatten([]), state
         allocation, present = self.allocator.decide(leaves, previous, value, present)
@@ -271,20 +256,19 @@ class _Form:
         taken = taken_losses(apply, present, 1 + self.allocator.count)
         dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
 
-        def leaf_step(number: int, pair: GradientPair, moment: Any, largest: Any, *old: Any) -> Any:
+        def leaf_step(number: int, moment: Any, largest: Any, *old: Any) -> Any:
+            gradients = halves(leaves[number])
             with jax.numpy_dtype_promotion("standard"):
-                dtype = dtypes[number] if dtypes else jnp.result_type(pair.prediction, old[0])
+                dtype = dtypes[number] if dtypes else jnp.result_type(gradients[0], old[0])
             scalars = tuple(allocation.scopes.at(each, number) for each in per_scope)
             return _leaf_step(
-                halves(pair), scalars, old, moment, largest, second, taken, apply,
+                gradients, scalars, old, moment, largest, second, taken, apply,
                 dtype=jnp.dtype(dtype),
             )  # fmt: skip
 
         direction, momenta, moment, largest = map_leaves(
             leaf_step,
             structure,
-            structure.unflatten(range(len(leaves))),
-            structure.unflatten(leaves),
             state.second_moment,
             state.second_moment_maximum,
             *state.momenta,
