@@ -215,8 +215,8 @@ def gdmam_released(
       A transformation whose ``update`` takes a tree of `GradientPair` and the parameters.
 
     Raises:
-      ValueError: a number is out of range. While tracing: pairs whose halves differ, or a
-        structure or shape other than the parameters'.
+      ValueError: a number is out of range. While tracing: pairs whose halves differ, a structure or
+        shape other than the parameters', or ``present=``.
       TypeError: while tracing, an update that is not a `GradientPair`, or a parameter that is not
         floating-point.
 
@@ -329,10 +329,13 @@ class _Form:
         params: optax.Params | None = None,
         *,
         alignment: Any = None,
+        present: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReleasedState]:
         """Takes pairs, and returns one update and the new state."""
         del extra_args
+        if present is not None:
+            raise ValueError("gdmam_released has no absent losses; gdmam takes present=")
         check_state(state, ReleasedState)
         leaves, structure, previous = self.allocator.begin(
             updates, state.allocation, params, alignment, like=state.first_moment

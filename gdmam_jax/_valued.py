@@ -239,16 +239,10 @@ def dwa_weighting(*, temperature: Any = 2.0, every: Any = 1) -> RememberingWeigh
     check_range("every", every, 1, whole=True)
 
     def init(zeros: jax.Array) -> _Epochs:
-        means = [_losses_alone(zeros) for _ in range(3)]
-        counts = [jnp.zeros(zeros.shape[-1], jnp.int32) for _ in range(2)]
-        return _Epochs(
-            totals=means[0],
-            counts=counts[0],
-            last=means[1],
-            before=means[2],
-            epochs=counts[1],
-            steps=jnp.zeros((), jnp.int32),
-        )
+        start = _losses_alone(zeros)
+        none = jnp.zeros(start.shape, jnp.int32)
+        last, before, epochs = map(jnp.copy, (start, start, none))
+        return _Epochs(start, none, last, before, epochs, jnp.zeros((), jnp.int32))
 
     def update(gramian: Any, norms: Any, memory: _Epochs, losses: Losses) -> tuple[Any, Any]:
         del gramian, norms
@@ -327,13 +321,8 @@ def relobralo_weighting(
 
     def init(zeros: jax.Array) -> _Lookback:
         start = _losses_alone(zeros)
-        return _Lookback(
-            start + 1,
-            start,
-            jnp.copy(start),
-            jnp.zeros(start.shape, bool),
-            jnp.zeros((), jnp.int32),
-        )
+        seen, draws = jnp.zeros(start.shape, bool), jnp.zeros((), jnp.int32)
+        return _Lookback(start + 1, start, jnp.copy(start), seen, draws)
 
     def update(gramian: Any, norms: Any, memory: _Lookback, losses: Losses) -> tuple[Any, Any]:
         del gramian, norms

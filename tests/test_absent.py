@@ -204,6 +204,13 @@ def test_presence_of_other_losses_is_refused(present, message):
         )
 
 
+def test_the_released_form_has_no_absent_losses():
+    optimizer, w = gdmam.gdmam_released(0.1), jnp.ones(2)
+    state = optimizer.init(w)
+    with pytest.raises(ValueError, match="gdmam_released has no absent losses"):
+        optimizer.update(gdmam.GradientPair(w, w), state, w, present=(True, False))
+
+
 # By name.
 
 
