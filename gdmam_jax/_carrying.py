@@ -142,9 +142,10 @@ def _state(where: str, old: GDMAMState, new: GDMAMState) -> GDMAMState:
         return _moved(where, a, b, components, 1 + 2 * before, first)
 
     separate = len(new.momenta) > 1
-    if separate != (len(old.momenta) > 1):
+    if separate != (len(old.momenta) > 1) or _buffers(old) != _buffers(new):
         raise ValueError(
-            f"at {where} the states differ in momenta; make both optimizers with the same"
+            f"at {where} the states differ in momenta, mu_dtype, b2, amsgrad or their parameters; "
+            "make both optimizers with the same"
         )
     momenta, correction = old.momenta, old.momentum_correction
     if separate:
@@ -160,6 +161,13 @@ def _state(where: str, old: GDMAMState, new: GDMAMState) -> GDMAMState:
         momentum_correction=correction,
         momenta=momenta,
     )
+
+
+def _buffers(state: GDMAMState) -> Any:
+    """Structure, shapes and dtypes of the arrays that are like the parameters."""
+    trees = state.momenta[0], state.second_moment, state.second_moment_maximum
+    leaves, structure = jax.tree.flatten(trees)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _moved(

@@ -207,6 +207,8 @@ def test_accumulated_pairs_of_other_losses_are_dropped():
         (gdmam.gdmam(0.1), gdmam.gdmam(0.1, alignment_losses=("a",)), "alignment_losses=names"),
         (gdmam.gdmam(0.1), gdmam.gdmam(0.1, not_finite="skip"), "differ in scope or not_finite"),
         (gdmam.gdmam(0.1), gdmam.gdmam(0.1, momenta="separate"), "differ in momenta"),
+        (gdmam.gdmam(0.1), gdmam.gdmam(0.1, b2=None), "differ in momenta, mu_dtype, b2"),
+        (gdmam.gdmam(0.1), gdmam.gdmam(0.1, mu_dtype=jnp.bfloat16), "differ in momenta, mu_dtype"),
         (gdmam.gdmam(0.1), gdmam.gdmam(0.1, scope=gdmam.leaf_scope), "differ in scope"),
     ],
 )
