@@ -443,6 +443,14 @@ def test_paired_tests_of_a_difference_that_never_changes():
     assert p_folds == 0
 
 
+def test_the_test_over_folds_allows_for_their_overlap():
+    """With two folds t has one degree of freedom, whose distribution is Cauchy's."""
+    differences = np.array([[0.0, 5.0], [2.0, 1.0]])  # means of the seeds: 1 and 3
+    _, p_folds = tables.compare_runs(differences, np.zeros((2, 2)))
+    t = 2 / np.sqrt(2 * (1 / 2 + 1 / 1))
+    np.testing.assert_allclose(p_folds, 1 - 2 / np.pi * np.arctan(t), rtol=1e-12)
+
+
 def test_files_of_a_comparison_may_have_a_dot_in_their_name(monkeypatch, tmp_path):
     klds = {"a": {"rda": 0.5, "b": 0.4}, "c": {"rda": 0.5, "b": 0.6}}
     found = {name: _experiment(values | TRIVIAL, name) for name, values in klds.items()}

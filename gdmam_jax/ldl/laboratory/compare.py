@@ -45,8 +45,8 @@ def compare(
       A row for every set, in alphabetical order, and method, lowest mean rank first: ``data``;
       ``method``; ``verdict``, whether some method beats the trivial predictions; ``label``;
       ``trial``, the one that counts; ``kld``, its mean test KLD, and ``deviation`` over runs;
-      ``rank`` on the set, where ties share the mean of theirs; ``p against REFERENCE``, of the
-      paired t-test over folds; ``kld without features``, the best trivial prediction's.
+      ``rank`` on the set, where ties share the mean of theirs; ``p against REFERENCE``, over
+      folds, see `tables.compare_runs`; ``kld without features``, the best trivial prediction's.
 
     Raises:
       FileNotFoundError: a folder holds no results.
