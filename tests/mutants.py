@@ -1,4 +1,4 @@
-"""Small mistakes made in the core on purpose, each with the tests that must notice it.
+"""Small mistakes made on purpose, each with the tests that must notice it.
 
     python -m tests.mutants                # the mistakes of the list below
     python -m tests.mutants --random 60    # as many drawn from all that the syntax allows
@@ -37,6 +37,9 @@ class Mutant:
 
 
 SCOPES = "tests/test_geometry.py -k scope"
+PROGRAM = "ldl/laboratory/program"
+NUMBERS = "tests/ldl/test_experiment.py -k numpy_finds"
+SHORT = "tests/ldl/test_experiment.py -k by_hand"
 MUTANTS = (
     Mutant(
         "several alignment losses together outvote the prediction", "_gates",
@@ -364,6 +367,40 @@ MUTANTS = (
         "a line search loses what else the losses are given", "_optimizers",
         "            @functools.wraps(losses_of)\n", "",
         "tests/compatibility/test_allocate.py -k hands_on",
+    ),
+    Mutant(
+        "the laboratory takes validation rows for natural ones", PROGRAM,
+        "arrays.natural[run.fold]", "arrays.validation[run.fold]", NUMBERS,
+    ),
+    Mutant(
+        "the laboratory's rare labels count less", PROGRAM,
+        "(target / arrays.frequency[run.fold])", "(target * arrays.frequency[run.fold])", NUMBERS,
+    ),
+    Mutant(
+        "the laboratory averages all epochs", PROGRAM,
+        "first = self.model.configuration.epochs // 2", "first = 0", NUMBERS,
+    ),
+    Mutant(
+        "the laboratory tests on padding", PROGRAM,
+        "arrays.labels[rows], mask, head", "arrays.labels[rows], None, head", NUMBERS,
+    ),
+    Mutant(
+        "the laboratory exchanges head and tail", PROGRAM,
+        "head=arrays.head[run.fold]", "head=~arrays.head[run.fold]", NUMBERS,
+    ),
+    Mutant(
+        "the laboratory trains on padding", PROGRAM,
+        "mask = (jnp.arange(size) < present.sum()).reshape(rows.shape)",
+        "mask = jnp.ones(rows.shape, bool)", SHORT,
+    ),
+    Mutant(
+        "the laboratory never rescales losses", PROGRAM,
+        "self.method.rescale(*pair), pair", "pair, pair", SHORT,
+    ),
+    Mutant(
+        "the laboratory forgets the factors of the alignment loss's terms", PROGRAM,
+        "self.model.configuration.alignment_weight * factor",
+        "self.model.configuration.alignment_weight", SHORT,
     ),
 )  # fmt: skip
 

@@ -222,6 +222,15 @@ def test_films():
     assert films.features.shape == (15713, 15)
     assert films.row_names[films.labels[:, 9].argmax()] == "All About Lurleen"
     folds = data.make_folds(films)
+    for fold in range(10):  # no row has two uses
+        parts = (
+            folds.train[fold][folds.train_mask[fold]],
+            folds.validation[fold],
+            folds.natural[fold],
+            folds.test[fold][folds.test_mask[fold]],
+        )
+        rows = np.concatenate(parts)
+        assert len(np.unique(rows)) == len(rows)
     training = films.labels[folds.train[0]].sum(0)
     assert training.max() / training.min() > 15
 

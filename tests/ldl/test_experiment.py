@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from jax.flatten_util import ravel_pytree
 from typer.testing import CliRunner
 
 import gdmam_jax as gdmam
+from gdmam_jax import ldl
 from gdmam_jax.ldl import data
 from gdmam_jax.ldl.__main__ import _spelled, app, keep_compiled
 from gdmam_jax.ldl.laboratory import (
@@ -50,10 +53,17 @@ SMALL = protocol.Configuration(
 
 @pytest.fixture(scope="module")
 def dataset():
-    """43 rows: folds of 21 and 22 rows, so the last batch is short, and empty in neither."""
+    """69 rows, of which folds train on 20 and 22, so the last batch is short, and empty in neither.
+
+    Test folds have 35 and 34 rows. 8 and 7 rows are left out.
+    """
     rng = np.random.default_rng(0)
     return data.from_arrays(
-        rng.normal(size=(43, 5)), rng.dirichlet(np.ones(4), 43), name="small", normalize=True
+        rng.normal(size=(69, 5)),
+        rng.dirichlet(np.ones(4), 69),
+        name="small",
+        normalize=True,
+        sampler=lambda labels, fold: np.argsort(labels[:, 0])[: 26 + 2 * fold],
     )
 
 
@@ -220,8 +230,12 @@ def test_a_folder_is_one_experiment(dataset, finished, change):
 
 
 def test_a_run_that_is_not_imbalanced_is_told(dataset, finished):
-    with pytest.warns(UserWarning, match="small is not made imbalanced: .*; give it a sampler"):
-        _run(dataset, finished[0])
+    whole = dataclasses.replace(dataset, sampler=None)
+    with (
+        pytest.warns(UserWarning, match="small is not made imbalanced: .*; give it a sampler"),
+        pytest.raises(ValueError, match="is of another data"),
+    ):
+        _run(whole, finished[0])
 
 
 def test_checkpoints_go_by_work_done(tmp_path, monkeypatch):
@@ -312,7 +326,7 @@ def test_trivial_baselines_are_in_the_results(dataset, finished):
     for fold in range(2):
         tested = folds.test[fold][folds.test_mask[fold]]
         trained = folds.train[fold][folds.train_mask[fold]]
-        untouched = np.setdiff1d(np.arange(43), tested)
+        untouched = np.setdiff1d(np.arange(69), tested)
         target = dataset.labels[tested]
         for name, prediction in (
             ("trivial-uniform", np.full(4, 0.25)),
@@ -526,6 +540,101 @@ def test_selections_test_the_parameters_they_name(finished):
         np.testing.assert_allclose(last["shown"].sum(-1), 1, rtol=1e-5)
 
 
+def _model():
+    """A model of the fixture's, and a function from a vector to its parameters."""
+    made = ldl.RDA(5, 4, SMALL.hidden, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(made)
+    vector, tree = ravel_pytree(state)
+    return vector, lambda params: nnx.merge(graph, tree(params))
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_the_numbers_of_a_training_are_those_that_numpy_finds(dataset, fold):
+    """From the parameters of its state: on test rows, held-out rows, and of the average."""
+    folds = data.make_folds(dataset, folds=2, validation_size=6)
+    built = experiment.build(methods.find("gdmam"), folds, SMALL)
+    run = program.run_of(fold, 1, 1e-2, methods.find("gdmam").settings["preference=1"])
+    state, _ = built.advance(built.init(run), run, jnp.int32(0), 2)
+    state, history = built.advance(state, run, jnp.int32(2), 2)
+    training_rows = folds.labels[folds.train[fold][folds.train_mask[fold]]]
+    frequency = training_rows.sum(0, dtype=np.float64)
+    head = frequency >= np.sort(frequency)[2]
+    test = folds.test[fold][folds.test_mask[fold]]
+    model = _model()[1]
+
+    def found(params, rows):
+        """Labels of the rows, and what a vector of parameters predicts for them."""
+        predicted = jax.nn.softmax(model(jnp.asarray(params))(folds.features[rows]))
+        return np.asarray(folds.labels[rows], np.float64), np.asarray(predicted, np.float64)
+
+    def klds(labels, predicted):
+        return (labels * np.log(labels / predicted)).sum(1)
+
+    def held_out(params):
+        validation = found(params, folds.validation[fold])
+        return {
+            "validation": klds(*validation).mean(),
+            "reweighted": np.average(klds(*validation), weights=(validation[0] / frequency).sum(1)),
+            "natural": klds(*found(params, folds.natural[fold])).mean(),
+        }
+
+    results_ = built.finish(state, run)
+    tested = dict(zip(protocol.HELD_OUT, state.best.params, strict=True))
+    for name, params in (tested | {"last": state.params, "average": state.average}).items():
+        labels, predicted = found(params, test)
+        distances = np.square(labels - predicted)
+        expected = {
+            "kld": klds(labels, predicted).mean(),
+            "euclidean_head": np.sqrt(distances[:, head].sum(1)).mean(),
+            "euclidean_tail": np.sqrt(distances[:, ~head].sum(1)).mean(),
+        }
+        for measure, value in expected.items():
+            np.testing.assert_allclose(results_[name]["measures"][measure], value, rtol=1e-4)
+        for rows, value in held_out(params).items():
+            np.testing.assert_allclose(results_[name]["held_out"][rows], value, rtol=1e-4)
+    # The mean over epochs 3 and 4 of four: epoch 3's parameters are twice it less the last ones.
+    third = held_out(2 * state.average - state.params)
+    for rows, value in third.items():
+        np.testing.assert_allclose(history[f"{rows}_kld"][0], value, rtol=1e-4)
+
+
+def test_a_step_of_rda_on_a_short_batch_is_one_by_hand(dataset):
+    """On the rows that are there, with the factors of the alignment loss's terms."""
+    folds, rate = data.make_folds(dataset, folds=2, validation_size=6), 0.1
+    method = dataclasses.replace(
+        methods.find("rda"),
+        optimizer=lambda rate: gdmam.summed(optax.sgd(rate)),
+        alignment_weights=(0.5, 20.0, 3.0),
+    )
+    vector, model = _model()
+    loop = program._Loop(program._Model(5, 4, SMALL), method, SMALL.batch_size, 2)
+    run, arrays = program.run_of(0, 0, rate), program.arrays_of(folds)
+    rows, mask, noise = loop.batches(jnp.int32(0), run, arrays)
+    training_rows = folds.train[0][folds.train_mask[0]]
+    assert sorted(rows[mask].tolist()) == sorted(training_rows.tolist())
+    assert mask.sum(1).tolist() == [16, 4]
+    last = rows[1], mask[1], noise[1]
+    (stepped, _), _ = loop.step((vector, loop.optimizer(run).init(vector)), last, run, arrays)
+    x, y = folds.features[rows[1, :4]], folds.labels[rows[1, :4]]
+
+    def prediction_loss(logits, target, weights):
+        frequency = folds.labels[training_rows].sum(0)
+        return ldl.distribution_balanced(logits, target, frequency, 20, weights)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        prediction, alignment = ldl.rda_losses(
+            model(params), x, y, noise[1, :, :4], prediction_loss,
+            recovery_weight=0.05, target_weight=2.0, similarity_weight=0.3,
+        )  # fmt: skip
+        total = prediction + alignment
+        return total / jax.lax.stop_gradient(total)
+
+    step = rate * gradient(vector)
+    np.testing.assert_allclose(stepped, vector - step, atol=1e-4 * jnp.abs(step).max())
+
+
 def stop_rendering(monkeypatch):
     """Figures are drawn all the same: rendering is what takes the time."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: path.touch())
@@ -694,7 +803,7 @@ def test_help_lists_what_can_be_named():
 
 @pytest.fixture
 def command(tmp_path, dataset):
-    features = np.column_stack([dataset.features, np.ones(43)])
+    features = np.column_stack([dataset.features, np.ones(69)])
     np.savez(tmp_path / "small.npz", features=features, labels=dataset.labels)
 
     def invoke(*options):
@@ -711,7 +820,7 @@ def command(tmp_path, dataset):
     [
         (("--drop-constant", "--rows", "9"), "--rows needs --imbalance thresholds, or a number"),
         (("--drop-constant", "--imbalance", "0.5"), "--imbalance must be auto, thresholds, none"),
-        (("--drop-constant", "--imbalance", "thresholds"), "cannot keep 100 of 21 rows"),
+        (("--drop-constant", "--imbalance", "thresholds"), "cannot keep 100 of 34 rows"),
         ((), "of column 5, in float32; drop_constant=True leaves such columns out"),
         (("--data", "Moovie"), "unknown data set 'Moovie'"),
     ],
