@@ -478,6 +478,17 @@ def test_files_of_a_comparison_may_have_a_dot_in_their_name(monkeypatch, tmp_pat
     assert files == {f"rate{rate}.{end}" for rate in ("0.01", "0.003") for end in ("md", "csv")}
 
 
+def test_rates_that_differ_have_names_that_differ():
+    """Six digits where these tell them apart in float32, and one name where nothing does."""
+    given = 1e-3, 1.0000001e-3, 1.000001e-3, 3.1622776e-3, 3.16228e-3
+    configuration = dataclasses.replace(SMALL, learning_rates=given)
+    found = experiment.trials(methods.find("rda"), configuration)
+    names = ["0.001", "0.00100000098", "0.00316227763", "0.00316228"]
+    assert [trial.name for trial in found] == names
+    rates = np.float32([trial.learning_rate for trial in found])
+    np.testing.assert_array_equal(rates, np.float32([given[i] for i in (0, 2, 3, 4)]))
+
+
 def test_a_trial_that_was_given_up_does_not_hide_its_method(tmp_path):
     path, method = tmp_path / "method.json", methods.find("rda")
     for rates, finished in (((0.1, 0.01), "0.01"), ((0.001,), None)):

@@ -52,6 +52,9 @@ class Trial:
 def trials(method: Method, configuration: Configuration) -> list[Trial]:
     """What a method is trained with.
 
+    A rate's name has six digits, or nine if six do not tell it from another rate in float32, in
+    which programs have it. Rates that are the same in float32 are one.
+
     Examples:
       >>> from gdmam_jax.ldl.laboratory import methods
       >>> configuration = Configuration(learning_rates=(1e-3, 3e-3))
@@ -60,10 +63,15 @@ def trials(method: Method, configuration: Configuration) -> list[Trial]:
     """
     settings = method.settings or {"": 0.0}
     return [
-        Trial(f"{rate:g}" + f"-{name}" * (len(settings) > 1), rate, setting)
-        for rate in dict.fromkeys(configuration.learning_rates)
+        Trial(rate + f"-{name}" * (len(settings) > 1), float(rate), setting)
+        for rate in dict.fromkeys(map(_rate_name, configuration.learning_rates))
         for name, setting in settings.items()
     ]
+
+
+def _rate_name(rate: float) -> str:
+    short, exact = f"{rate:g}", np.float32(rate)
+    return short if np.float32(short) == exact else f"{exact:.9g}"
 
 
 def work(method: Method, configuration: Configuration) -> int:
