@@ -82,6 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default="films", help="films, a registered set's name, or a file")
     parser.add_argument("--data-folder", type=Path, help="where registered sets lie")
+    parser.add_argument(
+        "--normalize", action="store_true", help="divide rows of labels by their sum"
+    )
+    parser.add_argument("--drop-constant", action="store_true", help="leave out constant features")
     parser.add_argument("--out", type=Path, required=True, help="results; resumed if there are any")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="two or more to try"
@@ -101,7 +105,12 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*renormalised")
         try:
-            dataset = data.find(args.data, folder=args.data_folder)
+            dataset = data.find(
+                args.data,
+                folder=args.data_folder,
+                normalize=args.normalize,
+                drop_constant=args.drop_constant,
+            )
             configuration = Configuration(
                 folds=args.folds, seeds=1, epochs=args.epochs, learning_rates=tuple(args.rates)
             )

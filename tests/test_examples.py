@@ -152,3 +152,15 @@ def test_ldl_choices_refuses_unknown_variants(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         example.main()
     assert "file cannot be written" in capsys.readouterr().err
+
+
+def test_ldl_choices_takes_files_as_the_command_does(tmp_path, monkeypatch, capsys):
+    """Rows are divided by their sum, a constant column is left out, and three rows are too few."""
+    example = load_example("ldl_choices")
+    path = tmp_path / "small.npz"
+    np.savez(path, features=[[1, 2], [1, 3], [1, 4]], labels=np.ones((3, 2)))
+    arguments = ["x", "--out", str(tmp_path), "--data", str(path), "--normalize", "--drop-constant"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "3 rows are too few for 10 folds" in capsys.readouterr().err
