@@ -1,7 +1,8 @@
 """Options that the benchmarks' command lines share, and how they are read."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,18 +16,29 @@ Losses = Annotated[
 Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
 
 
-def numbers(
-    text: str, option: str, least: float = 1, kind: Callable[[float], Any] = int
-) -> list[Any]:
+def numbers(text: str, option: str, least: int = 1) -> list[int]:
+    found = _floats(text, option)
+    if not all(each >= least and each.is_integer() for each in found):
+        raise typer.BadParameter(
+            f"{option} must be whole numbers of at least {least}, got {text!r}"
+        )
+    return [int(each) for each in found]
+
+
+def learning_rates(text: str, option: str) -> list[float]:
+    found = _floats(text, option)
+    if not all(0 < each < math.inf for each in found):
+        raise typer.BadParameter(f"{option} must be finite and above 0, got {text!r}")
+    return found
+
+
+def _floats(text: str, option: str) -> list[float]:
     try:
-        found = [kind(float(part)) for part in text.split(",")]
-    except (ValueError, OverflowError):
+        return [float(part) for part in text.split(",")]
+    except ValueError:
         raise typer.BadParameter(
             f"{option} must be numbers separated by commas, got {text!r}"
         ) from None
-    if not all(each >= least for each in found):
-        raise typer.BadParameter(f"{option} must be at least {least}, got {text}")
-    return found
 
 
 def loss_counts(text: str) -> list[int]:

@@ -192,7 +192,7 @@ def test_compile_has_weightings(name, losses):
 def test_one_loss_is_no_case(command):
     result = CliRunner().invoke(app, [command, "--losses", "3,1"])
     assert result.exit_code == 2
-    assert "--losses must be at least 2" in result.output
+    assert "--losses must be whole numbers of at least 2" in result.output
 
 
 def test_unknown_names_are_refused():
@@ -208,6 +208,7 @@ def test_unknown_names_are_refused():
     "options",
     [
         ("update", "--leaves", "0"),
+        ("update", "--leaves", "2.7"),
         ("update", "--dtype", "float8"),
         ("update", "--mu-dtype", "float8"),
         ("pair", "--models", ""),

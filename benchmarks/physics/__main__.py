@@ -17,7 +17,7 @@ from benchmarks.options import (
     already_run,
     known_name,
     known_names,
-    numbers,
+    learning_rates,
 )
 from benchmarks.physics import report as reports
 from benchmarks.physics.equations import CHOSEN_ON, EQUATIONS, HELD_OUT
@@ -98,7 +98,7 @@ def run(
                 f"got {steps}"
             )
         scale = scale._replace(steps=steps)
-    grid = numbers(rates, "--rates", 0, float)
+    grid = learning_rates(rates, "--rates")
     settings = {
         "scale": scale._asdict(), "rates": grid, "seeds": seeds,
         "tuning_seeds": tuning_seeds, "losses": losses,
@@ -187,19 +187,27 @@ def _compare(
 
 @app.command()
 def report(
-    out: Folder = Path("results/physics"),
-    picture: Annotated[Path | None, typer.Option(help="Where to draw the curves.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Where to write every final error.")] = None,
+    out: Annotated[
+        list[Path], typer.Option(help="Folders; of a run in several, the first's counts.")
+    ] = [Path("results/physics")],  # noqa: B006
+    picture: Annotated[
+        Path | None, typer.Option(help="Where to draw the first folder's curves.")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Where to write every final error of all folders.")
+    ] = None,
     step: Annotated[
         Path | None,
         typer.Option(help="What `step --output` wrote, for a picture over seconds on one core."),
     ] = None,
 ) -> None:
-    """Print the table of what has been run; draw the errors over the steps, or over seconds."""
-    records = reports.load(out)
-    if not records:
-        raise typer.BadParameter(f"no results in {out}; run the benchmark first")
-    typer.echo(reports.table(records))
+    """Print a table of what is in each folder; draw the errors over the steps, or over seconds."""
+    folders = [reports.load(folder) for folder in out]
+    for folder, records in zip(out, folders, strict=True):
+        if not records:
+            raise typer.BadParameter(f"no results in {folder}; run the benchmark first")
+        typer.echo(reports.table(records))
+    records = folders[0]
     if picture is not None and step is None:
         reports.draw(records, picture)
     elif picture is not None:
@@ -210,7 +218,7 @@ def report(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     if csv is not None:
-        reports.write_csv(records, csv)
+        reports.write_csv(folders, csv)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What the runs say: a table, curves, and a file with every error."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from csv import DictReader
@@ -69,14 +70,19 @@ def table(records: Records) -> str:
     return "\n".join(lines)
 
 
-def write_csv(records: Records, path: Path) -> None:
-    """One line for each run: equation, method, extras, steps, rate, seed, final error."""
-    lines = ["equation,method,extras,steps,rate,seed,error"]
-    for equation, found in records.items():
-        for name, record in found.items():
+def write_csv(folders: Sequence[Records], path: Path) -> None:
+    """One line for each run: equation, method, extras, steps, rate, seed, final error.
+
+    Where several folders have the same, rates and seeds aside, the first one's runs count.
+    """
+    runs: dict[str, list[str]] = {}
+    for equation, name, records in itertools.product(EQUATIONS, ALL_METHODS, folders):
+        if record := records.get(equation, {}).get(name):
             steps, extras = record["settings"]["scale"]["steps"], record["extras"]
-            run = f"{equation},{name},{extras.replace(',', ' ')},{steps},{record['rate']:g}"
-            lines += [f"{run},{seed},{error:.6g}" for seed, error in enumerate(finals(record))]
+            run, rate = f"{equation},{name},{extras.replace(',', ' ')},{steps}", record["rate"]
+            errors = enumerate(finals(record))
+            runs.setdefault(run, [f"{run},{rate:g},{seed},{error:.6g}" for seed, error in errors])
+    lines = ["equation,method,extras,steps,rate,seed,error", *itertools.chain(*runs.values())]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 

@@ -1,6 +1,10 @@
 """The trainer and its command line, on few steps."""
 
+import csv
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +56,9 @@ def test_the_command_resumes_reports_and_refuses(tmp_path, monkeypatch):
     assert "settings" in other.output
     assert invoke(*given, "--methods", "nonsense").exit_code == 2
     for wrong, word in ((("--steps", 100), "warm-up"), (("--steps", 201), "multiple of 2"),
-                        (("--rates", "fast"), "must be numbers")):  # fmt: skip
+                        (("--rates", "fast"), "must be numbers"), (("--rates", "nan"), "above 0"),
+                        (("--rates", "inf"), "above 0"), (("--rates", "1,0"), "above 0"),
+    ):  # fmt: skip
         assert word in invoke(*given, "--methods", "summed", *wrong).output
     picture, csv = tmp_path / "new" / "curves.png", tmp_path / "new" / "errors.csv"
     result = invoke("report", "--out", tmp_path, "--picture", picture, "--csv", csv)
@@ -64,6 +70,67 @@ def test_the_command_resumes_reports_and_refuses(tmp_path, monkeypatch):
     median = np.median(np.array(record["errors"])[:, -1])
     assert f"{median:.2g}" in result.output
     assert invoke("report", "--out", tmp_path / "none").exit_code == 2
+
+
+def test_the_rate_is_the_best_on_seeds_of_its_own(monkeypatch, tmp_path):
+    finals = {
+        1e-3: {1000: 1e-9, 1001: np.nan, 0: 0.1, 1: 0.1, 2: 0.1},
+        3e-3: {1000: 0.2, 1001: 0.2, 0: 0.2, 1: 0.2, 2: 0.2},
+        1e-2: {1000: 0.9, 1001: 1e-4, 0: 0.3, 1: 0.4, 2: 0.5},  # The lowest geometric mean.
+    }
+    asked = []
+
+    def fake(problem, method, rates, seeds, scale, losses):
+        asked.append(set(zip(rates.tolist(), seeds.tolist(), strict=True)))
+        errors = np.array([finals[r][s] for r, s in zip(rates, seeds, strict=True)])
+        return training.Curves(np.stack([1 - errors, errors], axis=1), np.zeros((len(seeds), 2)))
+
+    monkeypatch.setattr(command, "train", fake)
+    given = ["--equations", "heat", "--methods", "gdmam", "--rates", "1e-3,3e-3,1e-2"]
+    assert invoke("run", "--out", tmp_path, *given, "--seeds", 3).exit_code == 0
+    record = json.loads((tmp_path / "heat-gdmam.json").read_text())
+    tuning, results = asked
+    assert tuning == {(rate, seed) for rate in finals for seed in (1000, 1001)}
+    assert results == {(1e-2, seed) for seed in range(3)}
+    assert record["rate"] == 1e-2
+    assert [errors[-1] for errors in record["errors"]] == [0.3, 0.4, 0.5]
+
+
+def test_the_printed_commands_run_one_after_another_and_make_the_files(monkeypatch, tmp_path):
+    """Nothing is trained: each rate that the files have is the best."""
+    docs = Path(__file__).parents[2] / "docs"
+    tables = {f"docs/{path.name}": path.read_text() for path in docs.glob("physics*.csv")}
+    runs = {name: [*csv.DictReader(text.splitlines())] for name, text in tables.items()}
+    best = {
+        (run["equation"], run["method"], int(run["steps"]), losses): float(run["rate"])
+        for name, found in runs.items()
+        for losses in [2 + (name == "docs/physics_3.csv")]
+        for run in found
+    }
+
+    def fake(problem, method, rates, seeds, scale, losses):
+        rate = best.get((problem.name, method, scale.steps, losses), rates[0])
+        return training.Curves(*[np.where(np.asarray(rates) == rate, 0.1, 0.9)[:, None]] * 2)
+
+    def write(path, record):  # Without waiting for the disk, 500 times.
+        path.write_text(json.dumps(record))
+
+    monkeypatch.setattr(command, "train", fake)
+    monkeypatch.setattr(storage, "write_json", write)
+    monkeypatch.chdir(tmp_path)
+    pages = [docs / f"physics{page}.md" for page in ("", "_choices", "_optimizers")]
+    text = "\n".join(page.read_text().replace("\\\n", "") for page in pages)
+    for line in re.findall(r"^python -m benchmarks\.physics (run .*)", text, re.MULTILINE):
+        result = invoke(*shlex.split(line))
+        assert result.exit_code == 0, result.output
+    text = (docs.parent / "CONTRIBUTING.md").read_text()
+    reported = re.findall(r"`python -m benchmarks\.physics (report .* --csv (\S+))`", text)
+    assert {name for _, name in reported} == runs.keys()
+    for line, name in reported:
+        assert invoke(*shlex.split(line)).exit_code == 0
+        made = [*csv.DictReader(Path(name).read_text().splitlines())]
+        keys = [[{**run, "error": ""} for run in found] for found in (made, runs[name])]
+        assert sorted(map(str, keys[0])) == sorted(map(str, keys[1]))
 
 
 def test_the_time_of_a_step_is_told_side_by_side(tmp_path, monkeypatch):
@@ -90,18 +157,18 @@ def test_the_time_of_a_step_is_told_side_by_side(tmp_path, monkeypatch):
 
 def test_pictures_of_final_errors_and_over_seconds(tmp_path):
     csv, times, drawn = (tmp_path / name for name in ("all.csv", "step.json", "new/picture.png"))
-    reports.write_csv({}, csv)
+    reports.write_csv([], csv)
     refused = invoke("finals", csv, drawn)
     assert refused.exit_code == 2
     assert "runs of all of" in " ".join(refused.output.replace("│", "").split())
     methods = [f"{name} {front}" for name in reports.OPTIMIZERS for front in reports.LINES]
     record = {"errors": [[0.5, 0.1], [0.4, 0.2]], "rate": 1e-2, "extras": "fourier,causal"}
     record |= {"milliseconds": 1.0, "settings": {"scale": TINY._asdict()}}
-    reports.write_csv({"heat": dict.fromkeys([*reports.FINALS, *methods], record)}, csv)
+    reports.write_csv([{"heat": dict.fromkeys([*reports.FINALS, *methods], record)}], csv)
     assert csv.read_text().splitlines()[2] == "heat,summed,fourier causal,200,0.01,1,0.2"
     assert invoke("finals", csv, drawn).exit_code == 2  # All have extras.
     record |= {"extras": ""}
-    reports.write_csv({"heat": dict.fromkeys([*reports.FINALS, *methods], record)}, csv)
+    reports.write_csv([{"heat": dict.fromkeys([*reports.FINALS, *methods], record)}], csv)
     assert invoke("finals", csv, drawn).exit_code == 0
     assert drawn.read_bytes().startswith(b"\x89PNG")
     drawn.unlink()
