@@ -206,8 +206,8 @@ def main():
     )
     parser.add_argument("--output", type=Path, help="where to write every final error, as JSON")
     arguments = parser.parse_args()
-    if arguments.seeds < 1:
-        parser.error("--seeds must be at least 1")
+    if arguments.seeds < 1 or arguments.width < 1:
+        parser.error("--seeds and --width must be at least 1")
     if arguments.steps < 200 or arguments.steps % RECORD:
         parser.error(f"--steps must be a multiple of {RECORD}, at least 200")
     if arguments.output is not None:

@@ -123,6 +123,8 @@ def main():
     for name in ("pretraining_epochs", "epochs", "rank"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.seed < 0:
+        parser.error("--seed must be at least 0")
 
     train, test = load_data()
     pretrained = Reader(options.rank, nnx.Rngs(options.seed))

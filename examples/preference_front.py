@@ -219,6 +219,8 @@ def main():
         parser.error(f"--steps must be a multiple of {BLOCK}, at least {BLOCK}")
     if options.count < 2 or options.width < 1:
         parser.error("--count must be at least 2, and --width at least 1")
+    if options.seed < 0:
+        parser.error("--seed must be at least 0")
     if not 0 <= options.wrong <= 1:
         parser.error("--wrong must be between 0 and 1")
 

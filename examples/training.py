@@ -82,9 +82,15 @@ def start(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Mesh]:
     elif arguments.num_processes is not None or arguments.process_id is not None:
         parser.error("--num-processes and --process-id need --coordinator or --distributed")
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    for flag in ("steps", "batch", "print_every", "save_every"):
-        if getattr(arguments, flag) < 1:
+    sizes = ("width", "hidden", "layers", "heads", "context")  # Each example has some of them.
+    for flag in ("steps", "batch", "print_every", "save_every", *sizes):
+        if getattr(arguments, flag, 1) < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1")
+    if arguments.seed < 0:
+        parser.error("--seed must be at least 0")
+    size = "width" if hasattr(arguments, "width") else "hidden"
+    if getattr(arguments, "encoder", "vit") == "vit" and getattr(arguments, size) % arguments.heads:
+        parser.error(f"--heads must divide --{size}")
     if arguments.batch % mesh.size:
         parser.error(f"--batch {arguments.batch} does not divide over {mesh.size} devices")
     return arguments, mesh

@@ -115,13 +115,20 @@ def test_burgers_residual_of_the_solution_vanishes(x64):
     assert np.min(np.abs(wrong)) > 1e-4
 
 
-def test_burgers_refuses_steps_that_make_no_record(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "150"], "multiple of 100"),
+        (["--width", "0"], "--width must be at least 1"),
+    ],
+)
+def test_burgers_refuses_what_it_cannot_do(flags, message, monkeypatch, capsys):
     example = load_example("burgers")
-    monkeypatch.setattr(sys, "argv", ["burgers.py", "--steps", "150"])
+    monkeypatch.setattr(sys, "argv", ["burgers.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         example.main()
     assert stopped.value.code == 2
-    assert "multiple of 100" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_ldl_choices_compares_variants(tmp_path, monkeypatch, capsys):

@@ -41,6 +41,7 @@ def test_linen_train_state_learns(monkeypatch, capsys):
     ("name", "arguments", "message"),
     [
         ("nnx_lora", ["--epochs", "0"], "--epochs must be at least 1"),
+        ("nnx_lora", ["--seed", "-1"], "--seed must be at least 0"),
         ("linen_train_state", ["--labels", "5"], "--labels must lie between 10 and 1400"),
     ],
 )

@@ -93,10 +93,21 @@ def test_blends_are_known_proportions(load):
     assert 0 <= images.min() <= images.max() <= 1
 
 
-def test_a_batch_that_does_not_divide_is_refused(load, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("language_model", ["--batch", "9"], "--batch 9 does not divide over 8 devices"),
+        ("language_model", ["--context", "0"], "--context must be at least 1"),
+        ("language_model", ["--heads", "3"], "--heads must divide --width"),
+        ("image_labels", ["--hidden", "0"], "--hidden must be at least 1"),
+        ("image_labels", [*VIT, "--heads", "3"], "--heads must divide --hidden"),
+        ("image_labels", ["--seed", "-1"], "--seed must be at least 0"),
+    ],
+)
+def test_impossible_flags_are_refused(load, name, flags, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(load("language_model"), monkeypatch, capsys, "--batch", "9")
-    assert "--batch 9 does not divide over 8 devices" in capsys.readouterr().err
+        run(load(name), monkeypatch, capsys, *flags)
+    assert message in capsys.readouterr().err
 
 
 def test_processes_without_a_coordinator_are_refused(load, monkeypatch, capsys):

@@ -74,7 +74,11 @@ def test_a_third_of_the_labels_is_drawn_and_none_of_the_test_images(example):
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("--steps", "150", "multiple of 100"), ("--wrong", "1.5", "between 0 and 1")],
+    [
+        ("--steps", "150", "multiple of 100"),
+        ("--wrong", "1.5", "between 0 and 1"),
+        ("--seed", "-1", "at least 0"),
+    ],
 )
 def test_impossible_options_are_refused(example, monkeypatch, capsys, option, value, message):
     monkeypatch.setattr(sys, "argv", ["preference_front.py", option, value])
