@@ -79,8 +79,8 @@ def test_update_of_several_losses(tmp_path):
 )
 def test_pair(shallow, tmp_path, model, losses, options):
     rows = run(
-        tmp_path, "pair", "--models", model, "--losses", str(losses), "--batch", "8",
-        "--width", "32", "--rounds", "1", *options,
+        tmp_path, "pair", "--models", model, "--losses", str(losses), "--batch", "1",
+        "--width", "64", "--rounds", "1", *options,
     )  # fmt: skip
     ways = [
         "JAX summed", "JAX paired", "JAX paired, UPGrad", "JAX batched",
@@ -99,7 +99,7 @@ def test_pair(shallow, tmp_path, model, losses, options):
 
 def test_fork(shallow, tmp_path):
     rows = run(
-        tmp_path, "fork", "--models", "mlp", "--losses", "3", "--batch", "8", "--width", "32",
+        tmp_path, "fork", "--models", "mlp", "--losses", "3", "--batch", "2", "--width", "64",
         "--rounds", "1",
     )  # fmt: skip
     ways = [
@@ -110,7 +110,7 @@ def test_fork(shallow, tmp_path):
     assert [(row["losses"], row["way"]) for row in rows] == [(3, way) for way in ways]
     memory = {row["way"]: row["MiB"] for row in rows}
     # Nothing of the parameters' size beside the summed loss's gradient.
-    half = pair.MLP_LAYERS * 32 * 32 * 4 / 2**20 / 2
+    half = pair.MLP_LAYERS * 64 * 64 * 4 / 2**20 / 2
     assert memory["JAX fork, UPGrad, state"] < memory["JAX summed"] + half
 
 
