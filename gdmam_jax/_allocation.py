@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._checks import check_choice, check_function, check_losses, check_range, check_state
+from gdmam_jax._checks import check_choice, check_chosen, check_losses, check_range, check_state
 from gdmam_jax._gates import Gate, open_gate, priority_gate
 from gdmam_jax._geometry import ALIGNMENT_SCALARS, Geometry, gramian, norms
 from gdmam_jax._losses import Losses, Names, arranged, as_array, by_loss
@@ -31,10 +31,6 @@ from gdmam_jax._weightings import Weighting, unit_weighting
 
 LARGEST_RATIO = 1e12
 """The largest ratio of the weighed norms that a gate is given."""
-STATIC = (
-    "; optax.inject_hyperparams treats functions as schedules: give it "
-    "static_args=('weighting', 'gate', 'momentum', 'scope')"
-)
 
 
 @pytree_dataclass
@@ -124,10 +120,10 @@ class Allocator:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        check_weighting(self.weighting, STATIC)
-        check_function("gate", self.gate, STATIC)
+        check_weighting(self.weighting)
+        check_chosen("gate", self.gate)
         if self.scope is not None:
-            check_function("scope", self.scope, STATIC)
+            check_chosen("scope", self.scope)
         check_range("statistics_decay", self.statistics_decay, 0, 1, below_maximum=True)
         check_losses(self.alignment_losses)
         as_axis_names(self.axis_name)

@@ -71,7 +71,7 @@ def carry_over(old_state: optax.OptState, new_state: optax.OptState) -> optax.Op
 
 def _carried(where: str, old: Any, new: Any) -> Any:
     if type(old) is not type(new) and isinstance(new, Allocation | GDMAMState):
-        raise ValueError(f"at {where} expected a {type(new).__name__}, got a {type(old).__name__}")
+        raise ValueError(f"at {where} expected {type(new).__name__}, got {type(old).__name__}")
     if isinstance(new, Allocation):
         return _allocation(where, old, new)
     if isinstance(new, GDMAMState):

@@ -98,7 +98,7 @@ def check_state(state: Any, kind: type) -> None:
     """Raise a ``TypeError`` unless ``state`` is an optimizer state of this kind."""
     if not isinstance(state, kind):
         raise TypeError(
-            f"expected the optimizer state, a {kind.__name__}, got a {type(state).__name__}; make "
+            f"expected the optimizer state, a {kind.__name__}, got {type(state).__name__}; make "
             "one with this optimizer's init"
         )
 
@@ -125,6 +125,24 @@ def check_function(name: str, value: Any, advice: str = "") -> None:
     """Raise a ``TypeError`` that names ``name`` unless ``value`` can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be a function, got {value!r}{advice}")
+
+
+def check_chosen(name: str, value: Any) -> None:
+    """`check_function` of an optimizer's choice, with what to write instead."""
+    if hasattr(value, "update"):
+        advice = (
+            "; an optimizer goes behind: write weighed(optimizer, weighting), or "
+            "optax.chain(allocate(weighting), optimizer)"
+        )
+    elif isinstance(value, int | float | str | None):
+        momentum = name == "momentum" and isinstance(value, float)
+        advice = f"; write constant_momentum(initial={value})" if momentum else ""
+    else:
+        advice = (
+            "; optax.inject_hyperparams treats functions as schedules: give it "
+            "static_args=('weighting', 'gate', 'momentum', 'scope')"
+        )
+    check_function(name, value, advice)
 
 
 def check_losses(losses: Any) -> None:

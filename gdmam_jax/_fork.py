@@ -145,9 +145,10 @@ def fork(
         state = first
     check_state(state, Allocation)
     if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, first):
+        named = f" named {state.names.values}" if state.names.values else ""
         raise ValueError(
-            f"the state was made for {state.weights.shape[0]} losses named {state.names.values} "
-            f"or for another weighting; make one with fork_state for {losses!r} and this weighting"
+            f"the state was made for {state.weights.shape[0]} losses{named} or for another "
+            f"weighting; make one with fork_state for {losses!r} and this weighting"
         )
     if first.names.values:
         state = dataclasses.replace(state, names=first.names)

@@ -309,7 +309,11 @@ def _check_argument(argument: Any, position: int) -> None:
         )
     equinox: Any = sys.modules.get("equinox")
     is_module = equinox is not None and isinstance(argument, equinox.Module)
-    advice = "eqx.partition(model, eqx.is_inexact_array)" if is_module else ""
+    advice = (
+        "use eqx.partition(model, eqx.is_inexact_array)"
+        if is_module
+        else "give them to the loss function in another argument"
+    )
     check_floating(argument, f"argument {position} of the loss function,", advice)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gdmam_jax._checks import is_numeric
-from gdmam_jax._pairs import GradientPair, describe, named_leaves
+from gdmam_jax._pairs import GradientPair, describe, difference, named_leaves
 
 
 @jax.tree_util.register_static
@@ -58,22 +58,24 @@ def by_loss(what: str, tree: Any, losses: int | Sequence[str]) -> list[Any]:
     Raises:
       ValueError: it holds values for other losses.
     """
-    expected = (
+    wanted = (
         f"{what} must be like the losses, (prediction, alignment), with one value for each of "
         f"alignment_losses={losses!r}"
     )
     if not isinstance(tree, Sequence) or len(tree) != 2:
-        raise ValueError(f"{expected}; got {describe(tree)}")
+        raise ValueError(f"{wanted}; got {describe(tree)}")
     prediction, alignment = tree
+    unlike = ""
     if isinstance(losses, int):
         others = jax.tree.leaves(alignment)
         fits = len(others) == losses
     else:
         fits = isinstance(alignment, Mapping) and {*alignment} == {*losses}
+        unlike = difference(alignment, losses) if isinstance(alignment, Mapping) else ""
         others = [alignment[name] for name in losses] if fits else []
     each = [prediction, *others]
     if not (fits and all(is_numeric(one) and jnp.shape(one) == () for one in each)):
-        raise ValueError(f"{expected}; got {jax.tree.map(describe, tree)}")
+        raise ValueError(f"{wanted}{unlike}; got {jax.tree.map(describe, tree)}")
     return each
 
 

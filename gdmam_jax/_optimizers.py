@@ -112,7 +112,12 @@ def gdmam(
     if isinstance(mask, bool | jax.Array):
         raise TypeError(
             f"mask must be a tree of booleans or a function, got {mask!r}; "
-            "optax.inject_hyperparams treats functions as schedules: give it static_args=('mask',)"
+            + (
+                "without a mask every parameter decays, with weight_decay=0 none"
+                if isinstance(mask, bool)
+                else "optax.inject_hyperparams treats functions as schedules: give it "
+                "static_args=('mask',)"
+            )
         )
     chain = optax.chain(
         scale_by_gdmam(
@@ -316,7 +321,7 @@ def _behind(
     ) -> tuple[optax.Updates, tuple[Any, Any]]:
         if not isinstance(state, tuple) or len(state) != 2:
             raise TypeError(
-                f"expected the optimizer's state, of two links, got a {type(state).__name__}; make "
+                f"expected the optimizer's state, of two links, got {type(state).__name__}; make "
                 "one with this optimizer's init"
             )
         given = extra_args.get("value")

@@ -1,7 +1,7 @@
 """Paired gradients: where a prediction and an alignment gradient meet."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -51,7 +51,8 @@ class GradientPair(metaclass=_Explained):
             "a GradientPair was taken for an array. Lift a wrapper whose updates in and out must "
             "have the same structure, such as optax.MultiSteps, with over_pairs. Give an ordinary "
             "optimizer its pairs through summed or weighed, inside a wrapper, too: "
-            "optax.contrib.sam(gdmam(rate), summed(adversary))"
+            "optax.contrib.sam(gdmam(rate), summed(adversary)). Leaves that optax.masked leaves "
+            "out are still pairs: use optax.partition, with summed(optimizer) for these leaves"
         )
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
@@ -197,10 +198,10 @@ def check_floating(tree: Any, what: str, advice: str = "", where: str = "") -> N
         floating = kind is not None and jnp.issubdtype(kind, jnp.floating)
         # JAX has no other byte order, and nothing wider than float64.
         if not (floating and kind.isnative and kind.itemsize <= 8):
-            has = f"is a {type(leaf).__name__}" if kind is None else f"has dtype {kind}"
+            has = f"is {type(leaf).__name__}" if kind is None else f"has dtype {kind}"
             raise TypeError(
                 f"{what} at {where or name} {has}; expected a real floating-point array "
-                f"(keep other leaves out with {advice or 'optax.masked or a filter'})"
+                f"(keep other leaves out: {advice or 'use optax.masked or a filter'})"
             )
 
 
@@ -292,7 +293,7 @@ def _check_like(what: str, tree: Any, like: Any) -> None:
     if structure != wanted:
         raise ValueError(
             f"{what} must have the structure of the parameters that the optimizer was "
-            f"initialised with{_first_difference(found, expected)}; expected {wanted}, got "
+            f"initialised with{difference(dict(found), dict(expected))}; expected {wanted}, got "
             f"{structure}"
         )
     for (where, leaf), (_, model) in zip(found, expected, strict=True):
@@ -312,12 +313,12 @@ def describe(leaf: Any) -> str:
     """Dtype and shape of an array, the type of anything else: for messages."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return f"{leaf.dtype}{list(leaf.shape)}"
-    return f"a {type(leaf).__name__}"
+    return type(leaf).__name__
 
 
-def _first_difference(leaves: list, like: list) -> str:
-    found, expected = ({name for name, _ in named} for named in (leaves, like))
-    missing, unknown = sorted(expected - found), sorted(found - expected)
+def difference(found: Iterable[str], expected: Iterable[str]) -> str:
+    """Which names are missing and which unknown: for messages."""
+    missing, unknown = sorted({*expected} - {*found}), sorted({*found} - {*expected})
     return "".join(
         f" ({word}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for word, names in (("missing", missing), ("unknown", unknown))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gdmam_jax import _geometry
-from gdmam_jax._checks import check_each, check_function, check_range
+from gdmam_jax._checks import check_chosen, check_each, check_range
 from gdmam_jax._losses import Losses, as_array
 from gdmam_jax._numerics import divide, where
 from gdmam_jax._settings import Choice, in_order
@@ -62,10 +62,10 @@ def made(weighting: Any) -> Any:
     return weighting() if known else weighting
 
 
-def check_weighting(weighting: Any, advice: str) -> None:
+def check_weighting(weighting: Any) -> None:
     """Raise a ``TypeError`` unless ``weighting`` is a function or a `RememberingWeighting`."""
     if not isinstance(weighting, RememberingWeighting):
-        check_function("weighting", weighting, advice)
+        check_chosen("weighting", weighting)
 
 
 def first_memory(weighting: Any, zeros: jax.Array) -> Any:
@@ -207,7 +207,7 @@ def running_weighting(
       Zhou et al., On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
       Beyond, NeurIPS 2022.
     """
-    check_weighting(weighting, "")
+    check_weighting(weighting)
     check_range("decay", decay, 0, 1, below_maximum=True)
 
     def init(zeros: jax.Array) -> _Running:
@@ -251,7 +251,7 @@ def normalised_weighting(weighting: Weighting | RememberingWeighting) -> Remembe
       >>> weighting.update(gramian, None, None, gdmam.Losses())[0].tolist()
       [1.5, 0.375]
     """
-    check_weighting(weighting, "")
+    check_weighting(weighting)
 
     def update(gramian: Any, norms: Any, memory: Any, losses: Losses) -> tuple[Any, Any]:
         lengths = _geometry.norms(gramian)

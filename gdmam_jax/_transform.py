@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gdmam_jax._allocation import STATIC, Allocation, Allocator, taken_losses
-from gdmam_jax._checks import check_choice, check_function, check_range, check_state
+from gdmam_jax._allocation import Allocation, Allocator, taken_losses
+from gdmam_jax._checks import check_choice, check_chosen, check_range, check_state
 from gdmam_jax._gates import Gate, priority_gate
 from gdmam_jax._losses import as_array
 from gdmam_jax._momenta import MomentumRule, NormStatistics, constant_momentum
@@ -186,7 +186,7 @@ class _Form:
     mu_dtype: Any
 
     def __post_init__(self) -> None:
-        check_function("momentum", self.momentum, STATIC)
+        check_chosen("momentum", self.momentum)
         check_range("b2", 0 if self.b2 is None else self.b2, 0, 1, below_maximum=True)
         check_range("eps", self.eps, above_minimum=True)
         if self.momenta not in ("steered", "separate"):

@@ -180,6 +180,11 @@ def constant_weighting(*weights: Any) -> Weighting:
       [1.0, 0.5]
       >>> by_name = constant_weighting({"prediction": 1.0, "ic": 100.0, "bc": 0.01})
     """
+    if any(getattr(weight, "ndim", 0) for weight in weights):
+        raise TypeError(
+            "constant_weighting takes one number for each loss: give the optimizer what it "
+            "returns, weighting=constant_weighting(1.0, 0.5)"
+        )
     named = len(weights) == 1 and isinstance(weights[0], Mapping)
     given = weights[0] if named else weights
     check_each("each weight", given, -float("inf"), above_minimum=True)

@@ -180,7 +180,8 @@ def _of_modules(
                 )
         chosen = [state[0][position] for state, position in zip(states, positions, strict=True)]
         for position, state in zip(positions, chosen, strict=True):
-            check_floating(state, f"argument {position} of the loss function,")
+            advice = "choose only such variables with wrt="
+            check_floating(state, f"argument {position} of the loss function,", advice)
 
         def pure(*differentiated: Any) -> Any:
             chosen_states: list[nnx.State] = [

@@ -342,7 +342,7 @@ def _read(history: History, names: Collection[str]) -> list[_Scalar]:
         for number, entry in enumerate(entries):
             if not isinstance(entry, Mapping):
                 raise TypeError(
-                    f"entry {number} of the history is a {type(entry).__name__}; expected what "
+                    f"entry {number} of the history is {type(entry).__name__}; expected what "
                     "gdmam.diagnostics(opt_state) returns at each step"
                 )
         keys = dict.fromkeys(itertools.chain(*entries))

@@ -189,7 +189,7 @@ def test_summed_leaves_an_absent_loss_out():
     [
         ((True, True), "present must be like the losses"),
         ((True, {"ic": True}), "present must be like the losses"),
-        ((True, {"ic": True, "bx": True}), "present must be like the losses"),
+        ((True, {"ic": True, "bx": True}), r"losses.* \(missing: bc\) \(unknown: bx\); got"),
         (True, "present must be like the losses.*got"),
         ((True, {"ic": jnp.ones(2), "bc": True}), "present must be like the losses"),
         ((None, {"ic": True, "bc": True}), "present must be like the losses"),

@@ -688,7 +688,7 @@ def test_dynamic_scale_divides_the_state_too():
         (lambda: gdmam.fork(jnp.arange(2), 2), TypeError, "needs a floating-point array"),
         (lambda: gdmam.fork({"a": 1j * jnp.ones(2)}, 2), TypeError, "features at a have.*complex"),
         (lambda: gdmam.fork(jnp.ones(2), 2, gate=3), TypeError, "gate must be a function"),
-        (lambda: gdmam.fork(jnp.ones(2), 2, state=3), TypeError, "a Allocation, got a int"),
+        (lambda: gdmam.fork(jnp.ones(2), 2, state=3), TypeError, "a Allocation, got int"),
         (
             lambda: gdmam.fork(jnp.ones(2), 2, state=gdmam.fork_state(3)),
             ValueError,

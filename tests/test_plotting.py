@@ -324,5 +324,5 @@ def test_a_report_needs_both_gradients(value):
 
 def test_a_history_of_states_is_refused():
     states = [gdmam.gdmam(0.1).init(jnp.ones(2))]
-    with pytest.raises(TypeError, match=r"entry 0 of the history is a tuple; expected what"):
+    with pytest.raises(TypeError, match=r"entry 0 of the history is tuple; expected what"):
         plotting.plot_diagnostics(states)

@@ -284,7 +284,7 @@ WRONG_UPDATES = {
     "halves are trees": (
         gdmam.GradientPair(PARAMS, PARAMS),
         TypeError,
-        r"the prediction half of the pair at \(root\) is a dict; .* pair_gradients",
+        r"the prediction half of the pair at \(root\) is dict; .* pair_gradients",
     ),
     "halves of two shapes": (
         {"dense": {"kernel": gdmam.GradientPair(jnp.ones((3, 2)), jnp.ones((2, 3))), "bias": BIAS}},
@@ -342,10 +342,22 @@ def test_parameters_of_another_structure_are_refused(form):
         optimizer.update(pairs, optimizer.init(PARAMS), PARAMS | {"other": jnp.ones(1)})
 
 
-@pytest.mark.parametrize("name", ["weighting", "gate", "momentum", "scope"])
-def test_choices_must_be_functions(name):
-    with pytest.raises(TypeError, match=rf"{name} must be a function, got 0.5; .*static_args"):
-        gdmam.scale_by_gdmam(**{name: 0.5})
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        *(
+            ({name: np.float32(0.5)}, rf"{name} must be a function, .*0\.5\)?; .*static_args")
+            for name in ("weighting", "gate", "momentum", "scope")
+        ),
+        ({"gate": "open"}, "gate must be a function, got 'open'$"),
+        ({"momentum": 0.9}, r"momentum must be .*; write constant_momentum\(initial=0.9\)$"),
+        ({"weighting": optax.adam(0.1)}, r"weighting must be .*write weighed\(optimizer, weight"),
+    ],
+    ids=str,
+)
+def test_choices_must_be_functions(choices, message):
+    with pytest.raises(TypeError, match=message):
+        gdmam.scale_by_gdmam(**choices)
 
 
 @EVERY_FORM

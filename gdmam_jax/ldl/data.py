@@ -230,11 +230,12 @@ def load(
     """
     path = Path(path)
     table = files.read(path)
+    name = path.stem if name is None else name
     try:
         return from_arrays(
             table.features,
             table.labels,
-            name=path.stem if name is None else name,
+            name=name,
             normalize=normalize,
             drop_constant=drop_constant,
             feature_names=table.feature_names,
@@ -242,7 +243,7 @@ def load(
             sampler=_registered_sampler(path),
         )
     except ValueError as error:
-        message = str(error)
+        message = str(error).removeprefix(f"{name}: ")
         if table.lines:
             place = r"(?<= in | of )row (\d+)(?=,| are| sum)"
             message = re.sub(place, lambda m: f"line {table.lines[int(m[1])]}", message)

@@ -133,7 +133,7 @@ def _read_csv(path: Path) -> Table:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
-            is_label = _label_columns(header)
+            is_label = _label_columns(header) if header else np.zeros(0, bool)
             for row in reader:
                 if row:
                     rows.append(_numbers(row, header))

@@ -184,11 +184,12 @@ class Factor:
             strength = min((low, high), key=lambda value: abs(factor(value) / self.factor - 1))
         else:
             strength = tried[np.abs(factors / self.factor - 1).argmin()]
-        if abs(factor(strength) / self.factor - 1) > self.tolerance:
+        nearest = factor(strength)
+        if abs(nearest / self.factor - 1) > self.tolerance:
             raise ValueError(
                 f"no {self.size} rows with an imbalance factor of {self.factor:g} were found: "
-                f"factors range from {factors.min():.3g} to {factors.max():.3g}; ask for one of "
-                "these, fewer rows or a larger tolerance"
+                f"the nearest is {nearest:.3g}, of those from {factors.min():.3g} to "
+                f"{factors.max():.3g}; ask for that, or another number of rows"
             )
         return draw(strength)
 

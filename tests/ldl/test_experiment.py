@@ -430,6 +430,8 @@ def test_comparison(monkeypatch, tmp_path):
         compare.compare(["third", "useless"], "last", reference="c")
     with pytest.raises(ValueError, match=r"left out, since some of .* are not finished: adamw"):
         compare.compare(["third", "First"], "last", reference="adamw")
+    with pytest.raises(ValueError, match="unknown method 'd'; expected one of"):
+        compare.compare(["third", "First"], "last", reference="d")
 
 
 def test_where_a_training_diverged_its_method_is_last_in_every_test():

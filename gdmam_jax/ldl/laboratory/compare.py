@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gdmam_jax.ldl.laboratory import storage
+from gdmam_jax.ldl.laboratory import methods, storage
 from gdmam_jax.ldl.laboratory.results import left_out, load
 from gdmam_jax.ldl.laboratory.tables import compare_runs
 
@@ -51,7 +51,7 @@ def compare(
     Raises:
       FileNotFoundError: a folder holds no results.
       ValueError: two folders are of one data set, or no two methods are in all of them, or
-        `reference` is not.
+        `reference` is not, or is unknown.
     """
     import pandas as pd
 
@@ -61,6 +61,8 @@ def compare(
         raise ValueError(f"two folders are of one data set: {', '.join(names)}")
     found = [{result.name: result for result in each.methods} for each in experiments]
     common = [name for name in found[0] if all(name in each for each in found)]
+    if not any(reference in each for each in found):
+        methods.find(reference)  # refuses unknown names
     if reference not in common or len(common) < 2:
         unfinished = sorted({name for each in experiments for name in each.unfinished})
         raise ValueError(
