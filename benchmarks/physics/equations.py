@@ -484,6 +484,14 @@ def _advection(speed: float) -> Callable[[Along, jax.Array], jax.Array]:
     return lambda along, points: along[1][1] + speed * along[0][1]
 
 
+def _layer(width: float) -> Callable[[Any, Any], Any]:
+    return lambda points, xp: points - xp.expm1(points / width) / np.expm1(1 / width)
+
+
+def _boundary_layer(width: float) -> Callable[[Along, jax.Array], jax.Array]:
+    return lambda along, points: along[0][1] - width * along[0][2] - 1
+
+
 # Equations that a constant, or many other functions, solve.
 
 
@@ -591,6 +599,14 @@ EQUATIONS = {
         Equation(
             "advection-30", (0.0, 0.0), (2 * PI, 1.0), 1, (1, 1), _advection(30),
             **_exact(_travelling(30)),
+        ),
+        Equation(
+            "boundary-layer", (0.0,), (1.0,), 1, (2,), _boundary_layer(0.1),
+            **_exact(_layer(0.1)), timed=False,
+        ),
+        Equation(
+            "thin-layer", (0.0,), (1.0,), 1, (2,), _boundary_layer(0.03),
+            **_exact(_layer(0.03)), timed=False,
         ),
         Equation(
             "reaction", (0.0, 0.0), (2 * PI, 1.0), 1, (0, 1), _reaction,
