@@ -8,7 +8,7 @@ HELD_OUT = ("validation", "reweighted", "natural")
 SELECTIONS = {
     "validation": "the epoch with the best validation KLD (the papers')",
     "reweighted": "the epoch with the best validation KLD, rows weighted by their labels' rarity",
-    "natural": "the epoch with the best KLD on equally many rows that the sampler left out",
+    "natural": "as validation, by equally many rows that the sampler left out, if it left some out",
     "last": "the last epoch",
     "average": "the mean of the parameters over the second half of the epochs",
 }
