@@ -353,7 +353,6 @@ def test_parameters_of_another_structure_are_refused(form):
         ({"momentum": 0.9}, r"momentum must be .*; write constant_momentum\(initial=0.9\)$"),
         ({"weighting": optax.adam(0.1)}, r"weighting must be .*write weighed\(optimizer, weight"),
     ],
-    ids=str,
 )
 def test_choices_must_be_functions(choices, message):
     with pytest.raises(TypeError, match=message):
