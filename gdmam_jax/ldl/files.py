@@ -119,7 +119,7 @@ def _load_mat(path: Path, keys: Sequence[str]) -> list[NDArray[Any]]:
     import scipy.io
     import scipy.sparse
 
-    stored = scipy.io.loadmat(path, variable_names=keys)
+    stored = scipy.io.loadmat(path, variable_names=keys, spmatrix=False)
     found = [stored[key] for key in keys]
     return [
         value.toarray() if scipy.sparse.issparse(value) else np.asarray(value) for value in found
