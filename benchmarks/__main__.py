@@ -50,7 +50,8 @@ def update(
         raise typer.BadParameter(f"--leaves must be at most {int(parameters)}, got {leaves}")
     chosen = known_names(only, list(module.OPTIMIZERS), optional=True)
     known_name(dtype, "--dtype", DTYPES)
-    known_names(mu_dtype or "", DTYPES, optional=True)
+    if mu_dtype is not None:
+        known_name(mu_dtype, "--mu-dtype", DTYPES)
     number = loss_counts(losses)
     rows = module.benchmark(
         int(parameters), counts, dtype, mu_dtype, rounds, chosen, steps, number, torch
